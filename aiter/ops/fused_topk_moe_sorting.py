@@ -1,0 +1,81 @@
+"""Softmax, top-k, block-padded sort by expert and `moe_buf` zeroing in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aiter.jit import compile_ops, module_for
+from aiter.ops.device import current_device
+
+_MODULE = "module_fused_topk_moe_sorting"
+
+
+@compile_ops(_MODULE)
+def fused_topk_moe_sorting_fwd(
+    gating_output: Tensor,
+    sorted_ids: Tensor,
+    sorted_weights: Tensor,
+    sorted_expert_ids: Tensor,
+    num_valid_ids: Tensor,
+    moe_buf: Tensor,
+    num_experts: int,
+    topk: int,
+    unit_size: int,
+    need_renorm: bool,
+    *,
+    local_expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+) -> None:
+    """Routes M tokens to `topk` of `num_experts` experts and sorts them into blocks, in one launch.
+
+    With x = float(gating_output[t]): the slots of token t are its `topk` experts of largest x, equal
+    ones by lower index; slot k weighs exp(x_k - max x) / Z, Z the sum of these over the chosen
+    experts (`need_renorm`) or over all. The entries (t, k) of every expert, tokens ascending, fill
+    blocks of B = `unit_size` slots, experts ascending.
+
+    Args:
+        gating_output: [M, E] float32, float16 or bfloat16 logits; inner stride 1, any row stride.
+        sorted_ids: out, int32, at least M*K + E*B - K: `k << 24 | t`, padding `K << 24 | n`.
+        sorted_weights: out, float32, as many: the weight, 0.0 in padding.
+        sorted_expert_ids: out, int32, at least that / B rounded up: the expert of every block.
+        num_valid_ids: out, int32 [2]: slots in use, and n.
+        moe_buf: out, contiguous [M, D] of any dtype; rows below n are zeroed.
+        num_experts: E, at most 65535 and the width of `gating_output`.
+        topk: K, 1 to min(E, 255).
+        unit_size: B, slots per block.
+        need_renorm: whether the weights of a token sum to 1.
+        local_expert_mask: int32 [E] of 0 and 1. Experts with 0 get nothing, and
+            `sorted_expert_ids` counts only those with 1.
+        num_local_tokens: int32 [1] on the device: n, the rows that count. None for n = M.
+
+    What lies behind slot `num_valid_ids[0]` is not written. Runs on PyTorch's current stream of the
+    tensors' device, allocates nothing and does not synchronise.
+
+    Raises:
+        ValueError: an argument does not fit, or M is above `fused_topk_moe_sorting_max_tokens`.
+        TypeError: an argument is of the wrong Python type.
+        aiter.jit.JitError: the module could not be built or loaded (first call on a device).
+    """
+
+
+def fused_topk_moe_sorting_max_tokens(
+    num_experts: int, topk: int, *, device: torch.device | str | int | None = None
+) -> int:
+    """The largest M that `fused_topk_moe_sorting_fwd` takes for E experts and K slots.
+
+    It is what fits in the LDS of one workgroup; 0 when not even one token does.
+
+    Args:
+        num_experts: E.
+        topk: K.
+        device: whose LDS counts; None for the current GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: not 1 <= topk <= min(num_experts, 255), or num_experts above 65535.
+    """
+    chosen = current_device(device)
+    compiled = module_for(_MODULE, chosen)
+    return int(
+        compiled.fused_topk_moe_sorting_max_tokens(num_experts, topk, chosen.index or 0)
+    )

@@ -1,0 +1,413 @@
+// The scheduler behind device/hip_cpu.h: stacks, switches, workgroups, OS threads.
+#include "device/hip_cpu.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace hip_cpu {
+
+thread_local Lane* current_lane = nullptr;
+thread_local Workgroup* current_workgroup = nullptr;
+
+namespace {
+
+constexpr size_t kPageBytes = 4096;
+constexpr size_t kStackBytes = 8 * kPageBytes;  // the lowest page is a guard
+constexpr unsigned char kLdsPoison = 0xA5;
+// Lanes run in lockstep and touch the same depth of their stacks. Equal distances between stacks
+// would put these into the same few cache sets: a call of M=64, E=128, K=4 then takes 1.5x as long.
+constexpr size_t kColourBytes = 320;
+
+void lane_main();
+
+#if defined(__x86_64__)
+// Saves the callee-saved registers of the running fiber and resumes another. The control words
+// (mxcsr, x87) are the same for all fibers and stay.
+extern "C" void aiter_hip_cpu_switch(void** save, void* load);
+asm(R"(
+.text
+.align 16
+.type aiter_hip_cpu_switch, @function
+.hidden aiter_hip_cpu_switch
+.globl aiter_hip_cpu_switch
+aiter_hip_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size aiter_hip_cpu_switch, .-aiter_hip_cpu_switch
+)");
+
+struct FiberContext {};
+
+inline void switch_fiber(void** save, void* load) { aiter_hip_cpu_switch(save, load); }
+
+void prepare_fiber(Lane& lane, char* stack_top, FiberContext&) {
+  void** sp = reinterpret_cast<void**>(stack_top);
+  *--sp = nullptr;  // keeps the stack 16-byte aligned at lane_main, and ends a backtrace
+  *--sp = reinterpret_cast<void*>(&lane_main);
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;
+  lane.stack_pointer = sp;
+}
+#else
+struct FiberContext {
+  ucontext_t context;
+};
+
+inline void switch_fiber(void** save, void* load) {
+  ucontext_t here;
+  *save = &here;
+  swapcontext(&here, static_cast<ucontext_t*>(load));
+}
+
+void prepare_fiber(Lane& lane, char* stack_top, FiberContext& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stack_top - (kStackBytes - kPageBytes - kPageBytes);
+  fiber.context.uc_stack.ss_size = kStackBytes - kPageBytes - kPageBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, lane_main, 0);
+  lane.stack_pointer = &fiber.context;
+}
+#endif
+
+std::string describe(const Site& site) {
+  return std::string(site.operation) + " (" + site.file + ":" + std::to_string(site.line) + ")";
+}
+
+std::string describe(LaneMask lanes) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(lanes));
+  return text;
+}
+
+// One launch, shared by the OS threads that work on it.
+struct Launch {
+  Launch(unsigned grid_, unsigned block_, size_t lds_bytes_, BodyFn body_, const void* closure_)
+      : grid(grid_), block(block_), lds_bytes(lds_bytes_), body(body_), closure(closure_) {}
+
+  unsigned grid, block;
+  size_t lds_bytes;
+  BodyFn body;
+  const void* closure;
+  std::atomic<unsigned> next_block{0};
+  std::atomic<bool> failed{false};
+  std::mutex mutex;
+  std::string error;
+
+  void record_error(const std::string& text) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (error.empty()) error = text;
+    failed = true;
+  }
+};
+
+// Stacks and bookkeeping of one workgroup; every OS thread that runs workgroups owns one.
+class Machine {
+ public:
+  ~Machine() {
+    if (stacks_ != nullptr) munmap(stacks_, num_stacks_ * kStackBytes);
+  }
+
+  void run(Launch& launch) {
+    launch_ = &launch;
+    reserve(launch.block);
+    Workgroup workgroup{0, launch.block, launch.grid, lds_};
+    current_workgroup = &workgroup;
+    while (!launch.failed) {
+      workgroup.block_idx = launch.next_block.fetch_add(1, std::memory_order_relaxed);
+      if (workgroup.block_idx >= launch.grid) break;
+      std::memset(lds_, kLdsPoison, launch.lds_bytes);
+      run_workgroup();
+    }
+    current_workgroup = nullptr;
+    current_lane = nullptr;
+  }
+
+  void call_body() { launch_->body(launch_->closure); }
+
+  void finish_lane(Lane& lane) {
+    Wave& wave = *lane.wave;
+    wave.live &= ~bit(lane.index);
+    wave.ready &= ~bit(lane.index);
+    // Those that wait at a wave operation wait only for the lanes that are still there.
+    if (wave.arrived != 0 && wave.arrived == wave.live) complete_collective(wave);
+    yield_lane();
+  }
+
+  void to_scheduler(Lane& lane) { switch_fiber(&lane.stack_pointer, scheduler_); }
+
+  [[noreturn]] void abandon(const std::string& error) {
+    launch_->record_error(error);
+    void* never;
+    switch_fiber(&never, scheduler_);
+    __builtin_unreachable();
+  }
+
+ private:
+  void reserve(unsigned block) {
+    if (block <= num_stacks_) return;
+    if (stacks_ != nullptr) munmap(stacks_, num_stacks_ * kStackBytes);
+    num_stacks_ = 0;
+    void* memory = mmap(nullptr, block * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+      stacks_ = nullptr;
+      throw std::bad_alloc();
+    }
+    stacks_ = static_cast<char*>(memory);
+    num_stacks_ = block;
+    for (unsigned i = 0; i < block; ++i) mprotect(stacks_ + i * kStackBytes, kPageBytes, PROT_NONE);
+    lanes_.resize(block);
+    fibers_.resize(block);
+    waves_.resize((block + kWaveSize - 1) / kWaveSize);
+  }
+
+  void run_workgroup() {
+    const unsigned block = launch_->block;
+    const unsigned num_waves = (block + kWaveSize - 1) / kWaveSize;
+    for (unsigned t = 0; t < block; ++t) {
+      Lane& lane = lanes_[t];
+      lane.wave = &waves_[t / kWaveSize];
+      lane.index = t % kWaveSize;
+      lane.thread_idx = t;
+      const size_t colour = (lane.index * kColourBytes) % kPageBytes & ~size_t{63};
+      prepare_fiber(lane, stacks_ + (t + 1) * kStackBytes - colour, fibers_[t]);
+    }
+    for (unsigned w = 0; w < num_waves; ++w) {
+      Wave& wave = waves_[w];
+      const unsigned num_lanes = std::min<unsigned>(kWaveSize, block - w * kWaveSize);
+      wave.live = num_lanes == 64 ? ~LaneMask{0} : bit(num_lanes) - 1;
+      wave.ready = wave.live;
+      wave.arrived = wave.at_barrier = 0;
+      wave.generation = 0;
+      wave.lanes = &lanes_[w * kWaveSize];
+    }
+    while (true) {
+      for (unsigned w = 0; w < num_waves; ++w) {
+        if (waves_[w].ready != 0) run_wave(waves_[w]);
+        if (launch_->failed) return;
+      }
+      if (!release_barrier(num_waves)) return;
+    }
+  }
+
+  void run_wave(Wave& wave) {
+    current_lane = &wave.lanes[__builtin_ctzll(wave.ready)];
+    switch_fiber(&scheduler_, current_lane->stack_pointer);
+  }
+
+  // Every wave is blocked or done: lets the workgroup pass its barrier. False: nobody is left.
+  bool release_barrier(unsigned num_waves) {
+    const Site* site = nullptr;
+    for (unsigned w = 0; w < num_waves; ++w) {
+      Wave& wave = waves_[w];
+      if (wave.arrived != 0) {
+        launch_->record_error(
+            "lanes " + describe(wave.arrived) + " of wave " + std::to_string(w) + " wait at " +
+            describe(wave.site) + " for lanes " + describe(wave.live & ~wave.arrived) +
+            ", which wait at " + describe(wave.barrier_site));
+        return false;
+      }
+      if (wave.live == 0) continue;
+      if (site == nullptr) site = &wave.barrier_site;
+      if (!(wave.barrier_site == *site)) {
+        launch_->record_error("waves of one workgroup wait at different barriers: " +
+                              describe(*site) + " and " + describe(wave.barrier_site));
+        return false;
+      }
+    }
+    if (site == nullptr) return false;
+    for (unsigned w = 0; w < num_waves; ++w) {
+      waves_[w].ready = waves_[w].live;
+      waves_[w].at_barrier = 0;
+    }
+    return true;
+  }
+
+  Launch* launch_ = nullptr;
+  void* scheduler_ = nullptr;
+  char* stacks_ = nullptr;
+  size_t num_stacks_ = 0;
+  std::vector<Lane> lanes_;
+  std::vector<FiberContext> fibers_;
+  std::vector<Wave> waves_;
+  alignas(64) char lds_[kLdsBytesPerBlock];
+};
+
+Machine& this_machine() {
+  static thread_local std::unique_ptr<Machine> machine;
+  if (!machine) machine = std::make_unique<Machine>();
+  return *machine;
+}
+
+void lane_main() {
+  Machine& machine = this_machine();
+  machine.call_body();
+  machine.finish_lane(*current_lane);
+  __builtin_unreachable();  // a lane that has left is never resumed
+}
+
+// The OS threads that help the caller. They sleep between launches; a forked child, which has
+// none of its parent's threads, starts its own.
+class Helpers {
+ public:
+  // Runs `launch` on the caller and up to `count` helpers; returns when all have finished.
+  void run(Launch& launch, unsigned count) {
+    std::lock_guard<std::mutex> one_launch_at_a_time(launch_mutex_);
+    while (threads_ < count) {
+      std::thread([this, id = threads_] { loop(id); }).detach();
+      ++threads_;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      launch_ = &launch;
+      wanted_ = running_ = count;
+      ++generation_;
+    }
+    wake_.notify_all();
+    run_here(launch);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+  static void run_here(Launch& launch) {
+    try {
+      this_machine().run(launch);
+    } catch (const std::exception& error) {
+      launch.record_error(error.what());
+    }
+  }
+
+ private:
+  void loop(unsigned id) {
+    unsigned seen = 0;
+    while (true) {
+      Launch* launch;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_ != seen; });
+        seen = generation_;
+        if (id >= wanted_) continue;
+        launch = launch_;
+      }
+      run_here(*launch);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex launch_mutex_, mutex_;
+  std::condition_variable wake_, done_;
+  Launch* launch_ = nullptr;
+  unsigned threads_ = 0, wanted_ = 0, running_ = 0, generation_ = 0;
+};
+
+// Never destroyed: its threads outlive static destructors, and a child's copy is unusable.
+std::atomic<Helpers*> helpers{nullptr};
+
+Helpers& the_helpers() {
+  static const bool registered = [] {
+    helpers = new Helpers;
+    pthread_atfork(nullptr, nullptr, [] { helpers = new Helpers; });
+    return true;
+  }();
+  (void)registered;
+  return *helpers;
+}
+
+}  // namespace
+
+void yield_lane() {
+  Lane* lane = current_lane;
+  const Wave& wave = *lane->wave;
+  if (wave.ready == 0) {
+    this_machine().to_scheduler(*lane);
+    return;
+  }
+  const LaneMask behind = wave.ready & ~(bit(lane->index) | (bit(lane->index) - 1));
+  Lane* next = &wave.lanes[__builtin_ctzll(behind != 0 ? behind : wave.ready)];
+  current_lane = next;
+  switch_fiber(&lane->stack_pointer, next->stack_pointer);
+}
+
+void complete_collective(Wave& wave) {
+  const unsigned parity = wave.generation & 1;
+  wave.participants[parity] = wave.live;
+  if (wave.combine != nullptr) wave.combine(wave, parity, wave.live);
+  wave.ready |= wave.live;
+  wave.arrived = 0;
+  ++wave.generation;
+}
+
+void barrier(const Site& site) {
+  Lane* lane = current_lane;
+  Wave& wave = *lane->wave;
+  if (wave.at_barrier == 0) {
+    wave.barrier_site = site;
+  } else if (!(wave.barrier_site == site)) {
+    fail(site, "lanes of one wave wait at different barriers");
+  }
+  wave.at_barrier |= bit(lane->index);
+  wave.ready &= ~bit(lane->index);
+  yield_lane();
+}
+
+void fail(const Site& site, const char* what) {
+  const Lane& lane = *current_lane;
+  const bool at_barrier = lane.wave->at_barrier != 0;
+  this_machine().abandon(std::string(what) + ": thread " + std::to_string(lane.thread_idx) +
+                         " of workgroup " + std::to_string(current_workgroup->block_idx) + " at " +
+                         describe(site) + ", an earlier one at " +
+                         describe(at_barrier ? lane.wave->barrier_site : lane.wave->site));
+}
+
+unsigned num_cores() {
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return CPU_COUNT(&cores);
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+void launch(unsigned grid, unsigned block, size_t lds_bytes, BodyFn body, const void* closure) {
+  if (block == 0 || block > kMaxThreadsPerBlock || lds_bytes > kLdsBytesPerBlock) {
+    throw std::runtime_error("hip_cpu: a launch of " + std::to_string(block) + " threads with " +
+                             std::to_string(lds_bytes) + " bytes of LDS is out of range");
+  }
+  Launch state(grid, block, lds_bytes, body, closure);
+  const unsigned workers = std::min(grid, num_cores());
+  if (workers <= 1) {
+    Helpers::run_here(state);
+  } else {
+    the_helpers().run(state, workers - 1);
+  }
+  if (state.failed) throw std::runtime_error("hip_cpu: " + state.error);
+}
+
+}  // namespace hip_cpu

@@ -1,0 +1,171 @@
+// The runtime half of the platform seam: what a launcher needs, under HIP's names on every target.
+//
+//   AITER_TARGET_ROCM   the HIP runtime itself
+//   AITER_TARGET_CUDA   HIP's names, mapped on the CUDA runtime
+//   AITER_TARGET_CPU    the execution layer of hip_cpu.h; a stream is always null, a launch is done
+//                       when it returns
+//
+// Device code takes its half from wave.h and numeric.h. Nothing above csrc/include/device and
+// csrc/cpu asks which target it is compiled for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "target.h"
+
+#if defined(AITER_TARGET_ROCM)
+#include <hip/hip_runtime.h>
+#elif defined(AITER_TARGET_CUDA)
+#include <cuda_runtime.h>
+using hipStream_t = cudaStream_t;
+using hipError_t = cudaError_t;
+constexpr auto hipSuccess = cudaSuccess;
+constexpr auto hipDeviceAttributeWarpSize = cudaDevAttrWarpSize;
+constexpr auto hipDeviceAttributeMultiprocessorCount = cudaDevAttrMultiProcessorCount;
+constexpr auto hipFuncAttributeMaxDynamicSharedMemorySize =
+    cudaFuncAttributeMaxDynamicSharedMemorySize;
+inline hipError_t hipGetLastError() { return cudaGetLastError(); }
+inline const char* hipGetErrorName(hipError_t error) { return cudaGetErrorName(error); }
+inline const char* hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
+inline hipError_t hipGetDevice(int* device) { return cudaGetDevice(device); }
+inline hipError_t hipSetDevice(int device) { return cudaSetDevice(device); }
+#elif defined(AITER_TARGET_CPU)
+#include "device/hip_cpu.h"
+using hipStream_t = void*;
+#endif
+
+// The dynamically sized LDS of a workgroup, as an array of bytes.
+#if defined(AITER_TARGET_CPU)
+#define AITER_DYNAMIC_LDS(name) char* const name = hip_cpu::current_workgroup->lds
+#else
+#define AITER_DYNAMIC_LDS(name) extern __shared__ __align__(16) char name[]
+#endif
+
+// Before a loop whose trip count the compiler knows: registers are indexed by constants only.
+#if defined(AITER_TARGET_CPU)
+#define AITER_UNROLL _Pragma("GCC unroll 32")
+#else
+#define AITER_UNROLL _Pragma("unroll")
+#endif
+
+namespace aiter {
+
+// What a launch choice may depend on.
+struct DeviceLimits {
+  int wave_size;
+  int num_compute_units;
+  int lds_bytes;              // dynamic LDS that one workgroup can get
+  int max_threads_per_block;  // of the launches that this project makes
+};
+
+#if defined(AITER_TARGET_CPU)
+
+inline DeviceLimits query_device_limits(int) {
+  return {hip_cpu::kWaveSize, static_cast<int>(hip_cpu::num_cores()), hip_cpu::kLdsBytesPerBlock,
+          256};  // fewer lanes, fewer switches at a barrier; a wave's lanes share a core anyway
+}
+
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds_bytes, hipStream_t,
+            Args... args) {
+  auto body = [&] { kernel(args...); };
+  hip_cpu::launch(grid, block, lds_bytes,
+                  [](const void* closure) { (*static_cast<const decltype(body)*>(closure))(); },
+                  &body);
+}
+
+#else
+
+inline void check_runtime(hipError_t error, const char* what) {
+  if (error == hipSuccess) return;
+  (void)hipGetLastError();  // the error is reported here, and must not surface in a later call
+  throw std::runtime_error(std::string(kTargetName) + ": " + what +
+                           " failed: " + hipGetErrorName(error) + ": " + hipGetErrorString(error));
+}
+
+inline int device_attribute(int device, decltype(hipDeviceAttributeWarpSize) attribute,
+                            const char* name) {
+  int value = 0;
+#if defined(AITER_TARGET_ROCM)
+  check_runtime(hipDeviceGetAttribute(&value, attribute, device), name);
+#else
+  check_runtime(cudaDeviceGetAttribute(&value, attribute, device), name);
+#endif
+  return value;
+}
+
+inline DeviceLimits query_device_limits(int device) {
+#if defined(AITER_TARGET_ROCM)
+  constexpr auto lds_attribute = hipDeviceAttributeMaxSharedMemoryPerBlock;
+#else
+  constexpr auto lds_attribute = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+#endif
+  return {device_attribute(device, hipDeviceAttributeWarpSize, "querying the wave width"),
+          device_attribute(device, hipDeviceAttributeMultiprocessorCount,
+                           "querying the number of compute units"),
+          device_attribute(device, lds_attribute, "querying the LDS of a workgroup"), 1024};
+}
+
+// Makes `device` current, and restores the caller's at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_runtime(hipGetDevice(&previous_), "asking for the current device");
+    if (previous_ == device) {
+      previous_ = -1;
+    } else {
+      check_runtime(hipSetDevice(device), "making the tensors' device current");
+    }
+  }
+  ~DeviceGuard() {
+    if (previous_ >= 0) (void)hipSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+// Launches on `stream` of the current device and raises what the runtime reports. A kernel that
+// wants more LDS than a workgroup gets unasked has to be allowed to, once per kernel and device;
+// asking again costs about as much as remembering.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds_bytes,
+            hipStream_t stream, Args... args) {
+#if defined(AITER_TARGET_CUDA)
+  constexpr size_t kUnaskedLdsBytes = 48 * 1024;
+  if (lds_bytes > kUnaskedLdsBytes) {
+    check_runtime(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       hipFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(lds_bytes)),
+                  "raising the LDS limit of a kernel");
+  }
+#endif
+  kernel<<<grid, block, lds_bytes, stream>>>(args...);
+  check_runtime(hipGetLastError(), "launching a kernel");
+}
+
+#endif
+
+// Limits of a device, queried once. More devices than the table holds are queried at every call.
+inline DeviceLimits device_limits(int device) {
+  constexpr int kMaxRemembered = 64;
+  static DeviceLimits remembered[kMaxRemembered];
+  static bool known[kMaxRemembered];  // benign: racing writers write the same values
+  if (device < 0 || device >= kMaxRemembered) return query_device_limits(device);
+  if (!known[device]) {
+    remembered[device] = query_device_limits(device);
+    known[device] = true;
+  }
+  return remembered[device];
+}
+
+}  // namespace aiter

@@ -1,0 +1,42 @@
+// wave.h on CUDA, compute capability 8.0 and later (redux.sync).
+#pragma once
+
+namespace aiter {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ uint32_t wave_max(uint32_t x) { return __reduce_max_sync(kAllLanes, x); }
+
+__device__ __forceinline__ uint64_t wave_max(uint64_t x) {
+  const uint32_t high = static_cast<uint32_t>(x >> 32);
+  const uint32_t best_high = __reduce_max_sync(kAllLanes, high);
+  const uint32_t low = high == best_high ? static_cast<uint32_t>(x) : 0u;
+  return static_cast<uint64_t>(best_high) << 32 | __reduce_max_sync(kAllLanes, low);
+}
+
+template <typename T>
+__device__ __forceinline__ T wave_read_lane(T x, int lane) {
+  return __shfl_sync(kAllLanes, x, lane);
+}
+
+__device__ __forceinline__ float wave_sum_by_halves(float x) {
+  AITER_UNROLL
+  for (int half = kWaveSize / 2; half > 0; half /= 2) x += __shfl_xor_sync(kAllLanes, x, half);
+  return x;
+}
+
+__device__ __forceinline__ float wave_sum_in_order(float x, int count, float init) {
+  for (int l = 0; l < count; ++l) init += wave_read_lane(x, l);
+  return init;
+}
+
+__device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
+  AITER_UNROLL
+  for (int distance = 1; distance < kWaveSize; distance *= 2) {
+    const uint32_t y = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane_idx() >= distance) x += y;
+  }
+  return x;
+}
+
+}  // namespace aiter

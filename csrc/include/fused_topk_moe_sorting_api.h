@@ -1,0 +1,21 @@
+// The fused launch as bindings call it: checked arguments in, one launch out.
+#pragma once
+
+#include "routing_checks.h"
+
+namespace aiter {
+
+struct FusedTopkMoeSortingArgs {
+  TensorView gating_output;
+  SortTensors sort;
+  int64_t num_experts, topk, unit_size;
+  bool need_renorm;
+};
+
+// Throws std::invalid_argument before anything is launched.
+void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* stream);
+
+// The largest M whose routing state fits in the LDS of one workgroup; 0 when none does.
+int64_t fused_topk_moe_sorting_max_tokens(int64_t num_experts, int64_t topk, int device_index);
+
+}  // namespace aiter

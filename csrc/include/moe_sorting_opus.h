@@ -1,0 +1,194 @@
+// The block-padded sort by expert of ready top-k ids: the second step of the separate chain.
+//
+//   topk_ids i32 [M, K], topk_weights f32 [M, K], contiguous; ids outside [0, E) are left out
+//   outputs as in expert_sort.h; moe_buf rows below n zeroed
+//
+// Tokens are handled in tiles of whole bitmask words, so that LDS does not depend on M.
+//
+// Oneshot, one launch. Workgroup 0 sorts, the others zero moe_buf:
+//   count all entries into LDS, give every expert its blocks, then tile by tile: bits of the tile,
+//   entries to start + rank, start += entries of the tile.
+//
+// Multi-phase, three launches over a workspace of [num_tiles][E] counts and [E] first slots:
+//   1 count     a workgroup per tile: its entries per expert (and further ones zero moe_buf)
+//   2 assign    one workgroup: exclusive sums over the tiles, blocks, padding
+//   3 scatter   a workgroup per tile: bits of the tile, entries to start + tile's offset + rank
+#pragma once
+
+#include "expert_sort.h"
+
+namespace aiter {
+
+// The launch choice is the same on every device, as the workspace size must not depend on it.
+constexpr int kSortLdsWords = 15 * 1024;  // 60 KiB: what every target gives a workgroup, less scratch
+constexpr int kMaxSortExperts = 4096;
+constexpr int kTargetTiles = 64;
+constexpr int kSortThreads = 1024;
+
+struct OpusParams {
+  const int32_t* topk_ids;
+  const float* topk_weights;
+  SortShape shape;
+  SortParams sort;
+  uint32_t* workspace;  // multi-phase only
+  int tile_words;       // bitmask words per tile
+  int num_tiles;
+};
+
+// LDS: counts [E], starts [E], scan [kMaxWavesPerBlock], bitmask [tile_words][E].
+struct OpusLds {
+  uint32_t *counts, *starts, *scan;
+  HitMask hits;
+};
+
+__host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
+  return sizeof(uint32_t) *
+         (static_cast<size_t>(num_experts) * (2 + tile_words) + kMaxWavesPerBlock);
+}
+
+__device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
+  uint32_t* const words = reinterpret_cast<uint32_t*>(lds_base);
+  uint32_t* const starts = words + p.shape.num_experts;
+  uint32_t* const scan = starts + p.shape.num_experts;
+  return {words, starts, scan, HitMask{scan + kMaxWavesPerBlock, p.shape.num_experts, p.tile_words}};
+}
+
+__device__ __forceinline__ uint32_t entry_expert(const OpusParams& p, uint32_t entry) {
+  const uint32_t expert_idx = static_cast<uint32_t>(p.topk_ids[entry]);
+  const bool counts = expert_idx < static_cast<uint32_t>(p.shape.num_experts) &&
+                      is_local(p.sort.expert_mask, expert_idx);
+  return counts ? expert_idx : kNoExpert;
+}
+
+struct TokenRange {
+  int first, last;  // last is excluded
+};
+
+__device__ __forceinline__ TokenRange tile_tokens(const OpusParams& p, int tile, int num_local) {
+  const int64_t per_tile = static_cast<int64_t>(p.tile_words) * kTokensPerWord;
+  const int64_t first = tile * per_tile;
+  const int64_t last = first + per_tile < num_local ? first + per_tile : num_local;
+  return {static_cast<int>(first), static_cast<int>(last)};
+}
+
+__device__ __forceinline__ void clear_words(uint32_t* words, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+}
+
+__device__ __forceinline__ void count_entries(const OpusParams& p, TokenRange tokens,
+                                              uint32_t* lds_counts) {
+  const uint32_t topk = p.shape.topk;
+  for (uint32_t i = tokens.first * topk + threadIdx.x; i < tokens.last * topk; i += blockDim.x) {
+    const uint32_t expert_idx = entry_expert(p, i);
+    if (expert_idx != kNoExpert) atomicAdd(&lds_counts[expert_idx], 1u);
+  }
+}
+
+// Writes the entries of a tile behind lds_starts. The bitmask must be clear, and all threads there.
+__device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tokens,
+                                             const HitMask& hits, const uint32_t* lds_starts) {
+  const uint32_t topk = p.shape.topk;
+  for (uint32_t i = tokens.first * topk + threadIdx.x; i < tokens.last * topk; i += blockDim.x) {
+    const uint32_t expert_idx = entry_expert(p, i);
+    if (expert_idx != kNoExpert) hits.set(static_cast<int>(i / topk) - tokens.first, expert_idx);
+  }
+  __syncthreads();
+  for (int64_t i = tokens.first * topk + threadIdx.x; i < tokens.last * topk; i += blockDim.x) {
+    const uint32_t expert_idx = entry_expert(p, i);
+    if (expert_idx == kNoExpert) continue;
+    const int token = static_cast<int>(i / topk);
+    const uint32_t slot = lds_starts[expert_idx] + hits.rank(token - tokens.first, expert_idx);
+    write_entry(p.sort, slot, token, static_cast<int>(i % topk), p.topk_weights[i]);
+  }
+}
+
+__device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
+                                                  char* lds_base) {
+  const OpusLds lds = opus_lds(p, lds_base);
+  clear_words(lds.counts, p.shape.num_experts);
+  __syncthreads();
+  count_entries(p, {0, num_local}, lds.counts);
+  __syncthreads();
+  assign_blocks(p.shape, num_local, lds.counts, lds.starts, lds.scan, p.sort);
+  __syncthreads();
+  write_padding(p.shape, num_local, lds.counts, lds.starts, p.sort, threadIdx.x, blockDim.x);
+  for (int tile = 0; tile < p.num_tiles; ++tile) {
+    if (tile > 0) {
+      for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
+        lds.starts[e] += lds.hits.count(e);
+      }
+    }
+    __syncthreads();
+    lds.hits.clear();
+    __syncthreads();
+    scatter_tile(p, tile_tokens(p, tile, num_local), lds.hits, lds.starts);
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_oneshot_kernel(OpusParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
+  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  if (blockIdx.x == 0) {
+    sort_in_one_block(p, num_local, lds_base);
+  } else {
+    zero_moe_buf(p.sort, num_local, 1);
+  }
+}
+
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
+  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  if (blockIdx.x >= static_cast<unsigned>(p.num_tiles)) {
+    zero_moe_buf(p.sort, num_local, p.num_tiles);
+    return;
+  }
+  uint32_t* const lds_counts = reinterpret_cast<uint32_t*>(lds_base);
+  clear_words(lds_counts, p.shape.num_experts);
+  __syncthreads();
+  count_entries(p, tile_tokens(p, blockIdx.x, num_local), lds_counts);
+  __syncthreads();
+  uint32_t* const tile_counts =
+      p.workspace + static_cast<int64_t>(blockIdx.x) * p.shape.num_experts;
+  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) tile_counts[e] = lds_counts[e];
+}
+
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
+  const OpusLds lds = opus_lds(p, lds_base);
+  const int num_experts = p.shape.num_experts;
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    uint32_t sum = 0;
+    for (int tile = 0; tile < p.num_tiles; ++tile) {
+      uint32_t& tile_count = p.workspace[static_cast<int64_t>(tile) * num_experts + e];
+      const uint32_t count = tile_count;
+      tile_count = sum;
+      sum += count;
+    }
+    lds.counts[e] = sum;
+  }
+  __syncthreads();
+  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  assign_blocks(p.shape, num_local, lds.counts, lds.starts, lds.scan, p.sort);
+  __syncthreads();
+  uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) starts[e] = lds.starts[e];
+  write_padding(p.shape, num_local, lds.counts, lds.starts, p.sort, threadIdx.x, blockDim.x);
+}
+
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
+  const OpusLds lds = opus_lds(p, lds_base);
+  const int num_experts = p.shape.num_experts;
+  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  const uint32_t* const offsets = p.workspace + static_cast<int64_t>(blockIdx.x) * num_experts;
+  const uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    lds.starts[e] = starts[e] + offsets[e];
+  }
+  lds.hits.clear();
+  __syncthreads();
+  scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds.hits, lds.starts);
+}
+
+}  // namespace aiter

@@ -1,0 +1,204 @@
+// How a binding takes its arguments: Python objects to TensorView, int and bool, by name.
+//
+// pybind11's own conversions answer a wrong argument with the list of all signatures; these answer
+// with a sentence about the one argument (TypeError when the kind of object is wrong, ValueError
+// when an int does not fit).
+//
+// A tensor is read through the C function that its type offers for that (DLPack's exchange API,
+// PyTorch 2.10 and later), about 0.1 us; an object without one through its attributes (data_ptr(),
+// shape, stride(), dtype, device), about 2 us, and so are dtypes that DLPack has no code for.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "dlpack_abi.h"
+#include "tensor_view.h"
+
+namespace aiter {
+
+namespace py = pybind11;
+
+namespace detail {
+
+// The exchange table of a Python type, or null; remembered for the last type asked about.
+inline const dlpack::ExchangeApi* exchange_api(py::handle object) {
+  static PyTypeObject* known_type = nullptr;
+  static const dlpack::ExchangeApi* known_api = nullptr;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  if (type == known_type) return known_api;
+  const dlpack::ExchangeApi* api = nullptr;
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
+                                             "__dlpack_c_exchange_api__");
+  if (capsule != nullptr && PyCapsule_IsValid(capsule, dlpack::kExchangeCapsuleName)) {
+    api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule, dlpack::kExchangeCapsuleName));
+    if (api != nullptr && (api->header.version.major != dlpack::kMajorVersion ||
+                           api->tensor_from_py_object_no_sync == nullptr)) {
+      api = nullptr;
+    }
+  }
+  Py_XDECREF(capsule);
+  PyErr_Clear();
+  Py_INCREF(type);  // a remembered type must not be freed and its address reused
+  Py_XDECREF(known_type);
+  known_type = type;
+  known_api = api;
+  return api;
+}
+
+inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+inline DType dtype_from_name(const std::string& name) {
+  if (name == "torch.float32") return DType::f32;
+  if (name == "torch.float16") return DType::f16;
+  if (name == "torch.bfloat16") return DType::bf16;
+  if (name == "torch.int32") return DType::i32;
+  return DType::other;
+}
+
+inline bool read_exchange(py::handle object, TensorView& view) {
+  const dlpack::ExchangeApi* api = exchange_api(object);
+  if (api == nullptr) return false;
+  dlpack::Tensor t;
+  if (api->tensor_from_py_object_no_sync(object.ptr(), &t) != 0) {
+    PyErr_Clear();  // what DLPack cannot say, the attributes can
+    return false;
+  }
+  if (t.ndim > kMaxDims || (t.ndim > 0 && t.strides == nullptr)) return false;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.itemsize = (t.dtype.bits * t.dtype.lanes + 7) / 8;
+  if (t.dtype.lanes == 1) {
+    if (t.dtype.code == dlpack::kFloat && t.dtype.bits == 32) view.dtype = DType::f32;
+    if (t.dtype.code == dlpack::kFloat && t.dtype.bits == 16) view.dtype = DType::f16;
+    if (t.dtype.code == dlpack::kBfloat && t.dtype.bits == 16) view.dtype = DType::bf16;
+    if (t.dtype.code == dlpack::kInt && t.dtype.bits == 32) view.dtype = DType::i32;
+  }
+  switch (t.device.device_type) {
+    case dlpack::kCpu:
+    case dlpack::kCudaHost:
+    case dlpack::kRocmHost:
+      view.device_kind = DeviceKind::cpu;
+      break;
+    case dlpack::kCuda:
+    case dlpack::kRocm:
+    case dlpack::kCudaManaged:
+      view.device_kind = DeviceKind::gpu;
+      view.device_index = t.device.device_id;
+      break;
+    default:
+      view.device_kind = DeviceKind::other;
+  }
+  view.ndim = t.ndim;
+  for (int d = 0; d < t.ndim; ++d) {
+    view.shape[d] = t.shape[d];
+    view.stride[d] = t.strides[d];
+  }
+  return true;
+}
+
+inline void read_attributes(py::handle object, TensorView& view) {
+  const py::tuple shape = object.attr("shape");
+  const py::tuple stride = object.attr("stride")();
+  view.ndim = static_cast<int>(shape.size());
+  if (view.ndim > kMaxDims) {
+    fail_argument(view.name, "at most " + std::to_string(kMaxDims) + " dimensions",
+                  std::to_string(view.ndim));
+  }
+  for (int d = 0; d < view.ndim; ++d) {
+    view.shape[d] = shape[d].cast<int64_t>();
+    view.stride[d] = stride[d].cast<int64_t>();
+  }
+  view.dtype_name = py::str(object.attr("dtype"));
+  view.dtype = dtype_from_name(view.dtype_name);
+  view.itemsize = object.attr("element_size")().cast<int>();
+  const py::object device = object.attr("device");
+  const std::string kind = py::str(device.attr("type"));
+  view.device_kind = kind == "cpu"    ? DeviceKind::cpu
+                     : kind == "cuda" ? DeviceKind::gpu
+                                      : DeviceKind::other;
+  if (view.device_kind == DeviceKind::other) {
+    fail_argument(view.name, "a tensor on a cpu or cuda device", std::string(py::str(device)));
+  }
+  const py::object index = device.attr("index");
+  if (!index.is_none()) view.device_index = index.cast<int>();
+  view.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+}
+
+}  // namespace detail
+
+inline TensorView tensor_arg(py::handle object, const char* name) {
+  TensorView view;
+  view.name = name;
+  if (detail::read_exchange(object, view)) {
+    if (view.dtype == DType::other) view.dtype_name = py::str(object.attr("dtype"));
+    return view;
+  }
+  if (!py::hasattr(object, "data_ptr") || !py::hasattr(object, "stride")) {
+    throw py::type_error(std::string(name) + ": expected a tensor, got " +
+                         detail::type_name(object));
+  }
+  detail::read_attributes(object, view);
+  return view;
+}
+
+inline std::optional<TensorView> optional_tensor_arg(py::handle object, const char* name) {
+  if (object.is_none()) return std::nullopt;
+  return tensor_arg(object, name);
+}
+
+inline int64_t int_arg(py::handle object, const char* name) {
+  if (!PyIndex_Check(object.ptr()) || PyBool_Check(object.ptr())) {
+    throw py::type_error(std::string(name) + ": expected an int, got " +
+                         detail::type_name(object));
+  }
+  const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  if (!integer) throw py::error_already_set();
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
+  if (overflow != 0) {
+    fail_argument(name, "an int that fits in 64 bits", std::string(py::str(object)));
+  }
+  return value;
+}
+
+inline bool bool_arg(py::handle object, const char* name) {
+  if (!PyBool_Check(object.ptr())) {
+    throw py::type_error(std::string(name) + ": expected a bool, got " +
+                         detail::type_name(object));
+  }
+  return object.ptr() == Py_True;
+}
+
+// PyTorch's current stream on the tensor's device, as a raw handle; null on the CPU.
+inline void* current_stream(py::handle tensor, const TensorView& view) {
+  if (view.device_kind != DeviceKind::gpu) return nullptr;
+  const dlpack::ExchangeApi* api = detail::exchange_api(tensor);
+  void* stream = nullptr;
+  if (api != nullptr && api->current_work_stream != nullptr) {
+    dlpack::Tensor t;
+    if (api->tensor_from_py_object_no_sync(tensor.ptr(), &t) == 0 &&
+        api->current_work_stream(t.device.device_type, t.device.device_id, &stream) == 0) {
+      return stream;
+    }
+    PyErr_Clear();
+  }
+  const py::object raw =
+      py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream")(view.device_index);
+  return reinterpret_cast<void*>(raw.cast<uintptr_t>());
+}
+
+// Lets other Python threads run while a kernel runs on the CPU; a GPU launch is too short for it.
+class ReleaseGilOnCpu {
+ public:
+  explicit ReleaseGilOnCpu(const TensorView& view) {
+    if (view.device_kind == DeviceKind::cpu) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
+}  // namespace aiter

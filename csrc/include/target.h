@@ -1,0 +1,19 @@
+// Which target this is compiled for, for host code that never sees a GPU header.
+#pragma once
+
+namespace aiter {
+
+#if defined(AITER_TARGET_ROCM)
+constexpr const char* kTargetName = "rocm";
+constexpr bool kTargetIsGpu = true;
+#elif defined(AITER_TARGET_CUDA)
+constexpr const char* kTargetName = "cuda";
+constexpr bool kTargetIsGpu = true;
+#elif defined(AITER_TARGET_CPU)
+constexpr const char* kTargetName = "cpu";
+constexpr bool kTargetIsGpu = false;
+#else
+#error "compile with -DAITER_TARGET_ROCM, -DAITER_TARGET_CUDA or -DAITER_TARGET_CPU"
+#endif
+
+}  // namespace aiter

@@ -1,0 +1,50 @@
+// Softmax and top-k of every row of the router logits: the first step of the separate chain.
+//
+//   gating [M, E] f32/f16/bf16, inner stride 1, rows `row_stride` items apart
+//   topk_weights f32 [M, K], topk_indices i32 [M, K], token_expert_indices i32 [M, K] = k*M + row
+//
+// A wave per row (row_topk.h), kRowsPerBlock waves per workgroup; waves share nothing, so there is
+// no LDS and no barrier.
+#pragma once
+
+#include "row_topk.h"
+
+namespace aiter {
+
+constexpr int kRowsPerBlock = 4;
+
+struct TopkSoftmaxParams {
+  const void* gating;
+  int64_t row_stride;  // in items
+  int num_tokens, num_experts, topk;
+  bool need_renorm;
+  float* topk_weights;
+  int32_t* topk_indices;
+  int32_t* token_expert_indices;
+};
+
+struct TopkSoftmaxSink {
+  const TopkSoftmaxParams& p;
+  int64_t row;
+
+  __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
+    const int64_t i = row * p.topk + k;
+    p.topk_weights[i] = weight;
+    p.topk_indices[i] = static_cast<int32_t>(expert_idx);
+    p.token_expert_indices[i] = static_cast<int32_t>(k * static_cast<int64_t>(p.num_tokens) + row);
+  }
+  __device__ __forceinline__ void divide(int k, float denominator) {
+    p.topk_weights[row * p.topk + k] /= denominator;
+  }
+};
+
+template <typename T, int kValues>
+__global__ void topk_softmax_kernel(TopkSoftmaxParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + wave_idx();
+  if (row >= p.num_tokens) return;
+  TopkSoftmaxSink sink{p, row};
+  wave_topk<T, kValues>(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts, p.topk,
+                        p.need_renorm, sink);
+}
+
+}  // namespace aiter

@@ -1,0 +1,89 @@
+// The checks of routing_checks.h.
+#include "routing_checks.h"
+
+#include <limits>
+
+namespace aiter {
+
+void check_experts_and_topk(int64_t num_experts, int64_t topk) {
+  check_range("num_experts", num_experts, 1, kMaxExperts);
+  check_range("topk", topk, 1, kMaxTopk);
+  if (topk > num_experts) {
+    fail_argument("topk", "at most num_experts = " + std::to_string(num_experts),
+                  std::to_string(topk));
+  }
+}
+
+void check_gating(const TensorView& gating_output, int64_t num_experts) {
+  check_rank(gating_output, 2);
+  check_dtype(gating_output, {DType::f32, DType::f16, DType::bf16});
+  if (gating_output.shape[1] != num_experts) {
+    fail_argument(gating_output.name, "shape [any, num_experts = " + std::to_string(num_experts) + "]",
+                  shape_of(gating_output));
+  }
+  if (gating_output.shape[1] > 1 && gating_output.stride[1] != 1) {
+    fail_argument(gating_output.name, "inner stride 1", std::to_string(gating_output.stride[1]));
+  }
+  if (gating_output.shape[0] > kMaxTokens) {
+    fail_argument(gating_output.name, "at most " + std::to_string(kMaxTokens) + " rows",
+                  shape_of(gating_output));
+  }
+}
+
+void check_sort_tensors(const SortTensors& tensors, int64_t num_tokens, int64_t num_experts,
+                        int64_t topk, int64_t unit_size) {
+  constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();
+  check_range("unit_size", unit_size, 1, kMaxSlots);
+  const int64_t slots = num_tokens * topk + num_experts * unit_size - topk;
+  if (slots > kMaxSlots) {
+    fail_argument("unit_size",
+                  "M*topk + num_experts*unit_size - topk at most " + std::to_string(kMaxSlots),
+                  std::to_string(slots) + " (unit_size " + std::to_string(unit_size) + ")");
+  }
+  const TensorView* one_dimensional[] = {&tensors.sorted_ids, &tensors.sorted_weights,
+                                         &tensors.sorted_expert_ids, &tensors.num_valid_ids};
+  for (const TensorView* t : one_dimensional) {
+    check_rank(*t, 1);
+    check_dtype(*t, {t == &tensors.sorted_weights ? DType::f32 : DType::i32});
+    check_contiguous(*t);
+  }
+  constexpr const char* kSlotsFormula = "M*topk + num_experts*unit_size - topk";
+  check_min_numel(tensors.sorted_ids, slots, kSlotsFormula);
+  check_min_numel(tensors.sorted_weights, slots, kSlotsFormula);
+  check_min_numel(tensors.sorted_expert_ids, (slots + unit_size - 1) / unit_size,
+                  "(M*topk + num_experts*unit_size - topk) / unit_size, rounded up");
+  check_shape(tensors.num_valid_ids, {2});
+  check_rank(tensors.moe_buf, 2);
+  if (tensors.moe_buf.shape[0] != num_tokens) {
+    fail_argument(tensors.moe_buf.name, std::to_string(num_tokens) + " rows, one per token",
+                  shape_of(tensors.moe_buf));
+  }
+  check_contiguous(tensors.moe_buf);
+  if (const TensorView* mask = tensors.expert_mask_or_null()) {
+    check_dtype(*mask, {DType::i32});
+    check_shape(*mask, {num_experts});
+    check_contiguous(*mask);
+  }
+  if (const TensorView* local = tensors.num_local_tokens_or_null()) {
+    check_dtype(*local, {DType::i32});
+    check_shape(*local, {1});
+  }
+}
+
+void check_placement(const SortTensors& tensors, std::initializer_list<const TensorView*> inputs,
+                     const TensorView* workspace) {
+  const TensorView* mask = tensors.expert_mask_or_null();
+  const TensorView* local = tensors.num_local_tokens_or_null();
+  const TensorView* first = *inputs.begin();
+  for (const TensorView* input : inputs) check_same_device({first, input});
+  check_same_device({first, &tensors.sorted_ids, &tensors.sorted_weights,
+                     &tensors.sorted_expert_ids, &tensors.num_valid_ids, &tensors.moe_buf, mask,
+                     local, workspace});
+  const std::initializer_list<const TensorView*> outputs = {
+      &tensors.sorted_ids,    &tensors.sorted_weights, &tensors.sorted_expert_ids,
+      &tensors.num_valid_ids, &tensors.moe_buf,        workspace};
+  check_no_overlap(outputs, inputs);
+  check_no_overlap(outputs, {mask, local});
+}
+
+}  // namespace aiter

@@ -1,0 +1,55 @@
+// The checked launcher of topk_softmax.
+#include "topk_softmax.h"
+
+#include <limits>
+
+#include "sort_launch.h"
+#include "topk_softmax_api.h"
+
+namespace aiter {
+namespace {
+
+void check(const TopkSoftmaxArgs& args) {
+  check_rank(args.gating_output, 2);
+  check_gating(args.gating_output, args.gating_output.shape[1]);
+  check_rank(args.topk_weights, 2);
+  const int64_t topk = args.topk_weights.shape[1];
+  check_experts_and_topk(args.gating_output.shape[1], topk);
+  for (const TensorView* t : {&args.topk_weights, &args.topk_indices, &args.token_expert_indices}) {
+    check_dtype(*t, {t == &args.topk_weights ? DType::f32 : DType::i32});
+    check_shape(*t, {args.gating_output.shape[0], topk});
+    check_contiguous(*t);
+  }
+  check_range("M*topk", args.topk_weights.numel(), 0, std::numeric_limits<int32_t>::max());
+  check_same_device({&args.gating_output, &args.topk_weights, &args.topk_indices,
+                     &args.token_expert_indices});
+  check_no_overlap({&args.topk_weights, &args.topk_indices, &args.token_expert_indices},
+                   {&args.gating_output});
+}
+
+}  // namespace
+
+void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
+  check(args);
+  const TensorView& gating = args.gating_output;
+  if (gating.shape[0] == 0) return;
+  const DeviceGuard guard(gating.device_index);
+  const int wave_size = device_limits(gating.device_index).wave_size;
+  const TopkSoftmaxParams params{gating.data,
+                                 gating.stride[0],
+                                 static_cast<int>(gating.shape[0]),
+                                 static_cast<int>(gating.shape[1]),
+                                 static_cast<int>(args.topk_weights.shape[1]),
+                                 args.need_renorm,
+                                 static_cast<float*>(args.topk_weights.data),
+                                 static_cast<int32_t*>(args.topk_indices.data),
+                                 static_cast<int32_t*>(args.token_expert_indices.data)};
+  const unsigned num_blocks = (params.num_tokens + kRowsPerBlock - 1) / kRowsPerBlock;
+  dispatch_row(gating.dtype, row_values(params.num_experts, wave_size),
+               [&](auto logit, auto values) {
+                 launch(topk_softmax_kernel<decltype(logit), values()>, num_blocks,
+                        kRowsPerBlock * wave_size, 0, static_cast<hipStream_t>(stream), params);
+               });
+}
+
+}  // namespace aiter
