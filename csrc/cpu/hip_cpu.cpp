@@ -279,7 +279,8 @@ void lane_main() {
 // none of its parent's threads, starts its own.
 class Helpers {
  public:
-  // Runs `launch` on the caller and up to `count` helpers; returns when all have finished.
+  // Runs `launch` on the caller and up to `count` helpers. A helper that wakes up after the caller
+  // has done all the work is not waited for: on busy cores that would cost milliseconds.
   void run(Launch& launch, unsigned count) {
     std::lock_guard<std::mutex> one_launch_at_a_time(launch_mutex_);
     while (threads_ < count) {
@@ -289,12 +290,13 @@ class Helpers {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       launch_ = &launch;
-      wanted_ = running_ = count;
+      wanted_ = count;
       ++generation_;
     }
     wake_.notify_all();
     run_here(launch);
     std::unique_lock<std::mutex> lock(mutex_);
+    launch_ = nullptr;
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
@@ -315,8 +317,9 @@ class Helpers {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_ != seen; });
         seen = generation_;
-        if (id >= wanted_) continue;
+        if (id >= wanted_ || launch_ == nullptr) continue;
         launch = launch_;
+        ++running_;
       }
       run_here(*launch);
       std::lock_guard<std::mutex> lock(mutex_);

@@ -110,12 +110,18 @@ __device__ __forceinline__ void route(const FusedParams& p, int num_local, char*
   write_padding(p.shape, num_local, lds_counts, lds_starts, p.sort, threadIdx.x, blockDim.x);
 }
 
+// Long rows want more registers than a lane of the largest workgroup gets.
+__host__ __device__ constexpr int fused_max_threads(int row_values) {
+  return row_values > 16 ? 512 : 1024;
+}
+
 template <typename T, int kValues>
-__global__ void __launch_bounds__(1024) fused_topk_moe_sorting_kernel(FusedParams p) {
+__global__ void __launch_bounds__(fused_max_threads(kValues))
+    fused_topk_moe_sorting_kernel(FusedParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   if (blockIdx.x == 0) {
-    route<T, kValues>(p, num_local, lds_base);
+    if constexpr (kRowIsUsed<kValues>) route<T, kValues>(p, num_local, lds_base);
   } else {
     zero_moe_buf(p.sort, num_local, 1);
   }

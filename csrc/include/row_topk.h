@@ -4,15 +4,19 @@
 //   winners the K largest (x_e, -e) in descending order
 //   w_k     exp(x_k - x_0) / Z;  Z = sum over the winners in slot order (need_renorm), or over all E
 //
-// Lane l of a wave of W holds the logits of experts l, W + l, 2W + l, ... in kValues registers.
-// A step of the selection takes the best candidate below the last winner in every lane, then the
-// maximum over the wave; "below the last winner" needs no removal from the registers, and cannot
-// pick an expert twice. Lane k keeps winner k, so exp and the division are done once for all
-// winners and not once for each. With kValues = 0 the row stays in memory and is read again in
-// every step: any E, slowly.
+// Lane l of a wave of W holds the logits of experts l, W + l, 2W + l, ... in kValues registers. A
+// step of the selection takes the maximum over the lane's registers, then over the wave, and zeroes
+// the winner's register. 16-bit logits carry the complemented expert index in the low half of the
+// register, so that one reduction finds both; f32 logits need a second one, for the lowest index
+// among the equal. Lane k keeps winner k, so exp and the division are done once for all winners and
+// not once for each. With kValues = 0 the row stays in memory and is read again in every step, below
+// the last winner: any E, slowly.
 //
 // Z over all E is summed by halves of the index range (wave_sum_by_halves, and the same over the
 // registers), so that its last bit does not depend on the wave width nor on kValues > 0.
+//
+// Rejected: 64-bit (key, index) candidates for f32 in registers: with kValues = 32 they spilled 94
+// VGPRs on gfx942, and all kValues >= 16 instances spilled scalar registers.
 #pragma once
 
 #include "device/numeric.h"
@@ -20,34 +24,29 @@
 
 namespace aiter {
 
-// kValues registers of a lane, as launchers choose them: the smallest that holds a row.
-constexpr int kMaxRowValues = 32;
+constexpr int kMaxRowValues = 32;    // registers of a lane
+constexpr int kMaxRowExperts = 1024;  // longer rows are read from memory
 
-inline int row_values(int num_experts, int wave_size) {
-  for (int values = 2; values <= kMaxRowValues; values *= 2) {
-    if (values * wave_size >= num_experts) return values;
-  }
-  return 0;
+// Registers of a lane that hold a row, as launchers choose them: a power of two; 0 for memory.
+__host__ __device__ constexpr int row_values(int num_experts, int wave_size) {
+  if (num_experts > kMaxRowExperts) return 0;
+  int values = 2;
+  while (values * wave_size < num_experts) values *= 2;
+  return values;
 }
 
-// ((x_0 + x_n/2) + ...): first and second half are added, then the same with the n/2 sums.
-template <int n>
-__device__ __forceinline__ float sum_by_halves(const float (&x)[n]) {
-  if constexpr (n == 1) {
-    return x[0];
-  } else {
-    float sum[n / 2];
-    AITER_UNROLL
-    for (int i = 0; i < n / 2; ++i) sum[i] = x[i] + x[i + n / 2];
-    return sum_by_halves(sum);
-  }
-}
+// Whether launchers ever choose kValues on this target; other instances are compiled empty.
+template <int kValues>
+constexpr bool kRowIsUsed = kValues * kWaveSize <= kMaxRowExperts;
+
+struct Winner {
+  uint32_t key;  // of the logit, ordered as the logits are
+  uint32_t expert_idx;
+};
 
 template <typename T, int kValues>
 class WaveRow {
  public:
-  using Candidate = typename Logit<T>::Candidate;
-
   __device__ __forceinline__ WaveRow(const T* row, int num_experts) {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
@@ -56,50 +55,87 @@ class WaveRow {
     }
   }
 
-  __device__ __forceinline__ Candidate best_below(Candidate last) const {
-    Candidate best = 0;
-    AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      const Candidate c = Logit<T>::candidate(stored_[i], i * kWaveSize + lane_idx());
-      if (c < last && c > best) best = c;
+  // The best candidate that was not taken yet, the same in every lane.
+  __device__ __forceinline__ Winner best() const {
+    const uint32_t stored = wave_max(max_over<0, kValues>());
+    uint32_t expert_idx;
+    if constexpr (Logit<T>::kHoldsExpert) {
+      expert_idx = Logit<T>::expert(stored);
+    } else {
+      uint32_t complement = 0;  // of the lane's lowest index with this key; 0 for none
+      AITER_UNROLL
+      for (int i = kValues - 1; i >= 0; --i) {
+        if (stored_[i] == stored) complement = ~static_cast<uint32_t>(i * kWaveSize + lane_idx());
+      }
+      expert_idx = ~wave_max(complement);
     }
-    return best;
+    return {Logit<T>::key(stored), expert_idx};
   }
 
-  __device__ __forceinline__ float sum_numerators(float max) const {
-    float term[kValues];
+  __device__ __forceinline__ void take(const Winner& winner) {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      term[i] = stored_[i] == 0 ? 0.0f : softmax_numerator(Logit<T>::value(stored_[i]), max);
+      const bool taken = static_cast<int>(winner.expert_idx) - i * kWaveSize == lane_idx();
+      stored_[i] = taken ? 0 : stored_[i];
     }
-    return wave_sum_by_halves(sum_by_halves(term));
+  }
+
+  // Sum of exp(x - max) over the row, to be asked before anything was taken.
+  __device__ __forceinline__ float sum_numerators(float max) const {
+    return wave_sum_by_halves(sum_by_halves<0, 1>(max));
   }
 
  private:
-  typename Logit<T>::Stored stored_[kValues];
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ uint32_t max_over() const {
+    if constexpr (kCount == 1) {
+      return stored_[kFirst];
+    } else {
+      const uint32_t x = max_over<kFirst, kCount / 2>();
+      const uint32_t y = max_over<kFirst + kCount / 2, kCount / 2>();
+      return x > y ? x : y;
+    }
+  }
+
+  // Over the registers kFirst, kFirst + kStep, ...: the halves of the range are summed first.
+  template <int kFirst, int kStep>
+  __device__ __forceinline__ float sum_by_halves(float max) const {
+    if constexpr (kStep == kValues) {
+      const uint32_t stored = stored_[kFirst];
+      return stored == 0 ? 0.0f : softmax_numerator(Logit<T>::value(Logit<T>::key(stored)), max);
+    } else {
+      return sum_by_halves<kFirst, 2 * kStep>(max) + sum_by_halves<kFirst + kStep, 2 * kStep>(max);
+    }
+  }
+
+  uint32_t stored_[kValues];
 };
 
 template <typename T>
 class WaveRow<T, 0> {
  public:
-  using Candidate = typename Logit<T>::Candidate;
-
   __device__ __forceinline__ WaveRow(const T* row, int num_experts)
       : row_(row), num_experts_(num_experts) {}
 
-  __device__ __forceinline__ Candidate best_below(Candidate last) const {
-    Candidate best = 0;
+  __device__ __forceinline__ Winner best() const {
+    uint64_t best = 0;
     for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
-      const Candidate c = Logit<T>::candidate(Logit<T>::store(row_[e], e), e);
-      if (c < last && c > best) best = c;
+      const uint64_t key = Logit<T>::key(Logit<T>::store(row_[e], e));
+      const uint64_t candidate = key << 32 | static_cast<uint32_t>(~e);
+      if (candidate < last_ && candidate > best) best = candidate;
     }
-    return best;
+    best = wave_max(best);
+    return {static_cast<uint32_t>(best >> 32), ~static_cast<uint32_t>(best)};
+  }
+
+  __device__ __forceinline__ void take(const Winner& winner) {
+    last_ = static_cast<uint64_t>(winner.key) << 32 | static_cast<uint32_t>(~winner.expert_idx);
   }
 
   __device__ __forceinline__ float sum_numerators(float max) const {
     float sum = 0.0f;
     for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
-      sum += softmax_numerator(Logit<T>::value(Logit<T>::store(row_[e], e)), max);
+      sum += softmax_numerator(Logit<T>::value(Logit<T>::key(Logit<T>::store(row_[e], e))), max);
     }
     return wave_sum_by_halves(sum);
   }
@@ -107,6 +143,7 @@ class WaveRow<T, 0> {
  private:
   const T* row_;
   int num_experts_;
+  uint64_t last_ = ~uint64_t{0};
 };
 
 // Runs the selection for one row. Sink: put(k, expert_idx, weight) is called once per slot, each
@@ -115,29 +152,26 @@ class WaveRow<T, 0> {
 template <typename T, int kValues, typename Sink>
 __device__ __forceinline__ void wave_topk(const T* row, int num_experts, int topk,
                                           bool need_renorm, Sink& sink) {
-  using Candidate = typename Logit<T>::Candidate;
-  const WaveRow<T, kValues> values(row, num_experts);
+  WaveRow<T, kValues> values(row, num_experts);
   const bool one_pass = topk <= kWaveSize;
-  Candidate last = ~Candidate{0};
   float max = 0.0f;
   float denominator = 0.0f;
   for (int first = 0; first < topk; first += kWaveSize) {
     const int num_winners = topk - first < kWaveSize ? topk - first : kWaveSize;
-    Candidate mine = 0;
+    Winner mine{};
     for (int k = 0; k < num_winners; ++k) {
-      last = wave_max(values.best_below(last));
-      if (k == lane_idx()) mine = last;
+      const Winner winner = values.best();
       if (first + k == 0) {
-        max = Logit<T>::candidate_value(last);
+        max = Logit<T>::value(winner.key);
+        if (!need_renorm) denominator = values.sum_numerators(max);
       }
+      values.take(winner);
+      if (k == lane_idx()) mine = winner;
     }
-    if (first == 0 && !need_renorm) denominator = values.sum_numerators(max);
-    float weight = softmax_numerator(Logit<T>::candidate_value(mine), max);
+    float weight = softmax_numerator(Logit<T>::value(mine.key), max);
     if (need_renorm) denominator = wave_sum_in_order(weight, num_winners, denominator);
     if (one_pass) weight = weight / denominator;
-    if (lane_idx() < num_winners) {
-      sink.put(first + lane_idx(), Logit<T>::candidate_expert(mine), weight);
-    }
+    if (lane_idx() < num_winners) sink.put(first + lane_idx(), mine.expert_idx, weight);
   }
   if (one_pass) return;
   for (int k = lane_idx(); k < topk; k += kWaveSize) sink.divide(k, denominator);

@@ -43,8 +43,10 @@ __global__ void topk_softmax_kernel(TopkSoftmaxParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + wave_idx();
   if (row >= p.num_tokens) return;
   TopkSoftmaxSink sink{p, row};
-  wave_topk<T, kValues>(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts, p.topk,
-                        p.need_renorm, sink);
+  if constexpr (kRowIsUsed<kValues>) {
+    wave_topk<T, kValues>(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts,
+                          p.topk, p.need_renorm, sink);
+  }
 }
 
 }  // namespace aiter

@@ -30,7 +30,9 @@ FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, const Dev
   FusedConfig config;
   config.row_values = row_values(shape.num_experts, limits.wave_size);
   // A wave per row while there are waves; never fewer than a thread per expert would use well.
-  const int max_waves = limits.max_threads_per_block / limits.wave_size;
+  const int max_waves =
+      std::min(limits.max_threads_per_block, fused_max_threads(config.row_values)) /
+      limits.wave_size;
   const int expert_waves = (shape.num_experts + limits.wave_size - 1) / limits.wave_size;
   const int num_waves = std::min(max_waves, std::max({4, shape.num_tokens, expert_waves}));
   config.num_threads = num_waves * limits.wave_size;

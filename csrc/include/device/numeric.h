@@ -1,11 +1,10 @@
 // Logits, order-preserving keys and exp: the arithmetic that has to be the same on every target.
 //
-// A logit is read once into a key, an unsigned integer that orders like the logit:
-//   key(x) = x >= 0 ? bits(x) | sign : ~bits(x)      (NaN as -inf, -0 as +0; never 0)
-// A candidate puts the complemented expert index below the key, so that comparing two candidates
-// compares logits first and prefers the lower index on a tie, no two candidates of a row are equal,
-// and 0 is below them all. 16-bit logits make 32-bit candidates (so E < 65536), f32 logits 64-bit
-// ones.
+// A logit is read once into a key, an unsigned integer that orders like the logit and is never 0:
+//   key(x) = x >= 0 ? bits(x) | sign : ~bits(x)      (NaN as -inf, -0 as +0)
+// What a lane stores of it is one 32-bit register: the key of an f32 logit; for a 16-bit one the key
+// above the complemented expert index (so E < 65536), which makes all stored values of a row
+// different and prefers the lower index among equal logits.
 //
 // exp is our own, of the same fma's everywhere: results are the same bits on the CPU, on CUDA and on
 // AMD GPUs, which is what makes a run on the CPU a proof about the kernel. The compilers must not
@@ -60,47 +59,36 @@ struct OrderedKey {
   }
 };
 
-// How logits of type T are kept in a lane's registers (Stored), and as candidates.
+// How a lane stores a logit of type T; 0 stands for no logit.
 template <typename T>
 struct Logit;
 
 template <>
 struct Logit<float> {
   using Key = OrderedKey<uint32_t, 0x7f800000u, 0x80000000u>;
-  using Stored = uint32_t;
-  using Candidate = uint64_t;
-  static __device__ __forceinline__ Stored store(float x, uint32_t) {
+  static constexpr bool kHoldsExpert = false;
+  static __device__ __forceinline__ uint32_t store(float x, uint32_t) {
     return Key::encode(bit_cast<uint32_t>(x));
   }
-  static __device__ __forceinline__ Candidate candidate(Stored stored, uint32_t expert_idx) {
-    return static_cast<uint64_t>(stored) << 32 | static_cast<uint32_t>(~expert_idx);
-  }
-  static __device__ __forceinline__ float value(Stored stored) {
-    return bit_cast<float>(Key::decode(stored));
-  }
-  static __device__ __forceinline__ float candidate_value(Candidate c) {
-    return value(static_cast<uint32_t>(c >> 32));
-  }
-  static __device__ __forceinline__ uint32_t candidate_expert(Candidate c) {
-    return ~static_cast<uint32_t>(c);
+  static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored; }
+  static __device__ __forceinline__ float value(uint32_t key) {
+    return bit_cast<float>(Key::decode(key));
   }
 };
 
 template <typename T, uint16_t Inf>
 struct Logit16 {
   using Key = OrderedKey<uint16_t, Inf, 0x8000u>;
-  using Stored = uint32_t;
-  using Candidate = uint32_t;
-  static __device__ __forceinline__ Stored store(T x, uint32_t expert_idx) {
+  static constexpr bool kHoldsExpert = true;
+  static __device__ __forceinline__ uint32_t store(T x, uint32_t expert_idx) {
     return static_cast<uint32_t>(Key::encode(x.bits)) << 16 | (0xffffu - expert_idx);
   }
-  static __device__ __forceinline__ Candidate candidate(Stored stored, uint32_t) { return stored; }
-  static __device__ __forceinline__ float value(Stored stored) {
-    return to_float(T{Key::decode(static_cast<uint16_t>(stored >> 16))});
+  static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored >> 16; }
+  static __device__ __forceinline__ uint32_t expert(uint32_t stored) {
+    return 0xffffu - (stored & 0xffffu);
   }
-  static __device__ __forceinline__ float candidate_value(Candidate c) { return value(c); }
-  static __device__ __forceinline__ uint32_t candidate_expert(Candidate c) {
-    return 0xffffu - (c & 0xffffu);
+  static __device__ __forceinline__ float value(uint32_t key) {
+    return to_float(T{Key::decode(static_cast<uint16_t>(key))});
   }
 };
 

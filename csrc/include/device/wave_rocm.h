@@ -1,15 +1,61 @@
-// wave.h on AMD GPUs, both wave widths.
+// wave.h on AMD GPUs: wave64 (gfx9) and wave32 (gfx10 to gfx12).
+//
+// Lanes talk through DPP, which is part of the arithmetic instruction and reaches within a row of 16
+// lanes, and across rows by row_bcast on gfx9. What DPP cannot do: on gfx10 and later rows meet in
+// scalar registers (v_readlane) or by v_permlanex16; halves of a gfx9 wave meet through the LDS
+// crossbar (ds_swizzle, ds_bpermute), v_permlane32_swap being gfx950's alone. A result that is the
+// same in all lanes is returned from v_readlane, so that the compiler keeps it in a scalar register.
 #pragma once
 
 namespace aiter {
 
+namespace dpp {
+
+constexpr int kRowShr = 0x110;      // + n: lane l reads l - n of its row
+constexpr int kRowRor = 0x120;      // + n: rotation within the row
+constexpr int kRowBcast15 = 0x142;  // gfx9: lane 15 of a row into the next row
+constexpr int kRowBcast31 = 0x143;  // gfx9: lane 31 into rows 2 and 3
+constexpr int kAllRows = 0xf;
+constexpr int kAllBanks = 0xf;
+constexpr int kOddRows = 0xa;
+constexpr int kUpperRows = 0xc;
+
+// x as seen through the DPP control; 0 for lanes that read from outside or whose row is masked out.
+template <int kControl, int kRowMask = kAllRows>
+__device__ __forceinline__ uint32_t move(uint32_t x) {
+  return static_cast<uint32_t>(__builtin_amdgcn_update_dpp(0, static_cast<int>(x), kControl,
+                                                           kRowMask, kAllBanks, true));
+}
+
+template <int kControl>
+__device__ __forceinline__ float move(float x) {
+  return __uint_as_float(move<kControl>(__float_as_uint(x)));
+}
+
+}  // namespace dpp
+
+__device__ __forceinline__ uint32_t wave_read_lane(uint32_t x, int lane) {
+  return static_cast<uint32_t>(__builtin_amdgcn_readlane(static_cast<int>(x), lane));
+}
+
+__device__ __forceinline__ float wave_read_lane(float x, int lane) {
+  return __uint_as_float(wave_read_lane(__float_as_uint(x), lane));
+}
+
+__device__ __forceinline__ uint32_t max_of(uint32_t x, uint32_t y) { return x > y ? x : y; }
+
 __device__ __forceinline__ uint32_t wave_max(uint32_t x) {
-  AITER_UNROLL
-  for (int half = kWaveSize / 2; half > 0; half /= 2) {
-    const uint32_t y = __shfl_xor(x, half, kWaveSize);
-    x = y > x ? y : x;
+  x = max_of(x, dpp::move<dpp::kRowShr + 1>(x));
+  x = max_of(x, dpp::move<dpp::kRowShr + 2>(x));
+  x = max_of(x, dpp::move<dpp::kRowShr + 4>(x));
+  x = max_of(x, dpp::move<dpp::kRowShr + 8>(x));
+  if constexpr (kWaveSize == 64) {
+    x = max_of(x, dpp::move<dpp::kRowBcast15, dpp::kOddRows>(x));
+    x = max_of(x, dpp::move<dpp::kRowBcast31, dpp::kUpperRows>(x));
+    return wave_read_lane(x, 63);
+  } else {
+    return max_of(wave_read_lane(x, 15), wave_read_lane(x, 31));
   }
-  return x;
 }
 
 __device__ __forceinline__ uint64_t wave_max(uint64_t x) {
@@ -19,18 +65,30 @@ __device__ __forceinline__ uint64_t wave_max(uint64_t x) {
   return static_cast<uint64_t>(best_high) << 32 | wave_max(low);
 }
 
-__device__ __forceinline__ uint32_t wave_read_lane(uint32_t x, int lane) {
-  return static_cast<uint32_t>(__builtin_amdgcn_readlane(static_cast<int>(x), lane));
-}
-
-__device__ __forceinline__ float wave_read_lane(float x, int lane) {
-  return __int_as_float(__builtin_amdgcn_readlane(__float_as_int(x), lane));
+// x of the lane whose index differs in the bit 16.
+__device__ __forceinline__ float swap_rows(float x) {
+#if defined(__GFX9__)
+  constexpr int kSwizzleXor16 = 0x401f;  // and_mask 0x1f, or_mask 0, xor_mask 0x10
+  return __uint_as_float(__builtin_amdgcn_ds_swizzle(__float_as_uint(x), kSwizzleXor16));
+#else
+  const uint32_t bits = __float_as_uint(x);
+  return __uint_as_float(
+      __builtin_amdgcn_permlanex16(bits, bits, 0x76543210, 0xfedcba98, false, false));
+#endif
 }
 
 __device__ __forceinline__ float wave_sum_by_halves(float x) {
-  AITER_UNROLL
-  for (int half = kWaveSize / 2; half > 0; half /= 2) x += __shfl_xor(x, half, kWaveSize);
-  return x;
+  if constexpr (kWaveSize == 64) {
+    const int opposite = (lane_idx() ^ 32) * static_cast<int>(sizeof(float));
+    x += __uint_as_float(__builtin_amdgcn_ds_bpermute(opposite, __float_as_uint(x)));
+  }
+  x += swap_rows(x);
+  // Once lanes l and l ^ 8 agree, a rotation by 4 reads the same value as an exchange of l and l ^ 4.
+  x += dpp::move<dpp::kRowRor + 8>(x);
+  x += dpp::move<dpp::kRowRor + 4>(x);
+  x += dpp::move<dpp::kRowRor + 2>(x);
+  x += dpp::move<dpp::kRowRor + 1>(x);
+  return wave_read_lane(x, 0);
 }
 
 __device__ __forceinline__ float wave_sum_in_order(float x, int count, float init) {
@@ -39,10 +97,16 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
 }
 
 __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
-  AITER_UNROLL
-  for (int distance = 1; distance < kWaveSize; distance *= 2) {
-    const uint32_t y = __shfl_up(x, distance, kWaveSize);
-    if (lane_idx() >= distance) x += y;
+  x += dpp::move<dpp::kRowShr + 1>(x);
+  x += dpp::move<dpp::kRowShr + 2>(x);
+  x += dpp::move<dpp::kRowShr + 4>(x);
+  x += dpp::move<dpp::kRowShr + 8>(x);
+  if constexpr (kWaveSize == 64) {
+    x += dpp::move<dpp::kRowBcast15, dpp::kOddRows>(x);
+    x += dpp::move<dpp::kRowBcast31, dpp::kUpperRows>(x);
+  } else {
+    const uint32_t lower_row = wave_read_lane(x, 15);
+    if (lane_idx() >= 16) x += lower_row;
   }
   return x;
 }
