@@ -47,7 +47,9 @@ def explain(
 
 
 def check_policy(dispatch_policy: int) -> None:
-    """Raises ValueError for anything but 0, 1 and 2."""
+    """Raises TypeError for what is not an int, and ValueError for anything but 0, 1 and 2."""
+    if not isinstance(dispatch_policy, int) or isinstance(dispatch_policy, bool):
+        raise TypeError(f"dispatch_policy: expected an int, got {type(dispatch_policy).__name__}")
     if dispatch_policy not in POLICIES:
         raise ValueError(
             "dispatch_policy: expected 0 (automatic), 1 (oneshot chain) or 2 (multi-phase chain),"

@@ -7,6 +7,7 @@ the calling thread's last call took; a failure in a path is raised, never answer
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,7 +78,12 @@ def topk_softmax_sorting(
     """
     dispatch.check_policy(dispatch_policy)
     _check_matrix("gating_output", gating_output)
-    tokens = gating_output.shape[0]
+    tokens, width = gating_output.shape
+    if width != num_experts:
+        raise ValueError(
+            f"gating_output: expected shape [any, num_experts = {num_experts}], got"
+            f" {list(gating_output.shape)}"
+        )
     buffers = _allocate(
         gating_output, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size
     )
@@ -103,14 +109,14 @@ def topk_softmax_sorting(
             _last.path = "fused"
             return buffers
     weights, ids, token_expert_ids = _allocate_topk(gating_output, topk)
-    arguments = _chain_arguments(
+    sort = _sort_call(
         ids, weights, buffers, num_experts, block_size, expert_mask, num_local_tokens,
         dispatch_policy,
     )  # fmt: skip
     # NOTE: nothing may be launched before every argument is known to be good.
-    moe_sorting_opus_check(*arguments)
+    sort(moe_sorting_opus_check)
     topk_softmax(weights, ids, token_expert_ids, gating_output, need_renorm)
-    _run_sort(arguments)
+    _last.path = sort(moe_sorting_opus_fwd)
     return buffers
 
 
@@ -136,12 +142,11 @@ def moe_sorting(
     _check_matrix("topk_ids", topk_ids)
     tokens, topk = topk_ids.shape
     buffers = _allocate(topk_ids, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    _run_sort(
-        _chain_arguments(
-            topk_ids, topk_weights, buffers, num_experts, block_size, expert_mask,
-            num_local_tokens, dispatch_policy,
-        )
+    sort = _sort_call(
+        topk_ids, topk_weights, buffers, num_experts, block_size, expert_mask, num_local_tokens,
+        dispatch_policy,
     )  # fmt: skip
+    _last.path = sort(moe_sorting_opus_fwd)
     return buffers
 
 
@@ -161,6 +166,8 @@ def fused_topk(
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
     _check_matrix("gating_output", gating_output)
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
     if hidden_states.shape[0] != gating_output.shape[0]:
         raise ValueError(
             f"hidden_states: expected {gating_output.shape[0]} rows, as gating_output, got shape"
@@ -230,7 +237,7 @@ def _allocate_topk(gating_output: Tensor, topk: int) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _chain_arguments(
+def _sort_call(
     topk_ids: Tensor,
     topk_weights: Tensor,
     buffers: SortedBuffers,
@@ -239,8 +246,8 @@ def _chain_arguments(
     expert_mask: Tensor | None,
     num_local_tokens: Tensor | None,
     dispatch_policy: int,
-) -> tuple[object, ...]:
-    """The arguments of `moe_sorting_opus_fwd`, workspace included."""
+) -> Callable[[Callable[..., None]], dispatch.Path]:
+    """A call of the sort or of its check, workspace included; tells which path it is."""
     tokens, topk = topk_ids.shape
     workspace_bytes = moe_sorting_opus_get_workspace_size(
         tokens, num_experts, topk, dispatch_policy, device=topk_ids.device
@@ -248,20 +255,19 @@ def _chain_arguments(
     workspace = None
     if workspace_bytes:
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=topk_ids.device)
-    return (
-        topk_ids,
-        topk_weights,
-        *buffers,
-        num_experts,
-        block_size,
-        expert_mask,
-        num_local_tokens,
-        workspace,
-        dispatch_policy,
-    )
 
+    def call(op: Callable[..., None]) -> dispatch.Path:
+        op(
+            topk_ids,
+            topk_weights,
+            *buffers,
+            num_experts,
+            block_size,
+            expert_mask,
+            num_local_tokens,
+            workspace,
+            dispatch_policy,
+        )
+        return dispatch.chain_path(workspace_bytes)
 
-def _run_sort(arguments: tuple[object, ...]) -> None:
-    moe_sorting_opus_fwd(*arguments)  # type: ignore[arg-type]
-    workspace = arguments[-2]
-    _last.path = dispatch.chain_path(0 if workspace is None else 1)
+    return call

@@ -25,6 +25,7 @@ namespace hip_cpu {
 
 thread_local Lane* current_lane = nullptr;
 thread_local Workgroup* current_workgroup = nullptr;
+const Observer* observer = nullptr;
 
 namespace {
 
@@ -139,12 +140,14 @@ class Machine {
   void run(Launch& launch) {
     launch_ = &launch;
     reserve(launch.block);
-    Workgroup workgroup{0, launch.block, launch.grid, lds_};
+    Workgroup workgroup{0, launch.block, launch.grid, lds_, launch.lds_bytes, 0};
     current_workgroup = &workgroup;
     while (!launch.failed) {
       workgroup.block_idx = launch.next_block.fetch_add(1, std::memory_order_relaxed);
       if (workgroup.block_idx >= launch.grid) break;
+      workgroup.barriers_passed = 0;
       std::memset(lds_, kLdsPoison, launch.lds_bytes);
+      if (observer != nullptr) observer->workgroup_begins(workgroup);
       run_workgroup();
     }
     current_workgroup = nullptr;
@@ -160,6 +163,16 @@ class Machine {
     // Those that wait at a wave operation wait only for the lanes that are still there.
     if (wave.arrived != 0 && wave.arrived == wave.live) complete_collective(wave);
     yield_lane();
+  }
+
+  bool owns(const void* address) const {
+    const char* byte = static_cast<const char*>(address);
+    const auto within = [&](const void* begin, size_t size) {
+      return byte >= static_cast<const char*>(begin) && byte < static_cast<const char*>(begin) + size;
+    };
+    return within(stacks_, num_stacks_ * kStackBytes) ||
+           within(lanes_.data(), lanes_.size() * sizeof(Lane)) ||
+           within(waves_.data(), waves_.size() * sizeof(Wave));
   }
 
   void to_scheduler(Lane& lane) { switch_fiber(&lane.stack_pointer, scheduler_); }
@@ -245,6 +258,7 @@ class Machine {
       }
     }
     if (site == nullptr) return false;
+    ++current_workgroup->barriers_passed;
     for (unsigned w = 0; w < num_waves; ++w) {
       waves_[w].ready = waves_[w].live;
       waves_[w].at_barrier = 0;
@@ -383,13 +397,16 @@ void barrier(const Site& site) {
   yield_lane();
 }
 
+bool is_internal(const void* address) { return this_machine().owns(address); }
+
+void fail(const std::string& error) { this_machine().abandon(error); }
+
 void fail(const Site& site, const char* what) {
   const Lane& lane = *current_lane;
   const bool at_barrier = lane.wave->at_barrier != 0;
-  this_machine().abandon(std::string(what) + ": thread " + std::to_string(lane.thread_idx) +
-                         " of workgroup " + std::to_string(current_workgroup->block_idx) + " at " +
-                         describe(site) + ", an earlier one at " +
-                         describe(at_barrier ? lane.wave->barrier_site : lane.wave->site));
+  fail(std::string(what) + ": thread " + std::to_string(lane.thread_idx) +
+       " of workgroup " + std::to_string(current_workgroup->block_idx) + " at " + describe(site) +
+       ", an earlier one at " + describe(at_barrier ? lane.wave->barrier_site : lane.wave->site));
 }
 
 unsigned num_cores() {
@@ -404,7 +421,8 @@ void launch(unsigned grid, unsigned block, size_t lds_bytes, BodyFn body, const 
                              std::to_string(lds_bytes) + " bytes of LDS is out of range");
   }
   Launch state(grid, block, lds_bytes, body, closure);
-  const unsigned workers = std::min(grid, num_cores());
+  const unsigned workers = observer != nullptr ? 1 : std::min(grid, num_cores());
+  if (observer != nullptr) observer->launch_begins();
   if (workers <= 1) {
     Helpers::run_here(state);
   } else {

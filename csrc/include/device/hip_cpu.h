@@ -19,7 +19,8 @@
 //
 // What is an error on a GPU, or hangs it, raises here with the kernel's file and line: lanes of a
 // wave that wait at different wave operations, lanes that wait for others that are at a barrier or
-// have left, a barrier that not all lanes reach, a shuffle from a lane that has left.
+// have left, a barrier that not all lanes reach, a shuffle from a lane that has left. Data races are
+// found by the same means when a module is compiled for it (cpu/race_check.cpp).
 //
 // Rejected: one OS thread per lane (a barrier costs tens of microseconds); running the lanes of a
 // wave as vector code (needs another kernel source, or a compiler of our own); ucontext where there
@@ -28,6 +29,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #ifndef AITER_WAVE_SIZE
@@ -93,6 +95,8 @@ struct Wave {
 struct Workgroup {
   unsigned block_idx, block_dim, grid_dim;
   char* lds;
+  size_t lds_bytes;
+  unsigned barriers_passed;
 };
 
 // The running lane and its workgroup. initial-exec: one load, no call into the dynamic linker.
@@ -170,6 +174,18 @@ using BodyFn = void (*)(const void* closure);
 
 // Runs `grid` workgroups of `block` lanes to the end; throws std::runtime_error on a kernel's fault.
 void launch(unsigned grid, unsigned block, size_t lds_bytes, BodyFn body, const void* closure);
+
+// What a checker of memory accesses is told; see cpu/race_check.cpp. With one, a launch stays on the
+// calling thread.
+struct Observer {
+  void (*launch_begins)();
+  void (*workgroup_begins)(const Workgroup& workgroup);
+};
+extern const Observer* observer;  // null, or set before the first launch
+
+// Whether an address belongs to the execution layer itself: lanes' stacks and bookkeeping.
+bool is_internal(const void* address);
+[[noreturn]] void fail(const std::string& error);
 
 // Number of OS threads that a launch may use: the cores this process may run on.
 unsigned num_cores();

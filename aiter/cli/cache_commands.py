@@ -1,0 +1,163 @@
+"""Commands on modules and the cache: list, build, status and clean."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from aiter.cli.table import format_table
+from aiter.jit.build import remove_leftovers
+from aiter.jit.cache import (
+    BROKEN_DIR,
+    COMPILER_DIR,
+    FAILED_DIR,
+    MANIFEST,
+    TOOL_DIR,
+    Entry,
+    changed_input,
+    shown_path,
+)
+from aiter.jit.errors import CacheError, JitError
+from aiter.jit.load import Loader, default_loader
+from aiter.jit.plan import abi_tag
+from aiter.jit.spec import load_spec
+from aiter.jit.target import cpu_level, cpu_target, named_target
+
+STALE = "stale"
+DAMAGED = "damaged"
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Lists the modules with their targets and sources."""
+    del options
+    loader = default_loader()
+    rows = []
+    wrong = 0
+    for name in loader.modules():
+        try:
+            spec = load_spec(loader.config_path, name, loader.csrc_dir, cpu_target())
+        except JitError as error:
+            print(f"error: {error}", file=sys.stderr)
+            wrong += 1
+            continue
+        sources = ", ".join(source.name for source in spec.srcs)
+        rows.append((name, ", ".join(spec.targets), sources))
+    print(format_table(("module", "targets", "sources"), rows))
+    return 1 if wrong else 0
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """Builds the named modules, or all of them, and shows where they are."""
+    loader = default_loader()
+    known = loader.modules()
+    if options.all == bool(options.modules):
+        print(
+            "error: expected module names or --all, got " + ("both" if options.all else "neither"),
+            file=sys.stderr,
+        )
+        return 2
+    archs = tuple(part.strip() for part in options.arch.replace(",", ";").split(";") if part)
+    target = named_target(options.target, archs)
+    rows = []
+    failures = 0
+    for module in known if options.all else options.modules:
+        start = time.monotonic()
+        try:
+            entry, built = loader.ensure(module, target, options.force)
+        except JitError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        seconds = f"{time.monotonic() - start:.1f} s"
+        rows.append((module, "built" if built else "cached", seconds, entry.library))
+    if rows:
+        print(format_table(("module", "result", "time", "file"), rows))
+    return 1 if failures else 0
+
+
+def run_status(options: argparse.Namespace) -> int:
+    """Shows every build of the cache, and whether it would be used now."""
+    del options
+    loader = default_loader()
+    rows = []
+    for entry, folder in loader.cache.entries():
+        module, place = folder.parts[-4], folder.parts[-3]
+        named = (place, "", "")
+        if entry is not None:
+            archs = ",".join((*entry.target.archs, entry.target.cpu_level)).rstrip(",")
+            named = (entry.target.kind, archs, str(entry.manifest["abi"]))
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        age = _age(time.time() - folder.stat().st_mtime)
+        rows.append((module, *named, f"{size / 1024:.0f} KiB", age, state_of(loader, entry)))
+    print(f"cache folder: {loader.cache.root}")
+    if rows:
+        print(format_table(("module", "target", "arch", "abi", "size", "age", "state"), rows))
+    else:
+        print("no builds")
+    return 0
+
+
+def run_clean(options: argparse.Namespace) -> int:
+    """Removes builds that are stale or damaged, failed builds' logs and leftovers."""
+    loader = default_loader()
+    cache = loader.cache
+    removed = 0
+    for entry, folder in cache.entries():
+        if options.all or state_of(loader, entry).startswith((STALE, DAMAGED)):
+            _remove(folder)
+            removed += 1
+            for parent in (folder.parent, folder.parent.parent, folder.parent.parent.parent):
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+    rest = (BROKEN_DIR, FAILED_DIR, *((COMPILER_DIR, TOOL_DIR) if options.all else ()))
+    remove_leftovers(cache)
+    for name in rest:
+        if (cache.root / name).is_dir():
+            _remove(cache.root / name)
+    print(f"removed {removed} builds from {cache.root}")
+    return 0
+
+
+def state_of(loader: Loader, entry: Entry | None) -> str:
+    """Whether a build would be used now, and why not: `valid`, or a word and a reason."""
+    if entry is None:
+        return f"{DAMAGED}: no complete {MANIFEST}"
+    problem = loader.cache.damage(entry)
+    if problem is not None:
+        return f"{DAMAGED}: {problem}"
+    if entry.manifest["abi"] != abi_tag():
+        return "unchecked: built for another Python"
+    module = entry.folder.parts[-4]
+    if module not in loader.modules():
+        return f"{STALE}: no such module in the config"
+    if entry.target.kind == "cpu" and entry.target.cpu_level != cpu_level():
+        return "unchecked: built for another machine"
+    try:
+        plan = loader.plan(module, entry.target)
+    except JitError as error:
+        return f"unchecked: {error}"
+    changed = changed_input(entry.manifest["inputs"], plan.inputs)
+    if changed is None:
+        header = loader.cache.first_changed_header(entry, plan.roots)
+        changed = None if header is None else f"{shown_path(header)} changed"
+    return "valid" if changed is None else f"{STALE}: {changed}"
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise CacheError(
+            f"cache folder: expected to remove {folder}, got {error.strerror}"
+        ) from None
+
+
+def _age(seconds: float) -> str:
+    """A duration in its largest unit, such as `3 h`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

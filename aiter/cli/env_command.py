@@ -1,0 +1,91 @@
+"""`python -m aiter env`: what is here, what was found for each target, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+
+from aiter._version import __version__
+from aiter.cli.table import format_table
+from aiter.jit import envs, paths, plan
+from aiter.jit.cache import COMPILER_DIR
+from aiter.jit.compilers import compiler_version, find_compiler
+from aiter.jit.errors import JitError
+from aiter.jit.target import KINDS, named_target
+from aiter.jit.toolchain import target_environment
+
+_PACKAGES = ("torch", "pybind11", "jinja2", "filelock", "ziglang")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints versions, targets, folders and variables."""
+    del options
+    print(format_table(("what", "value"), [*_versions(), *_folders()]))
+    print()
+    rows, notes = _targets()
+    print(format_table(("target", "archs", "found by", "compiler", "version"), rows))
+    print("\n".join(notes))
+    print()
+    print(format_table(("variable", "value", "default", "meaning"), _variables()))
+    return 0
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [
+        ("aiter", __version__),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("ABI", plan.abi_tag()),
+        ("machine", f"{platform.system()} {platform.machine()}"),
+    ]
+    for name in _PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def _folders() -> list[tuple[str, str]]:
+    try:
+        cache = str(envs.cache_dir())
+    except JitError as error:
+        cache = str(error)
+    return [("cache folder", cache), ("sources", str(paths.source_root()))]
+
+
+def _targets() -> tuple[list[tuple[str, str, str, str, str]], list[str]]:
+    """One row per target, and what keeps those with a `-` from being used."""
+    rows, notes = [], []
+    for kind in KINDS:
+        archs, found_by, command, version = "-", "-", "-", "-"
+        try:
+            target = named_target(kind)
+            archs = ", ".join(part for part in (*target.archs, target.cpu_level) if part)
+        except JitError as error:
+            notes.append(f"note: {error}")
+        try:
+            compiler = find_compiler(kind)
+            found_by, command = compiler.found_by, " ".join(compiler.command)
+            memo_dir = envs.cache_dir() / COMPILER_DIR
+            lines = compiler_version(compiler, memo_dir, target_environment(kind)).splitlines()
+            # NOTE: nvcc begins with its name and copyright; the release comes later.
+            version = next((line for line in lines if "release" in line), lines[0])
+        except JitError as error:
+            notes.append(f"note: {error}")
+        rows.append((kind, archs, found_by, command, version))
+    return rows, notes
+
+
+def _variables() -> list[tuple[str, str, str, str]]:
+    rows = []
+    for variable in envs.VARIABLES:
+        text = variable.text()
+        shown = "unset" if text is None else text
+        try:
+            variable.get()
+        except JitError as error:
+            shown = f"wrong: {error}"
+        rows.append((variable.name, shown, variable.default_text, variable.meaning))
+    return rows

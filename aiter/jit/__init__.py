@@ -1,0 +1,46 @@
+"""The just-in-time loader: from a name in `jit_config/optCompilerConfig.json` to a loaded module.
+
+One module per question:
+
+- `envs`       which environment variables exist, and what do they say?
+- `spec`       what does the compiler config say about a module?
+- `target`     which kind of device, and which architectures, is code built for?
+- `compilers`  which compiler is there, and which version is it?
+- `toolchain`  which flags does a target need?
+- `plan`       what exactly will the compiler see? (this is the cache key)
+- `cache`      do we have it already?
+- `build`      how does it become a shared object?
+- `load`       how does it get into the process?
+- `core`       how does a Python function call into it?
+
+Nothing is imported before it is needed: importing this package loads `core`, `target`, `envs` and
+the errors; the first call on a device loads the rest up to `load`; only a miss loads `build`,
+filelock and, where templates call for it, jinja2. `aiter.jit.load.Loader` loads other configs.
+"""
+
+from aiter.jit.core import compile_ops, module_for
+from aiter.jit.errors import (
+    BuildError,
+    CacheError,
+    ConfigError,
+    EnvError,
+    JitError,
+    LoadError,
+    TargetError,
+    ToolchainError,
+)
+from aiter.jit.target import cpu_wave
+
+__all__ = [
+    "BuildError",
+    "CacheError",
+    "ConfigError",
+    "EnvError",
+    "JitError",
+    "LoadError",
+    "TargetError",
+    "ToolchainError",
+    "compile_ops",
+    "cpu_wave",
+    "module_for",
+]

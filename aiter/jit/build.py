@@ -1,0 +1,342 @@
+"""How does a plan become a shared object in the cache?
+
+Everything happens in a private folder inside the cache; one rename publishes it. A file lock per
+plan only saves double work: where it cannot be had, two builders publish equal builds and the first
+wins. The builder looks the plan up again under the lock, so any number of processes that miss at
+the same time compile once.
+
+What is published must be what was hashed. Sources are hashed before and after the compilers ran. A
+header is known only afterwards: on the first attempt one that is not older than the build's start,
+by the clock of the cache's filesystem, counts as changed; later attempts compare its content before
+and after. The build is then repeated, a few times at most.
+
+Beside a private folder lies a file that is locked while its builder lives. The next builder removes
+the folders whose lock is free, that is, those of builders that died.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shlex
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from aiter.jit import envs, toolchain
+from aiter.jit.cache import (
+    BUILD_LOG,
+    FAILED_DIR,
+    LOCK_DIR,
+    TOOL_DIR,
+    WORK_DIR,
+    Cache,
+    Entry,
+    Header,
+    file_sha256,
+    stat_of,
+)
+from aiter.jit.driver import Job, JobFailed, first_error, parse_depfile, run_jobs
+from aiter.jit.errors import BuildError, CacheError
+from aiter.jit.log import get_logger
+from aiter.jit.plan import Plan
+from aiter.jit.progress import Progress
+
+MAX_ATTEMPTS = 4
+_LOCK_NOTICE_SECONDS = 2.0
+_LOCK_LIMIT_SECONDS = 1800.0
+_TICK_SECONDS = 0.05
+_UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What one attempt gave; `changed` names a file that was edited meanwhile."""
+
+    headers: list[Header]
+    changed: str | None
+
+
+def build(make_plan: Callable[[], Plan], cache: Cache, reason: str, force: bool) -> Entry:
+    """Builds what `make_plan` describes, or takes what another process built meanwhile.
+
+    Args:
+        make_plan: gives the plan afresh; called again if a source changes during the build.
+        reason: why, for the log.
+        force: whether to build even if the cache has it.
+
+    Raises:
+        BuildError: the compiler failed, ran out of time, or files kept changing.
+        CacheError: the cache folder cannot be written.
+        ToolchainError: Python's headers are missing.
+    """
+    toolchain.check_python_headers()
+    known: dict[str, str] = {}
+    changed: str | None = None
+    for _ in range(MAX_ATTEMPTS):
+        started = time.monotonic()
+        plan = make_plan()
+        with _private_folder(cache) as folder, _lock(cache, plan):
+            if not force:
+                found = cache.lookup(plan)
+                if isinstance(found, Entry):
+                    return found
+            known = {path: file_sha256(Path(path)) for path in known if os.path.isfile(path)}
+            result = _attempt(plan, cache, folder, reason, known)
+            if result.changed is None:
+                entry = cache.publish(plan, folder, result.headers, force)
+                seconds = time.monotonic() - started
+                get_logger().info("built %s in %.1f s: %s", plan.module, seconds, entry.library)
+                return entry
+        changed = result.changed
+        reason = f"{changed} changed during the build"
+        known = {plan.roots.expand(header.path): header.sha256 for header in result.headers}
+    raise BuildError(
+        plan.module,
+        plan.target.label,
+        f"expected files that keep still during a build, got {changed} changed in each of"
+        f" {MAX_ATTEMPTS} attempts",
+    )
+
+
+def _attempt(plan: Plan, cache: Cache, folder: Path, reason: str, known: dict[str, str]) -> _Result:
+    """Compiles and links in `folder`; `known` maps headers to their hashes before the build."""
+    logger = get_logger()
+    logger.info("building %s for %s (%s)", plan.module, plan.target.label, reason)
+    started = time.monotonic()
+    if plan.compiler.family == "zig" and not (cache.root / TOOL_DIR).is_dir():
+        logger.info("zig compiles its own C++ library first: a minute or two, once per cache")
+    start_ns = _clock_tick(folder / "clock")
+    compiles, link = _jobs(plan, folder)
+    limit = envs.AITER_BUILD_TIMEOUT.get()
+    deadline = None if limit is None else started + limit
+    progress = Progress(f"{plan.module} for {plan.target.label}", len(compiles) + 1)
+    environment = envs.child_environment(
+        {
+            **plan.environment,
+            "ZIG_GLOBAL_CACHE_DIR": str(cache.root / TOOL_DIR),
+            "ZIG_LOCAL_CACHE_DIR": str(folder / "zig"),
+        }
+    )
+    max_jobs = envs.MAX_JOBS.get() or os.cpu_count() or 1
+    show = plan.verbose or envs.AITER_LOG_MORE.get()
+    if show:
+        for job in (*compiles, link):
+            logger.info("command: %s", job.text)
+    try:
+        run_jobs(compiles, folder, environment, max_jobs, deadline, progress)
+        run_jobs([link], folder, environment, 1, deadline, progress, len(compiles))
+    except JobFailed as failure:
+        raise _build_error(plan, cache, folder, [*compiles, link], failure) from None
+    log = _write_log(folder / BUILD_LOG, [*compiles, link])
+    if show and log.strip():
+        logger.info("output of the compilers:\n%s", log)
+    result = _check_inputs(plan, folder, start_ns, known)
+    _tidy(folder, plan)
+    return result
+
+
+def _clock_tick(path: Path) -> int:
+    """The time by the filesystem's clock, just after it ticked.
+
+    A file edited before the call is older than that, one edited afterwards is not, although such
+    clocks advance in steps of milliseconds. Where steps are longer, an edit just before the build
+    looks like one during it, which costs a second attempt.
+    """
+    path.touch()
+    first = path.stat().st_mtime_ns
+    end = time.monotonic() + _TICK_SECONDS
+    while path.stat().st_mtime_ns == first and time.monotonic() < end:
+        time.sleep(0.001)
+        path.touch()
+    return path.stat().st_mtime_ns
+
+
+def _jobs(plan: Plan, folder: Path) -> tuple[list[Job], Job]:
+    """The compile jobs and the link job; writes rendered templates."""
+    command = plan.compiler.command
+    compiles = []
+    objects = []
+    for index, source in enumerate(plan.sources):
+        path = source.path
+        if source.rendered is not None:
+            path = folder / f"{index}-{path.name.removesuffix('.jinja')}"
+            path.write_text(source.rendered, encoding="utf-8")
+            path = Path(path.name)
+        name = f"{index}-{path.name.removeprefix(f'{index}-')}"
+        objects.append(f"{name}.o")
+        words = (*command, *source.flags, "-MD", "-MF", f"{name}.d", "-c", str(path))
+        compiles.append(Job((*words, "-o", f"{name}.o"), folder / f"{name}.txt"))
+    words = (*command, *plan.link, *objects, "-o", plan.library_name, *plan.link_tail)
+    # NOTE: device code takes longest, so it starts first; a stable sort keeps the rest in order.
+    compiles.sort(key=lambda job: ".cu.o" not in job.command[-1])
+    return compiles, Job(words, folder / "link.txt")
+
+
+def _check_inputs(plan: Plan, folder: Path, start_ns: int, known: dict[str, str]) -> _Result:
+    """The headers that the compilers read, and the first file that changed since the start."""
+    own = {str(source.path) for source in plan.sources if source.rendered is None}
+    paths: dict[str, None] = {}
+    for depfile in sorted(folder.glob("*.d")):
+        for name in parse_depfile(depfile.read_text(encoding="utf-8")):
+            path = str(folder / name)
+            # NOTE: only the real path is safe where ".." may follow a link.
+            path = os.path.realpath(path) if "/../" in path else os.path.normpath(path)
+            if path not in own and not path.startswith(f"{folder}/"):
+                paths[path] = None
+    changed: str | None = None
+    headers = []
+    for path in sorted(paths):
+        try:
+            stat = stat_of(path)
+            sha256 = file_sha256(Path(path))
+        except OSError:
+            changed = changed or path
+            continue
+        late = max(stat[1], stat[2]) >= start_ns
+        if known[path] != sha256 if path in known else late:
+            changed = changed or path
+        # NOTE: a stat from the build's own time could hide a later edit; such a one is not kept.
+        trusted = (stat[0], 0, 0) if late else stat
+        headers.append(Header(plan.roots.shorten(path), trusted, sha256))
+    for source in plan.sources:
+        if source.rendered is None and not _holds(source.path, source.sha256):
+            changed = changed or str(source.path)
+    return _Result(headers, changed)
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    try:
+        return file_sha256(path) == sha256
+    except OSError:
+        return False
+
+
+def _tidy(folder: Path, plan: Plan) -> None:
+    """Leaves only what is worth keeping in the folder."""
+    for item in folder.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name not in (plan.library_name, BUILD_LOG):
+            item.unlink()
+
+
+def _write_log(path: Path, jobs: list[Job]) -> str:
+    """Writes every command with its output; returns the outputs alone."""
+    outputs = [
+        job.output.read_text(encoding="utf-8", errors="replace") if job.output.exists() else ""
+        for job in jobs
+    ]
+    parts = [f"$ {job.text}\n{output}" for job, output in zip(jobs, outputs, strict=True)]
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return "".join(outputs)
+
+
+def _build_error(
+    plan: Plan, cache: Cache, folder: Path, jobs: list[Job], failure: JobFailed
+) -> BuildError:
+    """Keeps the log of a failed build and describes it."""
+    kept = cache.root / FAILED_DIR / f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.log"
+    cache.make_folder(FAILED_DIR)
+    log = folder / BUILD_LOG
+    _write_log(log, [job for job in jobs if job.output.exists()])
+    log.replace(kept)
+    output = failure.job.output.read_text(encoding="utf-8", errors="replace")
+    stopped = "time ran out" in failure.problem
+    return BuildError(
+        plan.module,
+        plan.target.label,
+        failure.problem,
+        shlex.join(failure.job.command),
+        "" if stopped else first_error(output),
+        kept,
+    )
+
+
+@contextmanager
+def _private_folder(cache: Cache) -> Iterator[Path]:
+    """A folder of this builder alone, removed at the end unless it was published."""
+    name = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        parent = cache.make_folder(WORK_DIR)
+        with _alive_file(parent / f"{name}.alive"):
+            remove_leftovers(cache)
+            folder = cache.make_folder(f"{WORK_DIR}/{name}")
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise CacheError(
+            f"cache folder {cache.root}: expected to build in it, got {error.strerror}"
+            f" ({error.filename}); set AITER_JIT_DIR to a folder that can be written"
+        ) from error
+
+
+@contextmanager
+def _alive_file(path: Path) -> Iterator[None]:
+    """A file that is locked while this builder lives, and goes with it."""
+    with path.open("w") as file:
+        _try_flock(file)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(cache: Cache) -> None:
+    """Removes the private folders of builders that died."""
+    for alive in (cache.root / WORK_DIR).glob("*.alive"):
+        try:
+            with alive.open() as file:
+                if _try_flock(file):
+                    shutil.rmtree(alive.with_suffix(""), ignore_errors=True)
+                    alive.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
+
+
+def _try_flock(file: IO[str]) -> bool:
+    """Whether the lock on `file` was free and is ours now; not, where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _lock(cache: Cache, plan: Plan) -> Iterator[None]:
+    """Holds the plan's lock, or goes on without it where it cannot be had."""
+    import filelock
+
+    logger = get_logger()
+    name = f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.lock"
+    lock = filelock.FileLock(cache.make_folder(LOCK_DIR) / name)
+    held = False
+    for wait in (_LOCK_NOTICE_SECONDS, _LOCK_LIMIT_SECONDS):
+        try:
+            lock.acquire(timeout=wait)
+            held = True
+            break
+        except filelock.Timeout:
+            if wait == _LOCK_NOTICE_SECONDS:
+                logger.info("waiting for another process that builds %s", plan.module)
+            else:
+                logger.warning("building %s without the lock after %.0f s", plan.module, wait)
+        except (OSError, NotImplementedError) as error:
+            logger.warning("building %s without a lock: %s", plan.module, error)
+            break
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()

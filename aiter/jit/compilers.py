@@ -1,0 +1,218 @@
+"""Which compiler is there for a target, and which version is it?
+
+One compiler per target does everything: device code, host code and the link. An explicit setting
+(ROCM_HOME, ROCM_PATH, CUDA_HOME, CXX) that holds no compiler is an error instead of a reason to
+look on: code from another compiler than the one asked for is a surprise that costs hours.
+
+A compiler's identity is its real path and what `--version` prints. The text needs a process, which
+a cache hit must not start, so it is kept in the cache folder under (real path, size, mtime). A
+wrapper script that stays the same while what it calls changes is told apart only by the headers
+that come with the new compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiter.jit import envs
+from aiter.jit.errors import ToolchainError
+from aiter.jit.paths import make_private_folder
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler that was found.
+
+    Attributes:
+        command: the words that start it, such as ("/usr/bin/g++",).
+        executable: the file whose identity stands for it, links resolved.
+        found_by: what led to it, for people.
+        family: `gcc`-like, `nvcc`, `hipcc` or `zig`: which spelling of flags it takes.
+    """
+
+    command: tuple[str, ...]
+    executable: Path
+    found_by: str
+    family: str
+
+
+def find_compiler(kind: str) -> Compiler:
+    """The compiler for targets of `kind`; raises ToolchainError with what was looked for."""
+    if kind == "cpu":
+        return _find_cpu()
+    if kind == "cuda":
+        return _find_cuda()
+    return _find_rocm()
+
+
+def host_compiler_of_nvcc() -> Compiler | None:
+    """The compiler that nvcc hands host code to: NVCC_CCBIN, else gcc on PATH."""
+    text = envs.compiler_variables().get("NVCC_CCBIN", "gcc")
+    path = shutil.which(text)
+    return None if path is None else _compiler((path,), "nvcc's host compiler", "gcc")
+
+
+def _compiler(command: tuple[str, ...], found_by: str, family: str) -> Compiler:
+    return Compiler(command, Path(os.path.realpath(command[0])), found_by, family)
+
+
+def _find_cpu() -> Compiler:
+    setting = envs.CXX.get()
+    if setting is not None:
+        words = shlex.split(setting)
+        path = shutil.which(words[0]) if words else None
+        if path is None:
+            raise ToolchainError(
+                f"C++ compiler for cpu: expected CXX to name a program, got CXX={setting!r}"
+            )
+        return _compiler((path, *words[1:]), "CXX", "gcc")
+    for name in ("g++", "clang++"):
+        path = shutil.which(name)
+        if path is not None:
+            return _compiler((path,), f"{name} on PATH", "gcc")
+    zig = _package_dir("ziglang") / "zig" if _has_package("ziglang") else None
+    if zig is not None and zig.is_file():
+        return _compiler((str(zig), "c++"), "the ziglang package", "zig")
+    raise ToolchainError(
+        "C++ compiler for cpu: expected CXX, g++ or clang++ on PATH, or the ziglang package, got"
+        " none of them; install g++ (Debian: apt-get install g++) or `pip install ziglang`"
+    )
+
+
+def _find_cuda() -> Compiler:
+    home = envs.CUDA_HOME.get()
+    if home is not None:
+        return _compiler((_setting("nvcc", "CUDA_HOME", home),), "CUDA_HOME", "nvcc")
+    path = shutil.which("nvcc")
+    if path is not None:
+        return _compiler((path,), "nvcc on PATH", "nvcc")
+    default = Path("/usr/local/cuda/bin/nvcc")
+    if default.is_file():
+        return _compiler((str(default),), "/usr/local/cuda", "nvcc")
+    raise ToolchainError(
+        "CUDA compiler: expected nvcc under CUDA_HOME, on PATH or in /usr/local/cuda/bin, got none"
+        " of them; install the CUDA toolkit and set CUDA_HOME to it"
+    )
+
+
+def _find_rocm() -> Compiler:
+    for name, home in (("ROCM_HOME", envs.ROCM_HOME.get()), ("ROCM_PATH", envs.ROCM_PATH.get())):
+        if home is not None:
+            return _compiler((_setting("hipcc", name, home),), name, "hipcc")
+    path = shutil.which("hipcc")
+    if path is not None:
+        return _compiler((path,), "hipcc on PATH", "hipcc")
+    default = Path("/opt/rocm/bin/hipcc")
+    if default.is_file():
+        return _compiler((str(default),), "/opt/rocm", "hipcc")
+    for package in ("_rocm_sdk_core", "_rocm_sdk_devel"):
+        if _has_package(package):
+            bundled = _package_dir(package) / "bin" / "hipcc"
+            if bundled.is_file():
+                return _compiler((str(bundled),), f"the {package} package", "hipcc")
+    raise ToolchainError(
+        "HIP compiler: expected hipcc under ROCM_HOME or ROCM_PATH, on PATH, in /opt/rocm/bin, or"
+        " in the packages _rocm_sdk_core or _rocm_sdk_devel, got none of them; install ROCm's HIP"
+        " SDK and set ROCM_HOME to it"
+    )
+
+
+def _setting(program: str, variable: str, home: Path) -> str:
+    path = home / "bin" / program
+    if not path.is_file():
+        raise ToolchainError(f"{variable}: expected a folder with bin/{program}, got {str(home)!r}")
+    return str(path)
+
+
+def _has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _package_dir(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    locations = spec.submodule_search_locations if spec is not None else None
+    if not locations:
+        raise ToolchainError(f"Python package {name}: expected a package folder, got {spec!r}")
+    return Path(next(iter(locations)))
+
+
+def pybind11_include() -> Path:
+    """The folder of pybind11's headers, found without importing it where that is possible."""
+    if not _has_package("pybind11"):
+        raise ToolchainError(
+            "pybind11: expected the Python package, got none; install it: pip install pybind11"
+        )
+    include = _package_dir("pybind11") / "include"
+    if (include / "pybind11" / "pybind11.h").is_file():
+        return include
+    # NOTE: distributions move the headers elsewhere; only the package itself knows where.
+    import pybind11
+
+    return Path(pybind11.get_include())
+
+
+def compiler_version(compiler: Compiler, memo_dir: Path, extra_env: dict[str, str]) -> str:
+    """The text that `--version` prints, from the memo in `memo_dir` if the file is unchanged."""
+    stat = compiler.executable.stat()
+    identity = [list(compiler.command), str(compiler.executable), stat.st_size, stat.st_mtime_ns]
+    digest = hashlib.sha256(json.dumps([identity, extra_env]).encode()).hexdigest()[:16]
+    memo = memo_dir / f"{compiler.executable.name}-{digest}.json"
+    known = _read_memo(memo, identity)
+    if known is not None:
+        return known
+    text = _ask_version(compiler, extra_env)
+    _write_memo(memo, {"identity": identity, "version": text})
+    return text
+
+
+def _read_memo(memo: Path, identity: list[Any]) -> str | None:
+    try:
+        content = json.loads(memo.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("identity") != identity:
+        return None
+    version = content.get("version")
+    return version if isinstance(version, str) else None
+
+
+def _write_memo(memo: Path, content: dict[str, Any]) -> None:
+    """Keeps the text; a folder that cannot be written only costs a process next time."""
+    temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
+    try:
+        make_private_folder(memo.parent.parent, memo.parent.name)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(memo)
+    except OSError:
+        return
+
+
+def _ask_version(compiler: Compiler, extra_env: dict[str, str]) -> str:
+    import subprocess
+
+    command = [*compiler.command, "--version"]
+    try:
+        done = subprocess.run(
+            command,
+            env=envs.child_environment(extra_env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        raise ToolchainError(
+            f"compiler {shlex.join(command)}: expected it to print its version, got {detail}"
+        ) from None
+    return done.stdout.strip()

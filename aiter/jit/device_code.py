@@ -1,0 +1,258 @@
+"""What machine code does an AMD target get, and what does it cost?
+
+Compiles the device half of a module's `.cu` sources to assembly text with the clang of the PyPI
+package `ziglang`, which has every AMD target built in, so neither ROCm nor a GPU is needed: the
+headers of HIP are replaced by `csrc/cross`. `device_kernels` reads the numbers from the text, and
+`Budget` says which numbers are a defect.
+
+The text is kept in the cache folder under a hash of the command, the compiler's version and every
+header that could be included. Hashing all headers instead of the included ones can only rebuild too
+often; a file takes 2 to 13 s to compile.
+
+Rejected: hipcc for this, since the distributions' hipcc is too old for gfx950 and later, and the
+table should not depend on which ROCm is installed; linked code objects, as the text says the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiter.jit import envs
+from aiter.jit.cache import FAILED_DIR, TOOL_DIR, write_atomically
+from aiter.jit.device_kernels import KernelCode, arch_of, parse_kernels
+from aiter.jit.driver import Job, JobFailed, first_error, run_jobs
+from aiter.jit.errors import BuildError, CacheError, ConfigError, ToolchainError
+from aiter.jit.load import Loader, default_loader
+from aiter.jit.log import get_logger
+from aiter.jit.progress import Progress
+from aiter.jit.spec import load_spec
+from aiter.jit.target import Target
+
+DEVICE_CODE_DIR = ".device_code"
+
+# NOTE: what decides the code is as in the rocm profile of `toolchain`; the rest replaces ROCm.
+DEVICE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-DAITER_TARGET_ROCM=1",
+    "-x",
+    "hip",
+    "--cuda-device-only",
+    "--no-gpu-bundle-output",
+    "-nogpulib",
+    "-nogpuinc",
+    "-S",
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on one figure of every kernel.
+
+    Attributes:
+        figure: the attribute of KernelCode.
+        limit: the largest value that is fine; None for the architecture's LDS.
+        reason: why more than that is a defect.
+    """
+
+    figure: str
+    limit: int | None
+    reason: str
+
+
+BUDGETS = (
+    Budget("scratch_bytes", 0, "scratch is memory: an array was indexed by a variable, or a spill"),
+    Budget("vgpr_spills", 0, "a spilled vector register costs two memory accesses per use"),
+    Budget(
+        "sgpr_spills",
+        5,
+        "scalar spills go to lanes of a vector register (v_writelane, no memory); some instances of"
+        " the fused kernel on gfx9 keep that many out of the 102 scalar registers around the loop"
+        " over rows, more would be a change for the worse",
+    ),
+    Budget("lds_bytes", None, "a workgroup cannot be launched with more LDS than its unit has"),
+)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The device code of one source file for one architecture.
+
+    Attributes:
+        source: the `.cu` file.
+        arch: such as `gfx942`.
+        path: where the text is kept.
+        text: the assembly text.
+    """
+
+    source: Path
+    arch: str
+    path: Path
+    text: str
+
+    def kernels(self) -> list[KernelCode]:
+        """The kernels in the text; raises ToolchainError if it is not as expected."""
+        return parse_kernels(self.text, self.arch)
+
+
+def clang() -> tuple[tuple[str, ...], str]:
+    """The command of the ziglang package's clang, and its version; raises ToolchainError."""
+    spec = importlib.util.find_spec("ziglang")
+    locations = spec.submodule_search_locations if spec is not None else None
+    program = Path(next(iter(locations))) / "zig" if locations else None
+    if program is None or not program.is_file():
+        raise ToolchainError(
+            "device code: expected the Python package ziglang, which carries a clang for every AMD"
+            f" target, got {'none' if program is None else program}; install it:"
+            " pip install ziglang"
+        )
+    return (str(program), "clang"), importlib.metadata.version("ziglang")
+
+
+def compile_module(
+    module: str, archs: tuple[str, ...], loader: Loader | None = None
+) -> list[Assembly]:
+    """The device code of every `.cu` source of `module`, for each of `archs` in turn.
+
+    Args:
+        module: the module's name in the compiler config.
+        archs: architecture names among `device_kernels.ARCHS`.
+        loader: whose config, sources and cache folder; None for the package's own.
+
+    Raises:
+        ToolchainError: an architecture is unknown, or ziglang is not installed.
+        ConfigError: the module is not as the config must be, or has no device code.
+        BuildError: the compiler failed.
+        CacheError: the cache folder cannot be written, or AITER_NO_BUILD forbids compiling.
+    """
+    loader = loader or default_loader()
+    found = []
+    for arch in archs:
+        arch_of(arch)
+        spec = load_spec(loader.config_path, module, loader.csrc_dir, Target("rocm", (arch,)))
+        sources = [path for path in spec.srcs if path.suffix == ".cu"]
+        if not sources:
+            raise ConfigError(f"module {module}: expected a .cu source, got none")
+        includes = (*spec.extra_include, loader.csrc_dir / "include")
+        for source in sources:
+            found.append(
+                compile_source(source, arch, loader, includes, spec.flags_extra_hip, module)
+            )
+    return found
+
+
+def compile_source(
+    source: Path,
+    arch: str,
+    loader: Loader,
+    includes: tuple[Path, ...] = (),
+    extra_flags: tuple[str, ...] = (),
+    module: str = "",
+) -> Assembly:
+    """The device code of one source file, from the cache if it is there; raises as above."""
+    arch_of(arch)
+    command, version = clang()
+    folders = tuple(dict.fromkeys((loader.csrc_dir / "cross", *includes)))
+    builtin_headers = Path(command[0]).parent / "lib" / "include"
+    words = (
+        *command,
+        f"--offload-arch={arch}",
+        *DEVICE_FLAGS,
+        *(f"-I{folder}" for folder in folders),
+        "-idirafter",
+        str(builtin_headers),
+        *extra_flags,
+        str(source),
+    )
+    key = _key(words, version, source, folders)
+    place = Path(DEVICE_CODE_DIR, source.stem, arch, f"{key}.s")
+    kept = loader.cache.root / place
+    try:
+        return Assembly(source, arch, kept, kept.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    label = module or source.stem
+    if envs.AITER_NO_BUILD.get():
+        raise CacheError(
+            f"device code of {label} for {arch}: expected it in {kept}, as AITER_NO_BUILD is set,"
+            " got no such file"
+        )
+    try:
+        folder = loader.cache.make_folder(place.parent)
+        text = _compile(words, label, arch, folder, loader)
+        write_atomically(kept, text)
+    except OSError as error:
+        raise CacheError(
+            f"cache folder {loader.cache.root}: expected to keep device code in it, got"
+            f" {error.strerror or error}; set AITER_JIT_DIR to a folder that can be written"
+        ) from error
+    return Assembly(source, arch, kept, text)
+
+
+def over_budget(kernel: KernelCode) -> list[str]:
+    """What exceeds its budget, each as a sentence; empty if all is well."""
+    problems = []
+    for budget in BUDGETS:
+        value = getattr(kernel, budget.figure)
+        limit = arch_of(kernel.arch).lds_bytes if budget.limit is None else budget.limit
+        if value > limit:
+            problems.append(
+                f"{kernel.name} on {kernel.arch}, {budget.figure}: expected at most {limit}, got"
+                f" {value}; {budget.reason}"
+            )
+    if kernel.workgroups < 1:
+        waves = kernel.max_threads // kernel.wave_size
+        problems.append(
+            f"{kernel.name} on {kernel.arch}: expected registers for a workgroup of"
+            f" {kernel.max_threads} threads ({waves} waves), got {kernel.vgprs} VGPRs and"
+            f" {kernel.sgprs} SGPRs, which allow {kernel.waves_per_simd} waves per SIMD; such a"
+            " launch fails"
+        )
+    return problems
+
+
+def _key(words: tuple[str, ...], version: str, source: Path, folders: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256("\0".join((version, *words)).encode())
+    headers = (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file())
+    for path in (source, *headers):
+        digest.update(f"\0{path}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(words: tuple[str, ...], label: str, arch: str, folder: Path, loader: Loader) -> str:
+    """Runs the compiler in `folder`; returns the text, leaves nothing behind."""
+    get_logger().info("compiling the device code of %s for %s", label, arch)
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"
+    result, output = folder / f"{unique}.tmp", folder / f"{unique}.log"
+    job = Job((*words, "-o", str(result)), output)
+    environment = envs.child_environment(
+        {
+            "ZIG_GLOBAL_CACHE_DIR": str(loader.cache.root / TOOL_DIR),
+            "ZIG_LOCAL_CACHE_DIR": str(loader.cache.root / TOOL_DIR),
+        }
+    )
+    limit = envs.AITER_BUILD_TIMEOUT.get()
+    deadline = None if limit is None else time.monotonic() + limit
+    progress = Progress(f"device code of {label} for {arch}", 1)
+    try:
+        run_jobs([job], folder, environment, 1, deadline, progress)
+        return result.read_text(encoding="utf-8")
+    except JobFailed as failure:
+        text = output.read_text(encoding="utf-8", errors="replace")
+        log = loader.cache.make_folder(FAILED_DIR) / f"{label}-device-{arch}.log"
+        write_atomically(log, f"$ {job.text}\n{text}")
+        raise BuildError(
+            label, f"rocm-{arch}", failure.problem, shlex.join(job.command), first_error(text), log
+        ) from None
+    finally:
+        result.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""Where do the loader's messages go?
+
+To the logger `aiter`. A program that configured logging keeps full control; where none did, a
+handler to stderr is added with the first message, so that a build of many seconds is never silent.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from aiter.jit import envs
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what stderr is now, and only while no handler of the program's would."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers and sys.stderr is not None:
+            print(f"[aiter] {self.format(record)}", file=sys.stderr, flush=True)
+
+
+def get_logger() -> logging.Logger:
+    """The logger, with a handler and a level if the program set none."""
+    logger = logging.getLogger("aiter")
+    configured = logger.hasHandlers()
+    if not configured:
+        logger.addHandler(_StderrHandler())
+    level = envs.AITER_LOG_LEVEL.get()
+    if level is not None:
+        logger.setLevel(level)
+    elif not configured and logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger

@@ -1,0 +1,48 @@
+"""What does a person see while compilers run?
+
+One line on stderr that is rewritten in place, and only if stderr is a terminal: a spinner, how many
+objects are done, and the seconds so far. It is driven by the loop that waits for the compilers
+anyway, so it needs no thread of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+_FRAMES = "|/-\\"
+_INTERVAL = 0.1
+
+
+class Progress:
+    """The live line of one build.
+
+    Args:
+        title: what is built.
+        total: how many steps there are.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title = title
+        self._total = total
+        self._start = time.monotonic()
+        self._shown_at = -1.0
+        self._frame = 0
+        self._live = sys.stderr is not None and sys.stderr.isatty()
+
+    def show(self, done: int) -> None:
+        """Rewrites the line if it is due; `done` is the number of finished steps."""
+        now = time.monotonic()
+        if not self._live or now - self._shown_at < _INTERVAL:
+            return
+        self._shown_at = now
+        self._frame = (self._frame + 1) % len(_FRAMES)
+        line = f"{_FRAMES[self._frame]} {self._title}: {done}/{self._total} objects"
+        sys.stderr.write(f"\r\033[K{line}, {now - self._start:.1f} s")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Removes the line."""
+        if self._live and self._shown_at >= 0.0:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()

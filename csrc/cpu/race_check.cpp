@@ -1,0 +1,198 @@
+// Data races of a kernel, found while it runs on the CPU.
+//
+// A module built for this has its kernels compiled with -fsanitize=thread, which makes the compiler
+// call a function before every access; the functions are ours, not the sanitizer's runtime, as they
+// have to know about lanes, waves and workgroups. Two accesses to one byte by different lanes, one
+// of them a write, at most one of them atomic, are a race unless they are ordered:
+//
+//   lanes of different workgroups   never, within a launch
+//   waves of one workgroup          by a barrier between them
+//   lanes of one wave               by a barrier or a wave operation between them
+//
+// The check does not depend on the order in which the scheduler happens to run the lanes: what a
+// real GPU may do in any order is reported in every run that gets there. For every byte the last
+// write and the last two reads of different lanes are remembered; a third reader could hide a race
+// of a lane with itself only. Releases and acquires across workgroups are not modelled.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <unordered_map>
+
+#include "device/hip_cpu.h"
+
+namespace hip_cpu {
+namespace {
+
+enum class Kind : uint8_t { none, plain, atomic };
+
+struct Access {
+  Kind kind = Kind::none;
+  unsigned block = 0, thread = 0, barriers = 0, wave_operations = 0;
+  const void* pc = nullptr;
+};
+
+struct Shadow {
+  Access write, reads[2];
+};
+
+// By byte: of LDS from its start, of all other memory by address.
+Shadow lds_shadow[kLdsBytesPerBlock];
+std::unordered_map<uintptr_t, Shadow> global_shadow;
+
+bool same_lane(const Access& a, const Access& b) {
+  return a.block == b.block && a.thread == b.thread;
+}
+
+bool ordered(const Access& earlier, const Access& later) {
+  if (same_lane(earlier, later)) return true;
+  if (earlier.block != later.block) return false;
+  if (earlier.barriers != later.barriers) return true;
+  const bool same_wave = earlier.thread / kWaveSize == later.thread / kWaveSize;
+  return same_wave && earlier.wave_operations != later.wave_operations;
+}
+
+bool races(const Access& earlier, const Access& later) {
+  if (earlier.kind == Kind::none) return false;
+  if (earlier.kind == Kind::atomic && later.kind == Kind::atomic) return false;
+  return !ordered(earlier, later);
+}
+
+// Function and line of a program address, innermost inlined frame first.
+std::string source_of(const void* pc) {
+  Dl_info info;
+  if (dladdr(pc, &info) == 0) return "an unknown place";
+  char command[1024];
+  std::snprintf(command, sizeof(command), "addr2line -f -C -i -s -e '%s' 0x%zx 2>/dev/null",
+                info.dli_fname,
+                static_cast<size_t>(static_cast<const char*>(pc) -
+                                    static_cast<const char*>(info.dli_fbase) - 1));
+  std::string text;
+  if (FILE* pipe = popen(command, "r")) {
+    char line[512];
+    for (int i = 0; std::fgets(line, sizeof(line), pipe) != nullptr; ++i) {
+      line[std::strcspn(line, "\n")] = 0;
+      text += i == 0 ? line : (i % 2 ? " (" + std::string(line) + ")" : " in " + std::string(line));
+    }
+    pclose(pipe);
+  }
+  return text.empty() ? "an unknown place" : text;
+}
+
+std::string describe(const Access& access, const char* action) {
+  return std::string(access.kind == Kind::atomic ? "atomic " : "") + action + " by thread " +
+         std::to_string(access.thread) + " of workgroup " + std::to_string(access.block) + " at " +
+         source_of(access.pc);
+}
+
+void report(uintptr_t address, const char* space, const Access& earlier, const char* earlier_action,
+            const Access& later, const char* later_action) {
+  char where[64];
+  std::snprintf(where, sizeof(where), "%s 0x%zx", space, static_cast<size_t>(address));
+  fail(std::string("data race on ") + where + ": " + describe(later, later_action) +
+       " is not ordered after " + describe(earlier, earlier_action));
+}
+
+void check(const void* pointer, size_t size, bool is_write, Kind kind, const void* pc) {
+  if (current_lane == nullptr || is_internal(pointer)) return;
+  const Lane& lane = *current_lane;
+  const Workgroup& workgroup = *current_workgroup;
+  const Access access{kind,      workgroup.block_idx,         lane.thread_idx,
+                      workgroup.barriers_passed, lane.wave->generation, pc};
+  const uintptr_t first = reinterpret_cast<uintptr_t>(pointer);
+  const uintptr_t lds = reinterpret_cast<uintptr_t>(workgroup.lds);
+  const bool in_lds = first >= lds && first < lds + kLdsBytesPerBlock;
+  if (in_lds && first + size > lds + workgroup.lds_bytes) {
+    fail("access behind the " + std::to_string(workgroup.lds_bytes) + " bytes of LDS: offset " +
+         std::to_string(first - lds) + ", " + describe(access, is_write ? "write" : "read"));
+  }
+  for (uintptr_t address = first; address < first + size; ++address) {
+    const uintptr_t shown = in_lds ? address - lds : address;
+    Shadow& shadow = in_lds ? lds_shadow[shown] : global_shadow[address];
+    const char* space = in_lds ? "LDS offset" : "address";
+    const char* action = is_write ? "write" : "read";
+    if (races(shadow.write, access)) report(shown, space, shadow.write, "write", access, action);
+    if (is_write) {
+      for (const Access& read : shadow.reads) {
+        if (races(read, access)) report(shown, space, read, "read", access, action);
+      }
+      shadow.write = access;
+    } else {
+      if (!same_lane(shadow.reads[0], access)) shadow.reads[1] = shadow.reads[0];
+      shadow.reads[0] = access;
+    }
+  }
+}
+
+const Observer kObserver = {
+    [] { global_shadow.clear(); },
+    [](const Workgroup& workgroup) {
+      std::fill(lds_shadow, lds_shadow + workgroup.lds_bytes, Shadow{});
+    },
+};
+
+const bool registered = [] {
+  observer = &kObserver;
+  return true;
+}();
+
+}  // namespace
+}  // namespace hip_cpu
+
+// What -fsanitize=thread calls. Names and signatures are the compilers'.
+#define AITER_PC __builtin_return_address(0)
+#define AITER_PLAIN(size)                                                             \
+  void __tsan_read##size(void* p) {                                                   \
+    hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC);                   \
+  }                                                                                   \
+  void __tsan_write##size(void* p) {                                                  \
+    hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);                    \
+  }                                                                                   \
+  void __tsan_unaligned_read##size(void* p) {                                         \
+    hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC);                   \
+  }                                                                                   \
+  void __tsan_unaligned_write##size(void* p) {                                        \
+    hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);                    \
+  }
+#define AITER_ATOMIC(bits, type)                                                      \
+  type __tsan_atomic##bits##_load(const type* p, int) {                               \
+    hip_cpu::check(p, sizeof(type), false, hip_cpu::Kind::atomic, AITER_PC);          \
+    return *p;                                                                        \
+  }                                                                                   \
+  void __tsan_atomic##bits##_store(type* p, type value, int) {                        \
+    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);           \
+    *p = value;                                                                       \
+  }                                                                                   \
+  type __tsan_atomic##bits##_fetch_add(type* p, type value, int) {                    \
+    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);           \
+    const type old = *p;                                                              \
+    *p = static_cast<type>(old + value);                                              \
+    return old;                                                                       \
+  }                                                                                   \
+  type __tsan_atomic##bits##_fetch_or(type* p, type value, int) {                     \
+    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);           \
+    const type old = *p;                                                              \
+    *p = static_cast<type>(old | value);                                              \
+    return old;                                                                       \
+  }
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+AITER_PLAIN(1)
+AITER_PLAIN(2)
+AITER_PLAIN(4)
+AITER_PLAIN(8)
+AITER_PLAIN(16)
+void __tsan_read_range(void* p, unsigned long size) {
+  hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC);
+}
+void __tsan_write_range(void* p, unsigned long size) {
+  hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);
+}
+AITER_ATOMIC(32, uint32_t)
+AITER_ATOMIC(64, uint64_t)
+}

@@ -1,0 +1,167 @@
+"""The compiler's assembly text as a list of instructions with operands, modifiers and labels.
+
+Only the syntax is dealt with here: what an instruction does is decided by `scalar`, `vector` and
+`memory_ops`. Newer names of the same operation (gfx11: ds_load_b32, gfx12: s_add_co_i32) are mapped
+to gfx9's, so that one implementation serves every architecture.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from aiter.jit.device_kernels import KernelCode, kernel_body, parse_kernels
+
+_SUFFIXES = re.compile(r"(_e32|_e64)?(_dpp|_sdwa|_dpp8)?$")
+
+_RENAMES = (
+    (r"^(ds|global|flat|scratch)_load_", r"\1_read_"),
+    (r"^(ds|global|flat|scratch)_store_", r"\1_write_"),
+    (r"^(v_add|v_sub|v_subrev)_nc_", r"\1_"),
+    (r"^(v_add|v_sub|v_subrev)_co_ci_", r"\1c_co_"),
+    (r"^v_mad_co_", r"v_mad_"),
+    (r"^s_add_co_ci_u32$", r"s_addc_u32"),
+    (r"^s_sub_co_ci_u32$", r"s_subb_u32"),
+    (r"^(s_add|s_sub|s_addk)_(?:co|nc)_", r"\1_"),
+    (r"_and_not1_", r"_andn2_"),
+    (r"_or_not1_", r"_orn2_"),
+    (r"^s_ctz_i32", r"s_ff1_i32"),
+)
+_CARRY = {"v_subc_co_u32": "v_subb_co_u32", "v_subrevc_co_u32": "v_subbrev_co_u32"}
+
+_SIZES = {
+    "dword": "b32", "dwordx2": "b64", "dwordx3": "b96", "dwordx4": "b128", "ubyte": "u8",
+    "sbyte": "i8", "byte": "b8", "ushort": "u16", "sshort": "i16", "short": "b16",
+    "short_d16": "d16_b16", "short_d16_hi": "d16_hi_b16", "u16_d16": "d16_b16",
+    "u16_d16_hi": "d16_hi_b16", "2addr_b32": "2_b32", "2addr_b64": "2_b64",
+    "2addr_stride64_b32": "2st64_b32", "2addr_stride64_b64": "2st64_b64",
+    "dwordx8": "b256", "dwordx16": "b512",
+}  # fmt: skip
+
+
+@dataclass
+class Instruction:
+    """One instruction, or both halves of a dual one.
+
+    Attributes:
+        mnemonic: the canonical name, without an encoding suffix.
+        operands: as written.
+        modifiers: `name:value` pairs and flags (with an empty value).
+        encoding: `dpp`, `sdwa` or empty.
+        text: the line, for messages.
+        line: its number in the kernel's body.
+        second: the other half of a v_dual instruction.
+    """
+
+    mnemonic: str
+    operands: list[str]
+    modifiers: dict[str, str]
+    encoding: str
+    text: str
+    line: int
+    second: Instruction | None = None
+
+
+@dataclass
+class KernelText:
+    """One kernel: its code, its launch state and the layout of its arguments.
+
+    Attributes:
+        code: what `parse_kernels` found.
+        instructions: in order.
+        labels: label to the index of the instruction that follows it.
+        directives: the `.amdhsa_` values by name.
+        arguments: (offset, size, kind) of every kernel argument, hidden ones included.
+    """
+
+    code: KernelCode
+    instructions: list[Instruction]
+    labels: dict[str, int]
+    directives: dict[str, int]
+    arguments: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+def parse(text: str, arch: str) -> dict[str, KernelText]:
+    """The kernels of an assembly text by their readable names, as `topk_softmax<bf16, 4>`."""
+    return {code.name: parse_kernel(text, code) for code in parse_kernels(text, arch)}
+
+
+def parse_kernel(text: str, code: KernelCode) -> KernelText:
+    """One kernel of the assembly text."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for number, line in enumerate(kernel_body(text, code.symbol).splitlines(), 1):
+        stripped = line.partition(";")[0].strip()
+        label = re.match(r"(\S+):$", stripped)
+        if label is not None:
+            labels[label[1]] = len(instructions)
+        elif stripped and not stripped.startswith("."):
+            instructions.append(parse_instruction(stripped, number))
+    _, _, directives = text.partition(f".amdhsa_kernel {code.symbol}\n")
+    directives = directives.partition(".end_amdhsa_kernel")[0]
+    values = re.findall(r"\.amdhsa_(\w+) (\d+)", directives)
+    return KernelText(
+        code,
+        instructions,
+        labels,
+        {name: int(value) for name, value in values},
+        _arguments(text, code.symbol),
+    )
+
+
+def parse_instruction(text: str, line: int) -> Instruction:
+    """One line without comment; a v_dual instruction gives its first half with `second` set."""
+    if "::" in text:
+        first, second = (half.strip().replace("v_dual_", "v_", 1) for half in text.split("::"))
+        instruction = parse_instruction(first, line)
+        instruction.second = parse_instruction(second, line)
+        instruction.text = text
+        return instruction
+    name, _, rest = text.partition(" ")
+    suffix = _SUFFIXES.search(name)
+    encoding = (suffix[2] or "").strip("_") if suffix else ""
+    operands: list[str] = []
+    modifiers: dict[str, str] = {}
+    if not name.startswith(("s_wait", "s_delay")):
+        for part in _split(rest, ","):
+            words = _split(part, " ")
+            if words and not re.match(r"[a-z_0-9]+:", words[0]):
+                operands.append(words.pop(0))
+            for word in words:
+                key, _, value = word.partition(":")
+                modifiers[key] = value
+    return Instruction(canonical(name[: suffix.start()] if suffix else name), operands, modifiers,
+                       encoding, text, line)  # fmt: skip
+
+
+def canonical(name: str) -> str:
+    """gfx9's name of an operation that newer architectures spell differently."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    name = _CARRY.get(name, name)
+    memory = re.match(r"(ds_read|ds_write|global_read|global_write|s_load)_?(.*)", name)
+    if memory is not None:
+        return f"{memory[1]}_{_SIZES.get(memory[2], memory[2])}"
+    return name
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators that are outside brackets, stripped, empty ones left out."""
+    parts, depth, current = [], 0, ""
+    for char in text:
+        depth += (char in "[(") - (char in "])")
+        if char == separator and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += char
+    return [part.strip() for part in (*parts, current) if part.strip()]
+
+
+def _arguments(text: str, symbol: str) -> list[tuple[int, int, str]]:
+    _, _, metadata = text.partition("amdhsa.kernels:\n")
+    for block in re.split(r"^  - ", metadata, flags=re.M)[1:]:
+        if re.search(rf"\.name:\s+{re.escape(symbol)}$", block, re.M):
+            found = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)", block)
+            return [(int(offset), int(size), kind) for offset, size, kind in found]
+    raise ValueError(f"metadata: expected an entry for {symbol}, got none")
