@@ -59,7 +59,7 @@ def topk_softmax(gating_output: Tensor, topk: int, need_renorm: bool) -> tuple[T
         need_renorm: whether the selected weights sum to 1.
 
     Returns:
-        weights f32 [M, K] and expert ids i32 [M, K].
+        weights f32 [M, K] and expert ids i32 [M, K], both contiguous.
 
     Raises:
         TypeError: an argument has the wrong Python type.
@@ -97,7 +97,7 @@ def topk_softmax(gating_output: Tensor, topk: int, need_renorm: bool) -> tuple[T
             total = total + selected[:, slot : slot + 1]
     else:
         total = _shifted_exp(logits, row_max).sum(dim=1, keepdim=True, dtype=torch.float64).float()
-    return selected / total, ids.to(torch.int32)
+    return (selected / total).contiguous(), ids.to(torch.int32).contiguous()
 
 
 def moe_sorting(

@@ -61,7 +61,9 @@ def test_strides_of_single_rows_do_not_matter(target: Target, policy: int) -> No
         wide = torch.arange(8, dtype=torch.int32, device=target.device)[None]
         ids = wide[:count, :2]
         with reporting(f"policy {policy}, {case}", target), target.active():
-            SORT(ids, ids + 0.5, *outputs.tensors, 8, 32, dispatch_policy=policy)
+            size = aiter.moe_sorting_opus_get_workspace_size(count, 8, 2, policy)
+            workspace = torch.empty(size, dtype=torch.uint8, device=target.device)
+            SORT(ids, ids + 0.5, *outputs.tensors, 8, 32, None, None, workspace, policy)
         target.synchronize()
         assert outputs.tensors[3].tolist() == [64 * count, count]
         if count:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 from aiter import dispatch
 from aiter.cli.table import format_table
@@ -11,25 +13,31 @@ from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+def main(argv: Sequence[str]) -> int:
+    """Prints the choice, its reason and the sizes of the buffers; 1 if there is no such problem."""
+    parser = argparse.ArgumentParser("python -m aiter explain", description=__doc__)
     parser.add_argument("--tokens", type=int, required=True, help="rows of router logits (M)")
     parser.add_argument("--experts", type=int, required=True, help="experts (E)")
     parser.add_argument("--topk", type=int, required=True, help="experts per token (K)")
     parser.add_argument("--block-size", type=int, default=32, help="slots per block (B)")
     parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
+    try:
+        print(_explain(parser.parse_args(argv)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def run(options: argparse.Namespace) -> int:
-    """Prints the choice, its reason and the sizes of the buffers; raises ValueError on bad ones."""
+def _explain(options: argparse.Namespace) -> str:
     dispatch.check_policy(options.policy)
     device = current_device(options.device)
-    shape = (options.tokens, options.experts, options.topk)
-    most = fused_topk_moe_sorting_max_tokens(options.experts, options.topk, device=device)
-    workspace = moe_sorting_opus_get_workspace_size(*shape, options.policy, device=device)
-    path, reason = dispatch.explain(options.policy, options.tokens, most, workspace)
-    slots = options.tokens * options.topk + options.experts * options.block_size - options.topk
+    m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
+    most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
+    workspace = moe_sorting_opus_get_workspace_size(m, e, k, options.policy, device=device)
+    path, reason = dispatch.explain(options.policy, m, most, workspace)
+    slots = m * k + e * b - k
     rows = [
         ("path", path),
         ("why", reason),
@@ -37,12 +45,6 @@ def run(options: argparse.Namespace) -> int:
         ("largest M of the fused launch", str(most)),
         ("workspace", "0 bytes" if path == "fused" else f"{workspace} bytes"),
         ("sorted_ids, sorted_weights", f"{slots} slots"),
-        ("sorted_expert_ids", f"{-(-slots // options.block_size)} blocks"),
+        ("sorted_expert_ids", f"{-(-slots // b)} blocks"),
     ]
-    m, e, k = shape
-    print(
-        format_table(
-            (f"M={m} E={e} K={k} B={options.block_size}", "policy " + str(options.policy)), rows
-        )
-    )
-    return 0
+    return format_table((f"M={m} E={e} K={k} B={b}", f"policy {options.policy}"), rows)

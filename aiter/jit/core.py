@@ -48,9 +48,9 @@ def compile_ops(
         loader: where modules come from; None for the package's own.
 
     Raises:
-        ValueError: at a call, if that tensor is on a device that no target is for.
         TypeError: at decoration, if no parameter is annotated as torch.Tensor; at a call, if the
             first such argument is not a tensor.
+        ValueError: at a call, if that tensor is on a device that no target is for.
         JitError: at the first call on a device, as in `Loader.load`.
     """
 
@@ -66,9 +66,7 @@ def compile_ops(
                 raise TypeError(f"{stub.__name__}: expected the argument {parameter}, got none")
             tensor = args[index] if len(args) > index else kwargs[parameter]
             if not isinstance(tensor, torch.Tensor):
-                raise TypeError(
-                    f"{parameter}: expected a tensor, got {type(tensor).__name__}"
-                )
+                raise TypeError(f"{parameter}: expected a tensor, got {type(tensor).__name__}")
             if tensor.device.type not in DEVICE_TYPES:
                 raise ValueError(
                     f"{parameter}: expected a tensor on a cpu or cuda device, got one on"

@@ -1,6 +1,10 @@
 // The scheduler behind device/hip_cpu.h: stacks, switches, workgroups, OS threads.
 #include "device/hip_cpu.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O3")  // host code is compiled at -O1, and every switch of lanes goes through here
+#endif
+
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>

@@ -16,7 +16,7 @@ import torch
 from toy import MODULE, Toy, child_code, child_environment
 
 from aiter.jit import compile_ops, core, cpu_wave, module_for
-from aiter.jit.errors import CacheError, ConfigError, LoadError, TargetError
+from aiter.jit.errors import CacheError, ConfigError, LoadError
 from aiter.jit.load import Loader
 
 TENSOR = torch.zeros(1)
@@ -76,9 +76,7 @@ def test_exceptions_of_the_compiled_function_pass_through(toy: Toy) -> None:
 def test_what_is_not_a_tensor(toy: Toy) -> None:
     twice = make_twice(toy.loader())
     for _ in range(2):
-        with pytest.raises(
-            TypeError, match="twice, argument tensor: expected a torch.Tensor, got l"
-        ):
+        with pytest.raises(TypeError, match="^tensor: expected a tensor, got list$"):
             twice([1.0], 1)
         with pytest.raises(TypeError, match="twice: expected the argument tensor, got none"):
             twice(number=1)
@@ -117,7 +115,9 @@ def test_a_stub_needs_a_tensor() -> None:
 
 
 def test_a_device_without_a_target(toy: Toy) -> None:
-    with pytest.raises(TargetError, match="expected a cpu or cuda device, got 'meta'"):
+    with pytest.raises(
+        ValueError, match="^tensor: expected .* cpu or cuda device, got one on meta$"
+    ):
         make_twice(toy.loader())(torch.zeros(1, device="meta"), 1)
 
 

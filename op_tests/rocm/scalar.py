@@ -12,7 +12,7 @@ from collections.abc import Callable
 import exact
 import numpy as np
 from assembly import Instruction
-from wave import ALL_ONES, EXEC, VCC, Fault, Wave, read_scalar, write_scalar
+from wave import ALL_ONES, EXEC, VCC, Fault, Wave, constant, read_scalar, write_scalar
 
 Operation = Callable[[Wave], "int | None"]
 Result = tuple[int, "bool | None"]
@@ -259,6 +259,9 @@ def _compare(name: str, operands: list[str]) -> Operation:
     read_a, read_b = (read_scalar(operand, bits) for operand in operands)
     if kind[0] == "f":
         return _setting_scc(lambda w: compare(_of_bits(read_a(w)), _of_bits(read_b(w))))
+    if kind[0] == "i" and name.startswith("s_cmpk"):
+        short = signed((constant(operands[1]) or 0) & 0xFFFF, 16)
+        return _setting_scc(lambda w: compare(signed(read_a(w)), short))
     if kind[0] == "i":
         return _setting_scc(lambda w: compare(signed(read_a(w), bits), signed(read_b(w), bits)))
     return _setting_scc(lambda w: compare(read_a(w), read_b(w)))

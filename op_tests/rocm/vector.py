@@ -1,0 +1,397 @@
+"""What vector instructions do, lane by lane: a table of numpy functions, and the compares.
+
+An entry of OPERATIONS is (kinds of the sources, function). A kind says how a source's bits are
+seen: u, i, f are 32-bit unsigned, signed and float; U, I are 64-bit; h, k are 16-bit unsigned and
+signed; m is a lane mask. The item size of the result says how it is written. DPP and SDWA, which
+change how sources are read and results written, are in `lanes`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import exact
+import lanes
+import numpy as np
+from assembly import Instruction
+from scalar import COMPARE, Operation
+from wave import (
+    VCC,
+    Bools,
+    Fault,
+    Lanes,
+    Wave,
+    lanes_of,
+    read_lanes,
+    read_mask,
+    scalar_index,
+    write_lanes,
+    write_mask,
+)
+
+Array = Any  # NOTE: numpy's own stubs do not follow views of changing item type.
+Compute = Callable[[Wave], Array]
+Store = Callable[[Wave, Array], None]
+
+_BITS = {"u": 32, "i": 32, "f": 32, "U": 64, "I": 64, "h": 16, "k": 16}
+_DTYPES = {"i": np.int32, "f": np.float32, "I": np.int64, "k": np.int16}
+_U = np.uint32
+
+
+def _u64(a: Array) -> Array:
+    return a.astype(np.uint64)
+
+
+def _bit_count(a: Array) -> Array:
+    a = a - (a >> 1 & 0x55555555)
+    a = (a & 0x33333333) + (a >> 2 & 0x33333333)
+    return ((a + (a >> 4) & 0x0F0F0F0F) * _U(0x01010101)) >> 24
+
+
+def _reverse_bits(a: Array) -> Array:
+    raw = np.unpackbits(a.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)[:, ::-1]
+    return np.packbits(raw, axis=1).reshape(-1).view(">u4").astype(np.uint32)
+
+
+def _bfe(a: Array, offset: Array, width: Array) -> Array:
+    return a >> (offset & 31) & ((_U(1) << (width & 31)) - _U(1))
+
+
+def _bfe_signed(a: Array, offset: Array, width: Array) -> Array:
+    width = width & 31
+    field = _bfe(a, offset, width)
+    sign = np.where(width > 0, _U(1) << (np.maximum(width, 1) - _U(1)), _U(0)).astype(np.uint32)
+    return (field ^ sign) - sign
+
+
+def _median(a: Array, b: Array, c: Array) -> Array:
+    return np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
+
+
+def _perm(a: Array, b: Array, selector: Array) -> Array:
+    source = (_u64(a) << 32 | _u64(b)).view(np.uint8).reshape(-1, 8)
+    picks = selector.view(np.uint8).reshape(-1, 4)
+    if (picks > 12).any() or ((picks > 7) & (picks < 12)).any():
+        raise Fault("v_perm_b32: expected selectors 0 to 7 and 12, got another")
+    padded = np.concatenate([source, np.zeros((len(source), 5), np.uint8)], axis=1)
+    return np.take_along_axis(padded, picks.astype(np.int64), axis=1).reshape(-1).view(np.uint32)
+
+
+OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
+    "v_mov_b32": ("u", lambda a: a),
+    "v_mov_b64": ("U", lambda a: a),
+    "v_mov_b16": ("h", lambda a: a),
+    "v_not_b32": ("u", lambda a: ~a),
+    "v_not_b16": ("h", lambda a: ~a),
+    "v_add_u32": ("uu", lambda a, b: a + b),
+    "v_sub_u32": ("uu", lambda a, b: a - b),
+    "v_subrev_u32": ("uu", lambda a, b: b - a),
+    "v_and_b32": ("uu", lambda a, b: a & b),
+    "v_or_b32": ("uu", lambda a, b: a | b),
+    "v_xor_b32": ("uu", lambda a, b: a ^ b),
+    "v_xnor_b32": ("uu", lambda a, b: ~(a ^ b)),
+    "v_and_b16": ("hh", lambda a, b: a & b),
+    "v_or_b16": ("hh", lambda a, b: a | b),
+    "v_xor_b16": ("hh", lambda a, b: a ^ b),
+    "v_add_u16": ("hh", lambda a, b: a + b),
+    "v_sub_u16": ("hh", lambda a, b: a - b),
+    "v_lshlrev_b16": ("hh", lambda a, b: b << (a & np.uint16(15))),
+    "v_lshrrev_b16": ("hh", lambda a, b: b >> (a & np.uint16(15))),
+    "v_lshlrev_b32": ("uu", lambda a, b: b << (a & 31)),
+    "v_lshrrev_b32": ("uu", lambda a, b: b >> (a & 31)),
+    "v_ashrrev_i32": ("ui", lambda a, b: b >> (a & 31).astype(np.int32)),
+    "v_lshlrev_b64": ("uU", lambda a, b: b << _u64(a & 63)),
+    "v_lshrrev_b64": ("uU", lambda a, b: b >> _u64(a & 63)),
+    "v_ashrrev_i64": ("uI", lambda a, b: b >> (a & 63).astype(np.int64)),
+    "v_lshl_add_u32": ("uuu", lambda a, b, c: (a << (b & 31)) + c),
+    "v_lshl_or_b32": ("uuu", lambda a, b, c: a << (b & 31) | c),
+    "v_add_lshl_u32": ("uuu", lambda a, b, c: (a + b) << (c & 31)),
+    "v_lshl_add_u64": ("UuU", lambda a, b, c: (a << _u64(b & 7)) + c),
+    "v_add3_u32": ("uuu", lambda a, b, c: a + b + c),
+    "v_or3_b32": ("uuu", lambda a, b, c: a | b | c),
+    "v_and_or_b32": ("uuu", lambda a, b, c: a & b | c),
+    "v_xor3_b32": ("uuu", lambda a, b, c: a ^ b ^ c),
+    "v_xad_u32": ("uuu", lambda a, b, c: (a ^ b) + c),
+    "v_bfi_b32": ("uuu", lambda a, b, c: a & b | ~a & c),
+    "v_bfe_u32": ("uuu", _bfe),
+    "v_bfe_i32": ("uuu", _bfe_signed),
+    "v_bfrev_b32": ("u", _reverse_bits),
+    "v_bcnt_u32_b32": ("uu", lambda a, b: _bit_count(a) + b),
+    "v_alignbit_b32": ("uuu", lambda a, b, c: ((_u64(a) << 32 | _u64(b)) >> _u64(c & 31)).astype(_U)),
+    "v_perm_b32": ("uuu", _perm),
+    "v_max_u32": ("uu", np.maximum),
+    "v_min_u32": ("uu", np.minimum),
+    "v_max_i32": ("ii", np.maximum),
+    "v_min_i32": ("ii", np.minimum),
+    "v_max3_u32": ("uuu", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
+    "v_min3_u32": ("uuu", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
+    "v_max3_i32": ("iii", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
+    "v_min3_i32": ("iii", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
+    "v_med3_i32": ("iii", _median),
+    "v_med3_u32": ("uuu", _median),
+    "v_mul_lo_u32": ("uu", lambda a, b: a * b),
+    "v_mul_hi_u32": ("uu", lambda a, b: (_u64(a) * _u64(b) >> np.uint64(32)).astype(_U)),
+    "v_mul_hi_i32": ("ii", lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32)),
+    "v_mul_u32_u24": ("uu", lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF)),
+    "v_mad_u32_u24": ("uuu", lambda a, b, c: (a & 0xFFFFFF) * (b & 0xFFFFFF) + c),
+    "v_add_f32": ("ff", lambda a, b: a + b),
+    "v_sub_f32": ("ff", lambda a, b: a - b),
+    "v_subrev_f32": ("ff", lambda a, b: b - a),
+    "v_mul_f32": ("ff", lambda a, b: a * b),
+    "v_fma_f32": ("fff", exact.fma),
+    "v_fmaak_f32": ("fff", exact.fma),
+    "v_fmamk_f32": ("fff", exact.fma),
+    "v_trunc_f32": ("f", np.trunc),
+    "v_floor_f32": ("f", np.floor),
+    "v_rndne_f32": ("f", np.rint),
+    "v_ldexp_f32": ("fi", lambda a, b: np.ldexp(a.astype(np.float64), b).astype(np.float32)),
+    "v_cvt_f32_u32": ("u", lambda a: a.astype(np.float32)),
+    "v_cvt_f32_i32": ("i", lambda a: a.astype(np.float32)),
+    "v_cvt_u32_f32": ("f", exact.to_u32),
+    "v_cvt_i32_f32": ("f", exact.to_i32),
+    "v_div_fixup_f32": ("fff", exact.div_fixup),
+    "v_cndmask_b32": ("uum", lambda a, b, m: np.where(m, b, a)),
+    "v_cndmask_b16": ("hhm", lambda a, b, m: np.where(m, b, a)),
+}  # fmt: skip
+
+
+def _bitop3(table: int) -> Callable[..., Array]:
+    """The bitwise function whose truth table is `table`, the first source the highest index bit."""
+
+    def run(a: Array, b: Array, c: Array) -> Array:
+        result = np.zeros_like(a)
+        for index in range(8):
+            if table >> index & 1:
+                terms = (source if index >> shift & 1 else ~source
+                         for source, shift in ((a, 2), (b, 1), (c, 0)))  # fmt: skip
+                first, second, third = terms
+                result = result | first & second & third
+        return result
+
+    return run
+
+
+def decode_vector(instruction: Instruction, width: int, rcp_ulps: int) -> Operation:
+    """The function of a vector instruction; raises Fault for one that is not known."""
+    if instruction.second is not None:
+        halves = [_parts(half, rcp_ulps) for half in (instruction, instruction.second)]
+        (compute_x, store_x), (compute_y, store_y) = halves
+
+        def run_both(w: Wave) -> None:
+            x, y = compute_x(w), compute_y(w)
+            store_x(w, x)
+            store_y(w, y)
+
+        return run_both
+    special = _decode_special(instruction, rcp_ulps) or lanes.decode_crossing(instruction, width)
+    if special is not None:
+        return special
+    compute, store = _parts(instruction, rcp_ulps)
+    return lambda w: store(w, compute(w))
+
+
+def _parts(instruction: Instruction, rcp_ulps: int) -> tuple[Compute, Store]:
+    """How the result is computed, and how it is stored."""
+    name, operands = instruction.mnemonic, list(instruction.operands)
+    if name in ("v_fmac_f32",):
+        name, operands = "v_fma_f32", [*operands, operands[0]]
+    if name in ("v_cndmask_b32", "v_cndmask_b16") and len(operands) == 3:
+        operands.append("vcc_lo")  # NOTE: v_dual_cndmask_b32 does not name it; dual is wave32.
+    if name in ("v_rcp_f32", "v_rcp_iflag_f32"):
+        kinds, function = "f", lambda a: exact.rcp(a, rcp_ulps)
+    elif name.startswith("v_bitop3_b"):
+        kinds = "uuu" if name.endswith("32") else "hhh"
+        function = _bitop3(int(instruction.modifiers.get("bitop3", "0"), 0))
+    elif name in OPERATIONS:
+        kinds, function = OPERATIONS[name]
+    else:
+        raise Fault(f"unknown instruction {name}")
+    _check_modifiers(instruction)
+    reads, only = source_readers(instruction, operands[1:], kinds)
+    return lanes.applied(function, reads), lanes.storing(instruction, operands[0], only)
+
+
+def source_readers(
+    instruction: Instruction, operands: list[str], kinds: str
+) -> tuple[list[Compute], Callable[[Wave], Bools] | None]:
+    """A reader per source, and which lanes DPP lets write (None for all)."""
+    if len(operands) != len(kinds):
+        raise Fault(f"operands: expected {len(kinds)} sources ({kinds}), got {operands}")
+    only = None
+    readers: list[Compute] = []
+    for position, (operand, kind) in enumerate(zip(operands, kinds, strict=True)):
+        if kind == "m":
+            readers.append(read_mask(operand))
+            continue
+        bare, negate, absolute, extend = _sign_modifiers(operand)
+        raw: Callable[[Wave], Lanes] = read_lanes(bare, _BITS[kind])
+        if instruction.encoding == "sdwa":
+            raw = lanes.select(raw, instruction.modifiers.get(f"src{position}_sel", "DWORD"), extend)
+        if position == 0 and instruction.encoding == "dpp":
+            raw, only = lanes.dpp(raw, instruction.modifiers)
+        readers.append(_viewed(raw, kind, negate, absolute))
+    return readers, only
+
+
+def _sign_modifiers(operand: str) -> tuple[str, bool, bool, bool]:
+    """The operand itself, and whether `-`, `|...|` and `sext(...)` are around it."""
+    match = re.fullmatch(r"sext\((.*)\)", operand)
+    if match is not None:
+        return match[1], False, False, True
+    negate = bool(re.match(r"-[|vsat]", operand))
+    bare = operand[1:] if negate else operand
+    absolute = bare.startswith("|")
+    return bare.strip("|"), negate, absolute, False
+
+
+def _viewed(raw: Callable[[Wave], Lanes], kind: str, negate: bool, absolute: bool) -> Compute:
+    dtype = _DTYPES.get(kind)
+    if not negate and not absolute:
+        return raw if dtype is None else lambda w: raw(w).view(dtype)
+
+    def read(w: Wave) -> Array:
+        bits = raw(w)
+        bits = bits & _U(0x7FFFFFFF) if absolute else bits
+        bits = bits ^ _U(0x80000000) if negate else bits
+        return bits if dtype is None else bits.view(dtype)
+
+    if _BITS[kind] != 32:
+        raise Fault("source modifiers: expected them on a 32-bit operand only")
+    return read
+
+
+def _check_modifiers(instruction: Instruction) -> None:
+    known = {"bitop3", *lanes.MODIFIERS}
+    strange = set(instruction.modifiers) - known
+    if strange:
+        raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
+
+
+def _decode_special(instruction: Instruction, rcp_ulps: int) -> Operation | None:
+    """Instructions with masks, carries or two results; None for others."""
+    name = instruction.mnemonic
+    if name.startswith("v_cmp"):
+        return _compare(instruction)
+    if name in _CARRIES:
+        return _carry(instruction, *_CARRIES[name])
+    if name == "v_mad_u64_u32":
+        return _mad_u64(instruction)
+    if name in ("v_div_scale_f32", "v_div_fmas_f32"):
+        return _division(instruction)
+    if name in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"):
+        return _mbcnt(instruction)
+    return None
+
+
+def _compare(instruction: Instruction) -> Operation:
+    name, operands = instruction.mnemonic, instruction.operands
+    prefix, operator, kind = name.split("_")[:3]
+    letter = {"u16": "h", "i16": "k", "u32": "u", "i32": "i", "f32": "f", "u64": "U", "i64": "I"}
+    if kind not in letter or operator not in COMPARE and operator not in ("ne", "o", "u"):
+        raise Fault(f"unknown instruction {name}")
+    function = {
+        "ne": lambda a, b: a != b,
+        "o": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+        "u": lambda a, b: np.isnan(a) | np.isnan(b),
+        "lg": lambda a, b: (a < b) | (a > b),
+        "neq": lambda a, b: a != b,
+        "nlt": lambda a, b: ~(a < b),
+        "ngt": lambda a, b: ~(a > b),
+        "nle": lambda a, b: ~(a <= b),
+        "nge": lambda a, b: ~(a >= b),
+    }.get(operator, COMPARE.get(operator, lambda a, b: a != b))
+    # NOTE: v_cmpx has no destination from gfx10 on, and writes both EXEC and one before.
+    destination = operands[0] if len(operands) == 3 else None
+    reads, only = source_readers(instruction, operands[-2:], letter[kind] * 2)
+    if only is not None:
+        raise Fault(f"{name} with DPP: not known")
+    compute = lanes.applied(function, reads)
+    write = None if destination is None else write_mask(destination)
+    write_exec = write_mask("exec") if prefix == "v_cmpx" else None
+
+    def run(w: Wave) -> None:
+        result = compute(w)
+        if write is not None:
+            write(w, result)
+        if write_exec is not None:
+            write_exec(w, result)
+
+    return run
+
+
+# (operation, whether the sources are exchanged, whether there is a carry in)
+_CARRIES = {
+    "v_add_co_u32": ("add", False, False), "v_sub_co_u32": ("sub", False, False),
+    "v_subrev_co_u32": ("sub", True, False), "v_addc_co_u32": ("add", False, True),
+    "v_subb_co_u32": ("sub", False, True), "v_subbrev_co_u32": ("sub", True, True),
+}  # fmt: skip
+
+
+def _carry(instruction: Instruction, operation: str, reverse: bool, carry_in: bool) -> Operation:
+    operands = instruction.operands
+    reads, _ = source_readers(instruction, operands[2:], "uum" if carry_in else "uu")
+    store, write_carry = write_lanes(operands[0]), write_mask(operands[1])
+
+    def run(w: Wave) -> None:
+        a, b = (reads[index](w).astype(np.int64) for index in ((1, 0) if reverse else (0, 1)))
+        carry = reads[2](w) if carry_in else 0
+        total = a + b + carry if operation == "add" else a - b - carry
+        store(w, (total & 0xFFFFFFFF).astype(np.uint32), None)
+        write_carry(w, (total < 0) | (total > 0xFFFFFFFF))
+
+    return run
+
+
+def _mad_u64(instruction: Instruction) -> Operation:
+    operands = instruction.operands
+    reads, _ = source_readers(instruction, operands[2:], "uuU")
+    store, write_carry = write_lanes(operands[0]), write_mask(operands[1])
+
+    def run(w: Wave) -> None:
+        a, b, c = (read(w) for read in reads)
+        total = _u64(a) * _u64(b) + c
+        store(w, total, None)
+        write_carry(w, total < c)
+
+    return run
+
+
+def _division(instruction: Instruction) -> Operation:
+    operands = instruction.operands
+    store = write_lanes(operands[0])
+    if instruction.mnemonic == "v_div_scale_f32":
+        reads, _ = source_readers(instruction, operands[2:], "fff")
+        write_flag = write_mask(operands[1])
+
+        def scale(w: Wave) -> None:
+            value, flag = exact.div_scale(*(read(w) for read in reads))
+            store(w, value, None)
+            write_flag(w, flag)
+
+        return scale
+    reads, _ = source_readers(instruction, operands[1:], "fff")
+
+    def fmas(w: Wave) -> None:
+        scaled = lanes_of(w.s[VCC] | w.s[VCC + 1] << 32, w.width)
+        store(w, exact.div_fmas(*(read(w) for read in reads), scaled), None)
+
+    return fmas
+
+
+def _mbcnt(instruction: Instruction) -> Operation:
+    operands = instruction.operands
+    reads, _ = source_readers(instruction, operands[1:], "uu")
+    store = write_lanes(operands[0])
+    low = instruction.mnemonic == "v_mbcnt_lo_u32_b32"
+    lane = np.arange(64)
+    below_low = (1 << np.minimum(lane, 32)) - 1
+    below_high = (1 << np.maximum(lane - 32, 0)) - 1
+    masks = (below_low if low else below_high).astype(np.uint32)
+    return lambda w: store(w, _bit_count(reads[0](w) & masks[: w.width]) + reads[1](w), None)
+
+
+def is_scalar_destination(operand: str) -> bool:
+    """Whether a vector instruction writes a scalar register."""
+    return scalar_index(operand) is not None
