@@ -1,4 +1,8 @@
-"""Which path does a shape take, and why?"""
+"""Which path does a shape take, and why? And what do the sorted buffers look like?
+
+    python -m aiter explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
+    python -m aiter explain --draw                                 a small example, slot by slot
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,47 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from aiter import dispatch
+import torch
+
+from aiter import dispatch, fused_moe
 from aiter.cli.table import format_table
+from aiter.jit import envs
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 
+_TOKEN_BITS, _SLOT_SHIFT = 0xFFFFFF, 24
+_SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
+_MOST_DRAWN = 512  # slots
+_COLOURS = (36, 33, 35, 32, 34, 31)  # of tokens, in turn
+_DIM = 90
+
 
 def main(argv: Sequence[str]) -> int:
     """Prints the choice, its reason and the sizes of the buffers; 1 if there is no such problem."""
-    parser = argparse.ArgumentParser("python -m aiter explain", description=__doc__)
-    parser.add_argument("--tokens", type=int, required=True, help="rows of router logits (M)")
-    parser.add_argument("--experts", type=int, required=True, help="experts (E)")
-    parser.add_argument("--topk", type=int, required=True, help="experts per token (K)")
-    parser.add_argument("--block-size", type=int, default=32, help="slots per block (B)")
+    parser = argparse.ArgumentParser(
+        "python -m aiter explain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, help="rows of router logits (M)")
+    parser.add_argument("--experts", type=int, help="experts (E)")
+    parser.add_argument("--topk", type=int, help="experts per token (K)")
+    parser.add_argument("--block-size", type=int, help="slots per block (B); 32")
     parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
+    parser.add_argument("--draw", action="store_true", help="route random logits and draw the result")
+    options = parser.parse_args(argv)
+    for name, small in _SMALL.items():
+        if getattr(options, name) is None:
+            default = 32 if name == "block_size" and not options.draw else small
+            if not options.draw and name != "block_size":
+                parser.error(f"expected --{name}, or --draw for a small example")
+            setattr(options, name, default)
     try:
-        print(_explain(parser.parse_args(argv)))
+        print(_explain(options))
+        if options.draw:
+            print("\n" + _draw(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -48,3 +75,42 @@ def _explain(options: argparse.Namespace) -> str:
         ("sorted_expert_ids", f"{-(-slots // b)} blocks"),
     ]
     return format_table((f"M={m} E={e} K={k} B={b}", f"policy {options.policy}"), rows)
+
+
+def _draw(options: argparse.Namespace) -> str:
+    """Routes random logits and shows who went where."""
+    m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
+    if m * k + e * b - k > _MOST_DRAWN:
+        raise ValueError(f"--draw: expected at most {_MOST_DRAWN} slots, got {m * k + e * b - k}")
+    logits = torch.randn(m, e, generator=torch.Generator().manual_seed(0))
+    device = current_device(options.device)
+    sorted_ids, weights, expert_ids, num_valid_ids, _ = (
+        buffer.cpu()
+        for buffer in fused_moe.topk_softmax_sorting(
+            logits.to(device), k, e, 1, torch.float32, block_size=b, dispatch_policy=options.policy
+        )
+    )
+    slots, num_local = num_valid_ids.tolist()
+    lines = [f"num_valid_ids = [{slots}, {num_local}]: {slots} slots in use, {num_local} tokens"]
+    for block in range(slots // b):
+        cells = []
+        for slot in range(block * b, (block + 1) * b):
+            token = int(sorted_ids[slot]) & _TOKEN_BITS
+            choice = int(sorted_ids[slot]) >> _SLOT_SHIFT & 0xFF
+            if token == num_local:
+                cells.append(_paint(f"{'padding':^14}", _DIM))
+            else:
+                text = f"t{token} slot {choice} {float(weights[slot]):.2f}"
+                cells.append(_paint(f"{text:^14}", _COLOURS[token % len(_COLOURS)]))
+        lines.append(f"block {block:<2} expert {int(expert_ids[block]):<3} |{'|'.join(cells)}|")
+    unhit = sorted(set(range(e)) - set(expert_ids[: slots // b].tolist()))
+    if unhit:
+        lines.append(f"no block: expert {', '.join(map(str, unhit))} (chosen by no token)")
+    return "\n".join(lines)
+
+
+def _paint(text: str, colour: int) -> str:
+    """The text in colour, on a terminal and unless NO_COLOR is set."""
+    if not sys.stdout.isatty() or envs.NO_COLOR.get():
+        return text
+    return f"\033[{colour}m{text}\033[0m"

@@ -142,6 +142,7 @@ CUDA_HOME: Variable[Path | None] = Variable("CUDA_HOME", None, "the CUDA toolkit
 CXX: Variable[str | None] = Variable(
     "CXX", None, "the C++ compiler of the cpu target", str, "g++, clang++ or ziglang"
 )
+NO_COLOR = Variable("NO_COLOR", False, "set to anything: no colours on a terminal", bool)
 
 VARIABLES: tuple[Variable[Any], ...] = (
     AITER_REBUILD,
@@ -158,6 +159,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     ROCM_PATH,
     CUDA_HOME,
     CXX,
+    NO_COLOR,
 )
 
 # NOTE: compilers read these themselves, so a set one is part of what the compiler sees. They are
