@@ -12,35 +12,29 @@ CPU it is wall time, and says how fast the execution layer is, not how fast the 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 
 import _checkout  # noqa: F401  (makes a checkout importable)
+import bench_report
 import bench_timing
 import torch
+from bench_report import Record
 from torch import Tensor
 
 import aiter
 from aiter import fused_moe, reference
 from aiter.cli.table import format_table
-from aiter.jit import cpu_wave
-from aiter.ops.device import current_device
 
 SHAPES = ("32,4,2880", "128,4,2880", "256,8,7168", "512,10,4096", "896,16,3584")
-GPU_TOKENS = "1,4,8,16,32,64,122,256,512,1024,4096,16384,65536"
-CPU_TOKENS = "1,8,64,256"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCK_SIZE = 32
-NUM_INPUTS = 4  # rotated, so that no call finds its own logits in L1
-SEED = 0
 
 Routing = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def pytorch_routing(logits: Tensor, topk: int, num_experts: int, model_dim: int) -> tuple[Tensor, ...]:
+def pytorch_routing(
+    logits: Tensor, topk: int, num_experts: int, model_dim: int
+) -> tuple[Tensor, ...]:
     """The same work in PyTorch operations, without a host synchronisation."""
     num_tokens = logits.shape[0]
     device = logits.device
@@ -71,9 +65,7 @@ def pytorch_routing(logits: Tensor, topk: int, num_experts: int, model_dim: int)
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 
 
-def contestants(
-    topk: int, num_experts: int, model_dim: int, compiled: bool
-) -> dict[str, Routing]:
+def contestants(topk: int, num_experts: int, model_dim: int, compiled: bool) -> dict[str, Routing]:
     """Name to function of the logits; each allocates its outputs, as a caller in a model does."""
 
     def policy(number: int) -> Routing:
@@ -118,48 +110,25 @@ def check(name: str, outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
         raise RuntimeError(f"{name}: moe_buf is not zero")
 
 
-def time_calls(run: Routing, inputs: list[Tensor]) -> bench_timing.Timing:
-    """The figure of the table for one contestant and shape."""
-    calls = [lambda logits=logits: run(logits) for logits in inputs]
-    if inputs[0].device.type == "cpu":
-        return bench_timing.cpu_us(calls[0])
-    return bench_timing.graph_slope_us(calls)
-
-
-def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """One record per shape and number of tokens, in microseconds."""
-    records: list[dict[str, object]] = []
-    for shape in options.shape or SHAPES:
-        num_experts, topk, model_dim = (int(part) for part in shape.split(","))
-        runs = contestants(topk, num_experts, model_dim, options.compile)
-        for tokens in options.tokens:
-            generator = torch.Generator().manual_seed(SEED)
-            inputs = [
-                torch.randn(tokens, num_experts, generator=generator)
-                .to(DTYPES[options.dtype])
-                .to(device)
-                for _ in range(NUM_INPUTS)
-            ]
-            expected = reference.topk_softmax_sorting(
-                inputs[0], topk, num_experts, model_dim, torch.bfloat16
-            )
-            record: dict[str, object] = {"E": num_experts, "K": topk, "D": model_dim, "M": tokens}
-            for name, run in runs.items():
-                try:
-                    outputs = run(inputs[0])
-                except NotTaken:
-                    record[name] = None
-                    continue
-                # NOTE: equal logits may come in any order out of torch.topk; only ours promise one.
-                if name not in ("PyTorch", "compiled"):
-                    check(name, outputs, expected)
-                timing = time_calls(run, inputs)
-                record[name] = timing.us
-                record[f"{name} spread"] = timing.spread
-            records.append(record)
-            print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return records
+def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) -> Record:
+    """The figures of one shape and number of tokens, in microseconds."""
+    num_experts, topk, model_dim = shape
+    inputs = bench_report.logits(options, tokens, num_experts)
+    expected = reference.topk_softmax_sorting(
+        inputs[0], topk, num_experts, model_dim, torch.bfloat16
+    )
+    record: Record = {}
+    for name, run in contestants(topk, num_experts, model_dim, options.compile).items():
+        try:
+            outputs = run(inputs[0])
+        except NotTaken:
+            record[name] = None
+            continue
+        # NOTE: equal logits may come in any order out of torch.topk; only ours promise one.
+        if name not in ("PyTorch", "compiled"):
+            check(name, outputs, expected)
+        record[name] = bench_timing.call_us([lambda x=x, run=run: run(x) for x in inputs])
+    return record
 
 
 def host_times(device: torch.device) -> str:
@@ -183,81 +152,13 @@ def host_times(device: torch.device) -> str:
     return format_table(("M=32 E=128 K=4", "time"), rows)
 
 
-def print_table(records: list[dict[str, object]], names: list[str]) -> None:
-    """The figures and, for the fused launch, the ratio to the best of the others."""
-    rows = []
-    for record in records:
-        times = {name: record[name] for name in names}
-        others = [t for name, t in times.items() if name not in ("fused", "policy 0") and t]
-        fused = times["fused"]
-        ratio = f"{fused / min(others):.2f} x" if fused else "-"
-        cells = [f"{t:.2f}" if t else "-" for t in times.values()]
-        rows.append([record["E"], record["K"], record["D"], record["M"], *cells, ratio])
-    print(format_table(["E", "K", "D", "M", *names, "fused / best other"], rows))
-
-
-def plot(records: list[dict[str, object]], names: list[str], path: Path, title: str) -> None:
-    """One panel per shape: log M against microseconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shapes = list(dict.fromkeys((r["E"], r["K"], r["D"]) for r in records))
-    figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(4.2 * len(shapes), 4), squeeze=False, sharey=True
-    )
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        of_shape = [r for r in records if (r["E"], r["K"], r["D"]) == shape]
-        for name in names:
-            points = [(r["M"], r[name]) for r in of_shape if r[name]]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="tokens M", title="E={} K={} D={}".format(*shape))
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0][0].set_ylabel("microseconds per call")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
-    parser.add_argument("--shape", action="append", metavar="E,K,D", help="may be repeated")
-    parser.add_argument("--tokens", help="numbers of tokens, comma-separated")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
+    parser = bench_report.parser(__doc__)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
-    parser.add_argument("--csv", type=Path, help="write the figures there")
-    parser.add_argument("--plot", type=Path, help="draw the figures there (needs matplotlib)")
     options = parser.parse_args()
-    device = current_device(options.device)
-    on_cpu = device.type == "cpu"
-    options.tokens = [
-        int(m) for m in (options.tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS)).split(",")
-    ]
-    where = (
-        f"cpu target, wave {options.wave}, {torch.get_num_threads()} threads (not a GPU)"
-        if on_cpu
-        else torch.cuda.get_device_name(device)
-    )
-    title = f"routing, {options.dtype} logits, us per call, {where}, seed {SEED}"
-    print(title)
-    with cpu_wave(options.wave) if on_cpu else nullcontext():
-        records = measure(options, device)
-        names = list(contestants(1, 1, 1, options.compile))
-        print_table(records, names)
-        if not on_cpu:
-            print(host_times(device))
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, sorted({key for r in records for key in r}))
-            writer.writeheader()
-            writer.writerows(records)
-    if options.plot:
-        plot(records, names, options.plot, title)
+    bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)
+    if options.device.type == "cuda":
+        print(host_times(options.device))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Which path does a shape take, and why? And what do the sorted buffers look like?
 
-    python -m aiter explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
-    python -m aiter explain --draw                                 a small example, slot by slot
+python -m aiter explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
+python -m aiter explain --draw                                 a small example, slot by slot
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--block-size", type=int, help="slots per block (B); 32")
     parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
-    parser.add_argument("--draw", action="store_true", help="route random logits and draw the result")
+    parser.add_argument(
+        "--draw", action="store_true", help="route random logits and draw the result"
+    )
     options = parser.parse_args(argv)
     for name, small in _SMALL.items():
         if getattr(options, name) is None:

@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> int:
     with cpu_wave(options.wave) if on_cpu else nullcontext():
         print(_parity(device, QUICK_SHAPES if options.quick else SHAPES, failures))
         print()
-        print(format_table(("decode call, M=32 E=128 K=4 D=2880", "result"), _calls(device, failures)))
+        print(
+            format_table(("decode call, M=32 E=128 K=4 D=2880", "result"), _calls(device, failures))
+        )
     for failure in failures[:20]:
         print(failure, file=sys.stderr)
     print(f"\nselftest: {'FAILED' if failures else 'passed'} on {device}")
@@ -160,7 +162,10 @@ def _difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
     slots, num_local = expected[3].tolist()
     if got[3].tolist() != [slots, num_local]:
         return f"num_valid_ids: expected {[slots, num_local]}, got {got[3].tolist()}"
-    for index, name, size in ((0, "sorted_ids", slots), (2, "sorted_expert_ids", slots // BLOCK_SIZE)):
+    for index, name, size in (
+        (0, "sorted_ids", slots),
+        (2, "sorted_expert_ids", slots // BLOCK_SIZE),
+    ):
         if not torch.equal(got[index][:size], expected[index][:size]):
             at = int((got[index][:size] != expected[index][:size]).nonzero()[0])
             return f"{name}[{at}]: expected {int(expected[index][at])}, got {int(got[index][at])}"
@@ -211,9 +216,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _graph(
-    logits: Tensor, call: Callable[[], fused_moe.SortedBuffers], failures: list[str]
-) -> str:
+def _graph(logits: Tensor, call: Callable[[], fused_moe.SortedBuffers], failures: list[str]) -> str:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         buffers = call()

@@ -76,6 +76,4 @@ def fused_topk_moe_sorting_max_tokens(
     """
     chosen = current_device(device)
     compiled = module_for(_MODULE, chosen)
-    return int(
-        compiled.fused_topk_moe_sorting_max_tokens(num_experts, topk, chosen.index or 0)
-    )
+    return int(compiled.fused_topk_moe_sorting_max_tokens(num_experts, topk, chosen.index or 0))

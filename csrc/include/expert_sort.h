@@ -20,8 +20,8 @@
 namespace aiter {
 
 constexpr int kTokensPerWord = 32;
-constexpr int kSlotShift = 24;            // sorted_ids: token in the bits below, slot above
-constexpr uint32_t kNoExpert = 0xffffu;   // an entry that expert_mask drops
+constexpr int kSlotShift = 24;           // sorted_ids: token in the bits below, slot above
+constexpr uint32_t kNoExpert = 0xffffu;  // an entry that expert_mask drops
 
 // The arguments that every sort kernel has.
 struct SortParams {
@@ -164,7 +164,8 @@ __device__ __forceinline__ void zero_bytes(unsigned char* data, uint64_t num_byt
 // Zeroes moe_buf with the workgroups from `first_block` on.
 __device__ __forceinline__ void zero_moe_buf(const SortParams& sort, int num_local,
                                              unsigned first_block) {
-  const uint64_t worker = static_cast<uint64_t>(blockIdx.x - first_block) * blockDim.x + threadIdx.x;
+  const uint64_t worker =
+      static_cast<uint64_t>(blockIdx.x - first_block) * blockDim.x + threadIdx.x;
   zero_bytes(sort.moe_buf, num_local * sort.row_bytes, worker,
              static_cast<uint64_t>(gridDim.x - first_block) * blockDim.x);
 }

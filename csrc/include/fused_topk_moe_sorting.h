@@ -22,9 +22,9 @@ namespace aiter {
 
 // Everything the launch choice depends on, and the choice.
 struct FusedConfig {
-  int row_values;         // registers of logits per lane; 0: rows are read from memory
-  unsigned num_threads;   // of a workgroup
-  unsigned num_blocks;    // workgroups
+  int row_values;        // registers of logits per lane; 0: rows are read from memory
+  unsigned num_threads;  // of a workgroup
+  unsigned num_blocks;   // workgroups
   size_t lds_bytes;
 };
 
@@ -87,8 +87,8 @@ __device__ __forceinline__ void route(const FusedParams& p, int num_local, char*
   __syncthreads();
 
   for (int token = wave_idx(); token < num_local; token += num_waves) {
-    FusedSink sink{lds_experts + token * topk, lds_weights + token * topk, hits,
-                   p.sort.expert_mask, token};
+    FusedSink sink{lds_experts + token * topk, lds_weights + token * topk, hits, p.sort.expert_mask,
+                   token};
     wave_topk<T, kValues>(static_cast<const T*>(p.gating) + token * p.row_stride,
                           p.shape.num_experts, topk, p.need_renorm, sink);
   }

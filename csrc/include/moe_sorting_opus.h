@@ -20,7 +20,8 @@
 namespace aiter {
 
 // The launch choice is the same on every device, as the workspace size must not depend on it.
-constexpr int kSortLdsWords = 15 * 1024;  // 60 KiB: what every target gives a workgroup, less scratch
+constexpr int kSortLdsWords =
+    15 * 1024;  // 60 KiB: what every target gives a workgroup, less scratch
 constexpr int kMaxSortExperts = 4096;
 constexpr int kTargetTiles = 64;
 constexpr int kSortThreads = 1024;
@@ -50,7 +51,8 @@ __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base)
   uint32_t* const words = reinterpret_cast<uint32_t*>(lds_base);
   uint32_t* const starts = words + p.shape.num_experts;
   uint32_t* const scan = starts + p.shape.num_experts;
-  return {words, starts, scan, HitMask{scan + kMaxWavesPerBlock, p.shape.num_experts, p.tile_words}};
+  return {words, starts, scan,
+          HitMask{scan + kMaxWavesPerBlock, p.shape.num_experts, p.tile_words}};
 }
 
 __device__ __forceinline__ uint32_t entry_expert(const OpusParams& p, uint32_t entry) {
@@ -150,7 +152,8 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusPar
   __syncthreads();
   uint32_t* const tile_counts =
       p.workspace + static_cast<int64_t>(blockIdx.x) * p.shape.num_experts;
-  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) tile_counts[e] = lds_counts[e];
+  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x)
+    tile_counts[e] = lds_counts[e];
 }
 
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusParams p) {

@@ -30,8 +30,8 @@ inline const dlpack::ExchangeApi* exchange_api(py::handle object) {
   PyTypeObject* type = Py_TYPE(object.ptr());
   if (type == known_type) return known_api;
   const dlpack::ExchangeApi* api = nullptr;
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type),
-                                             "__dlpack_c_exchange_api__");
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   if (capsule != nullptr && PyCapsule_IsValid(capsule, dlpack::kExchangeCapsuleName)) {
     api = static_cast<const dlpack::ExchangeApi*>(
         PyCapsule_GetPointer(capsule, dlpack::kExchangeCapsuleName));
@@ -49,7 +49,9 @@ inline const dlpack::ExchangeApi* exchange_api(py::handle object) {
   return api;
 }
 
-inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+inline std::string type_name(py::handle object) {
+  return Py_TYPE(object.ptr())->tp_name;
+}
 
 inline DType dtype_from_name(const std::string& name) {
   if (name == "torch.float32") return DType::f32;
@@ -151,8 +153,7 @@ inline std::optional<TensorView> optional_tensor_arg(py::handle object, const ch
 
 inline int64_t int_arg(py::handle object, const char* name) {
   if (!PyIndex_Check(object.ptr()) || PyBool_Check(object.ptr())) {
-    throw py::type_error(std::string(name) + ": expected an int, got " +
-                         detail::type_name(object));
+    throw py::type_error(std::string(name) + ": expected an int, got " + detail::type_name(object));
   }
   const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
   if (!integer) throw py::error_already_set();
@@ -166,8 +167,7 @@ inline int64_t int_arg(py::handle object, const char* name) {
 
 inline bool bool_arg(py::handle object, const char* name) {
   if (!PyBool_Check(object.ptr())) {
-    throw py::type_error(std::string(name) + ": expected a bool, got " +
-                         detail::type_name(object));
+    throw py::type_error(std::string(name) + ": expected a bool, got " + detail::type_name(object));
   }
   return object.ptr() == Py_True;
 }

@@ -7,9 +7,9 @@
 
 namespace aiter {
 
-constexpr int64_t kMaxExperts = 0xffff;            // row_topk.h packs an expert index in 16 bits
-constexpr int64_t kMaxTopk = 255;                  // sorted_ids keep the slot in 8 bits
-constexpr int64_t kMaxTokens = (1 << 24) - 1;      // and the token in 24
+constexpr int64_t kMaxExperts = 0xffff;        // row_topk.h packs an expert index in 16 bits
+constexpr int64_t kMaxTopk = 255;              // sorted_ids keep the slot in 8 bits
+constexpr int64_t kMaxTokens = (1 << 24) - 1;  // and the token in 24
 
 // The arguments that every sort has. Their names are the caller's.
 struct SortTensors {

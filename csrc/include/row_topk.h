@@ -24,7 +24,7 @@
 
 namespace aiter {
 
-constexpr int kMaxRowValues = 32;    // registers of a lane
+constexpr int kMaxRowValues = 32;     // registers of a lane
 constexpr int kMaxRowExperts = 1024;  // longer rows are read from memory
 
 // Registers of a lane that hold a row, as launchers choose them: a power of two; 0 for memory.
@@ -150,8 +150,8 @@ class WaveRow<T, 0> {
 // by one lane; when K exceeds the wave, weights arrive undivided and divide(k, Z) follows, called
 // by the same lane.
 template <typename T, int kValues, typename Sink>
-__device__ __forceinline__ void wave_topk(const T* row, int num_experts, int topk,
-                                          bool need_renorm, Sink& sink) {
+__device__ __forceinline__ void wave_topk(const T* row, int num_experts, int topk, bool need_renorm,
+                                          Sink& sink) {
   WaveRow<T, kValues> values(row, num_experts);
   const bool one_pass = topk <= kWaveSize;
   float max = 0.0f;

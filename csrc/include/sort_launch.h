@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "expert_sort.h"
-#include "row_topk.h"
 #include "routing_checks.h"
+#include "row_topk.h"
 
 namespace aiter {
 

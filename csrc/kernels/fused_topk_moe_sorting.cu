@@ -1,8 +1,7 @@
 // The checked launcher of the fused launch.
-#include "fused_topk_moe_sorting.h"
-
 #include <algorithm>
 
+#include "fused_topk_moe_sorting.h"
 #include "fused_topk_moe_sorting_api.h"
 #include "sort_launch.h"
 
@@ -74,8 +73,7 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   params.shape = shape;
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
-  const FusedConfig config =
-      choose_config(shape, params.sort.row_bytes * shape.num_tokens, limits);
+  const FusedConfig config = choose_config(shape, params.sort.row_bytes * shape.num_tokens, limits);
   dispatch_row(args.gating_output.dtype, config.row_values, [&](auto logit, auto values) {
     launch(fused_topk_moe_sorting_kernel<decltype(logit), values()>, config.num_blocks,
            config.num_threads, config.lds_bytes, static_cast<hipStream_t>(stream), params);

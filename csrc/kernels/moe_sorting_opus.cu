@@ -1,8 +1,7 @@
 // The checked launchers of the oneshot and the multi-phase sort.
-#include "moe_sorting_opus.h"
-
 #include <algorithm>
 
+#include "moe_sorting_opus.h"
 #include "moe_sorting_opus_api.h"
 #include "sort_launch.h"
 
@@ -18,14 +17,16 @@ struct Tiling {
 };
 
 // The most bitmask words per expert that fit in LDS beside its count and its start.
-int max_tile_words(int num_experts) { return kSortLdsWords / num_experts - 2; }
+int max_tile_words(int num_experts) {
+  return kSortLdsWords / num_experts - 2;
+}
 static_assert(kSortLdsWords / kMaxSortExperts - 2 >= 1, "a tile is at least one word");
 
 Tiling choose_tiling(int64_t num_tokens, int num_experts, int topk, int64_t dispatch_policy) {
   check_range("dispatch_policy", dispatch_policy, 0, 2);
   check_range("num_experts", num_experts, 1, kMaxSortExperts);
-  const bool multiphase = dispatch_policy == 2 ||
-                          (dispatch_policy == 0 && num_tokens * topk > kMaxOneshotEntries);
+  const bool multiphase =
+      dispatch_policy == 2 || (dispatch_policy == 0 && num_tokens * topk > kMaxOneshotEntries);
   const int num_words = hit_words(static_cast<int>(num_tokens));
   const int wanted = multiphase ? (num_words + kTargetTiles - 1) / kTargetTiles : num_words;
   const int tile_words = std::clamp(wanted, 1, max_tile_words(num_experts));
@@ -38,7 +39,8 @@ int64_t workspace_bytes(const Tiling& tiling, int64_t num_experts) {
 
 void check_workspace(const std::optional<TensorView>& workspace, int64_t bytes) {
   if (bytes == 0) return;
-  const std::string expected = "a contiguous tensor of at least " + std::to_string(bytes) + " bytes";
+  const std::string expected =
+      "a contiguous tensor of at least " + std::to_string(bytes) + " bytes";
   if (!workspace) fail_argument("workspace", expected, "None");
   check_contiguous(*workspace);
   if (workspace->numel() * workspace->itemsize < bytes) {
@@ -89,8 +91,7 @@ void launch_multiphase(const OpusParams& p, const DeviceLimits& limits, unsigned
     launch(moe_sorting_count_kernel, p.num_tiles + num_zeroing, threads,
            sizeof(uint32_t) * p.shape.num_experts, stream, p);
   }
-  launch(moe_sorting_assign_kernel, 1, threads, opus_lds_bytes(p.shape.num_experts, 0),
-         stream, p);
+  launch(moe_sorting_assign_kernel, 1, threads, opus_lds_bytes(p.shape.num_experts, 0), stream, p);
   if (p.num_tiles > 0) {
     launch(moe_sorting_scatter_kernel, p.num_tiles, threads,
            opus_lds_bytes(p.shape.num_experts, p.tile_words), stream, p);
@@ -103,12 +104,14 @@ int64_t moe_sorting_opus_get_workspace_size(int64_t tokens, int64_t num_experts,
                                             int64_t dispatch_policy) {
   check_range("tokens", tokens, 0, kMaxTokens);
   check_experts_and_topk(num_experts, topk);
-  return workspace_bytes(choose_tiling(tokens, static_cast<int>(num_experts),
-                                       static_cast<int>(topk), dispatch_policy),
-                         num_experts);
+  return workspace_bytes(
+      choose_tiling(tokens, static_cast<int>(num_experts), static_cast<int>(topk), dispatch_policy),
+      num_experts);
 }
 
-void moe_sorting_opus_check(const MoeSortingOpusArgs& args) { check(args); }
+void moe_sorting_opus_check(const MoeSortingOpusArgs& args) {
+  check(args);
+}
 
 void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   const Tiling tiling = check(args);
@@ -117,8 +120,8 @@ void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   OpusParams params;
   params.topk_ids = static_cast<const int32_t*>(args.topk_ids.data);
   params.topk_weights = static_cast<const float*>(args.topk_weights.data);
-  params.shape = sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1],
-                            args.unit_size);
+  params.shape =
+      sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1], args.unit_size);
   params.sort = sort_params(args.sort);
   params.workspace = args.workspace ? static_cast<uint32_t*>(args.workspace->data) : nullptr;
   params.tile_words = tiling.tile_words;

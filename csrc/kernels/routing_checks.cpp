@@ -18,7 +18,8 @@ void check_gating(const TensorView& gating_output, int64_t num_experts) {
   check_rank(gating_output, 2);
   check_dtype(gating_output, {DType::f32, DType::f16, DType::bf16});
   if (gating_output.shape[1] != num_experts) {
-    fail_argument(gating_output.name, "shape [any, num_experts = " + std::to_string(num_experts) + "]",
+    fail_argument(gating_output.name,
+                  "shape [any, num_experts = " + std::to_string(num_experts) + "]",
                   shape_of(gating_output));
   }
   if (gating_output.shape[1] > 1 && gating_output.stride[1] != 1) {

@@ -67,7 +67,8 @@ void check_contiguous(const TensorView& t) {
   if (t.is_contiguous()) return;
   std::string strides;
   for (int d = 0; d < t.ndim; ++d) strides += (d ? ", " : "") + std::to_string(t.stride[d]);
-  fail_argument(t.name, "a contiguous tensor", "shape " + shape_of(t) + " with strides [" + strides + "]");
+  fail_argument(t.name, "a contiguous tensor",
+                "shape " + shape_of(t) + " with strides [" + strides + "]");
 }
 
 void check_shape(const TensorView& t, std::initializer_list<int64_t> shape) {
@@ -104,7 +105,8 @@ void check_same_device(std::initializer_list<const TensorView*> tensors) {
     if (first == nullptr) {
       first = t;
       if (t->device_kind != kExpected) {
-        fail_argument(t->name, std::string("a tensor on a device of the ") + kTargetName + " target",
+        fail_argument(t->name,
+                      std::string("a tensor on a device of the ") + kTargetName + " target",
                       device_of(*t));
       }
     } else if (t->device_kind != first->device_kind || t->device_index != first->device_index) {

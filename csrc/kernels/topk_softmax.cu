@@ -1,9 +1,8 @@
 // The checked launcher of topk_softmax.
-#include "topk_softmax.h"
-
 #include <limits>
 
 #include "sort_launch.h"
+#include "topk_softmax.h"
 #include "topk_softmax_api.h"
 
 namespace aiter {
@@ -21,8 +20,8 @@ void check(const TopkSoftmaxArgs& args) {
     check_contiguous(*t);
   }
   check_range("M*topk", args.topk_weights.numel(), 0, std::numeric_limits<int32_t>::max());
-  check_same_device({&args.gating_output, &args.topk_weights, &args.topk_indices,
-                     &args.token_expert_indices});
+  check_same_device(
+      {&args.gating_output, &args.topk_weights, &args.topk_indices, &args.token_expert_indices});
   check_no_overlap({&args.topk_weights, &args.topk_indices, &args.token_expert_indices},
                    {&args.gating_output});
 }

@@ -101,11 +101,11 @@ struct Logit<F16> : Logit16<F16, 0x7c00u> {};
 // x = n ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (weighted least squares, exact at
 // r = 0), then 2^n in two factors, so that subnormal results come out too. Degree 5 gave 1.7e-7.
 __device__ __forceinline__ float exp_nonpositive(float x) {
-  constexpr float kRoundToInteger = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  x = x < -110.0f ? -110.0f : x;                // below -104 the result is 0
+  constexpr float kRoundToInteger =
+      0x1.8p23f;                  // adding it leaves the nearest integer in the low bits
+  x = x < -110.0f ? -110.0f : x;  // below -104 the result is 0
   const float shifted = x * 0x1.715476p0f + kRoundToInteger;
-  const int n = static_cast<int>(bit_cast<uint32_t>(shifted) -
-                                 bit_cast<uint32_t>(kRoundToInteger));
+  const int n = static_cast<int>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRoundToInteger));
   const float n_float = shifted - kRoundToInteger;
   float r = fmaf(n_float, -0x1.62e4p-1f, x);
   r = fmaf(n_float, -0x1.7f7d1cp-20f, r);

@@ -27,11 +27,21 @@ constexpr auto hipDeviceAttributeWarpSize = cudaDevAttrWarpSize;
 constexpr auto hipDeviceAttributeMultiprocessorCount = cudaDevAttrMultiProcessorCount;
 constexpr auto hipFuncAttributeMaxDynamicSharedMemorySize =
     cudaFuncAttributeMaxDynamicSharedMemorySize;
-inline hipError_t hipGetLastError() { return cudaGetLastError(); }
-inline const char* hipGetErrorName(hipError_t error) { return cudaGetErrorName(error); }
-inline const char* hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
-inline hipError_t hipGetDevice(int* device) { return cudaGetDevice(device); }
-inline hipError_t hipSetDevice(int device) { return cudaSetDevice(device); }
+inline hipError_t hipGetLastError() {
+  return cudaGetLastError();
+}
+inline const char* hipGetErrorName(hipError_t error) {
+  return cudaGetErrorName(error);
+}
+inline const char* hipGetErrorString(hipError_t error) {
+  return cudaGetErrorString(error);
+}
+inline hipError_t hipGetDevice(int* device) {
+  return cudaGetDevice(device);
+}
+inline hipError_t hipSetDevice(int device) {
+  return cudaSetDevice(device);
+}
 #elif defined(AITER_TARGET_CPU)
 #include "device/hip_cpu.h"
 using hipStream_t = void*;
@@ -76,9 +86,9 @@ template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds_bytes, hipStream_t,
             Args... args) {
   auto body = [&] { kernel(args...); };
-  hip_cpu::launch(grid, block, lds_bytes,
-                  [](const void* closure) { (*static_cast<const decltype(body)*>(closure))(); },
-                  &body);
+  hip_cpu::launch(
+      grid, block, lds_bytes,
+      [](const void* closure) { (*static_cast<const decltype(body)*>(closure))(); }, &body);
 }
 
 #else
@@ -149,7 +159,7 @@ void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds
                   "raising the LDS limit of a kernel");
   }
 #endif
-  kernel<<<grid, block, lds_bytes, stream>>>(args...);
+  kernel<<<grid, block, lds_bytes, stream> > >(args...);
   check_runtime(hipGetLastError(), "launching a kernel");
 }
 

@@ -48,14 +48,14 @@ inline T read_slot(unsigned parity, int lane, const hip_cpu::Site& site) {
 
 template <typename T>
 inline T wave_max(T x, AITER_CALL_SITE) {
-  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), wave_cpu::combine_max<T>,
-                                              AITER_SITE_OF("wave_max"));
+  const unsigned parity =
+      hip_cpu::collective(hip_cpu::to_word(x), wave_cpu::combine_max<T>, AITER_SITE_OF("wave_max"));
   return hip_cpu::from_word<T>(hip_cpu::current_lane->wave->result[parity]);
 }
 
 inline float wave_sum_by_halves(float x, AITER_CALL_SITE) {
-  const unsigned parity = hip_cpu::collective(
-      hip_cpu::to_word(x), wave_cpu::combine_sum_by_halves, AITER_SITE_OF("wave_sum_by_halves"));
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), wave_cpu::combine_sum_by_halves,
+                                              AITER_SITE_OF("wave_sum_by_halves"));
   return hip_cpu::from_word<float>(hip_cpu::current_lane->wave->result[parity]);
 }
 
@@ -67,8 +67,8 @@ inline float wave_sum_in_order(float x, int count, float init, AITER_CALL_SITE) 
 }
 
 inline uint32_t wave_inclusive_sum(uint32_t x, AITER_CALL_SITE) {
-  const unsigned parity = hip_cpu::collective(
-      hip_cpu::to_word(x), wave_cpu::combine_inclusive_sum, AITER_SITE_OF("wave_inclusive_sum"));
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), wave_cpu::combine_inclusive_sum,
+                                              AITER_SITE_OF("wave_inclusive_sum"));
   const hip_cpu::Lane& lane = *hip_cpu::current_lane;
   return hip_cpu::from_word<uint32_t>(lane.wave->slot[parity][lane.index]);
 }

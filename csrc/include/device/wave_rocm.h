@@ -23,8 +23,8 @@ constexpr int kUpperRows = 0xc;
 // x as seen through the DPP control; 0 for lanes that read from outside or whose row is masked out.
 template <int kControl, int kRowMask = kAllRows>
 __device__ __forceinline__ uint32_t move(uint32_t x) {
-  return static_cast<uint32_t>(__builtin_amdgcn_update_dpp(0, static_cast<int>(x), kControl,
-                                                           kRowMask, kAllBanks, true));
+  return static_cast<uint32_t>(
+      __builtin_amdgcn_update_dpp(0, static_cast<int>(x), kControl, kRowMask, kAllBanks, true));
 }
 
 template <int kControl>
@@ -42,7 +42,9 @@ __device__ __forceinline__ float wave_read_lane(float x, int lane) {
   return __uint_as_float(wave_read_lane(__float_as_uint(x), lane));
 }
 
-__device__ __forceinline__ uint32_t max_of(uint32_t x, uint32_t y) { return x > y ? x : y; }
+__device__ __forceinline__ uint32_t max_of(uint32_t x, uint32_t y) {
+  return x > y ? x : y;
+}
 
 __device__ __forceinline__ uint32_t wave_max(uint32_t x) {
   x = max_of(x, dpp::move<dpp::kRowShr + 1>(x));
