@@ -3,9 +3,10 @@
 A pure function of the shapes and of what the device can hold, so that it can be printed
 (`python -m aiter explain`), tested without a GPU, and does not cost a launch anything.
 
-Paths: "fused" is the single launch; "oneshot" and "multiphase" are the separate chain, top-k in one
-launch and the sort in one or three more. The chain's own choice is its kernels' (workspace needed or
-not), so that a direct call of `moe_sorting_opus_fwd` and one through `fused_moe` cannot differ.
+Paths: "fused" is the single launch; "oneshot" and "multiphase" are the separate chain, top-k in
+one launch and the sort in one or three more. The chain's own choice is its kernels' (workspace
+needed or not), so that a direct call of `moe_sorting_opus_fwd` and one through `fused_moe` cannot
+differ.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def _device_rows(device: torch.device, wave: int) -> list[tuple[str, str]]:
         ("device", f"{properties.name} ({device})"),
         ("architecture", getattr(properties, "gcnArchName", None)
          or f"sm_{properties.major}{properties.minor}"),
-        ("runtime", f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"),
+        ("runtime", f"HIP {torch.version.hip}" if torch.version.hip
+         else f"CUDA {torch.version.cuda}"),
         ("compute units", str(properties.multi_processor_count)),
         ("wave", str(getattr(properties, "warp_size", "unknown"))),
     ]  # fmt: skip

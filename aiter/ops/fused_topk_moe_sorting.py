@@ -29,8 +29,8 @@ def fused_topk_moe_sorting_fwd(
 ) -> None:
     """Routes M tokens to `topk` of `num_experts` experts and sorts them into blocks, in one launch.
 
-    With x = float(gating_output[t]): the slots of token t are its `topk` experts of largest x, equal
-    ones by lower index; slot k weighs exp(x_k - max x) / Z, Z the sum of these over the chosen
+    With x = float(gating_output[t]): the slots of token t are its `topk` experts of largest x,
+    equal ones by lower index; slot k weighs exp(x_k - max x) / Z, Z the sum of these over the chosen
     experts (`need_renorm`) or over all. The entries (t, k) of every expert, tokens ascending, fill
     blocks of B = `unit_size` slots, experts ascending.
 

@@ -5,8 +5,8 @@
 //   entry (t, k) of expert e goes to slot  start_e + (number of tokens before t that chose e)
 //   slots start_e + c_e ... up to the next block hold padding: id (K << 24) | n, weight 0
 //
-// Ranks come from a token x expert bitmask, one bit per (token, expert): the number of tokens before
-// t is a popcount over the words before t's and the bits below t's. That needs M*E/8 bytes, is
+// Ranks come from a token x expert bitmask, one bit per (token, expert): the number of tokens
+// before t is a popcount over the words before t's and the bits below t's. That needs M*E/8 bytes, is
 // stable by construction, and no entry waits for another. Words are stored [word][expert], so that
 // lanes that walk over experts hit different LDS banks.
 //

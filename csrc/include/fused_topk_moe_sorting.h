@@ -1,14 +1,14 @@
 // Softmax, top-k, block-padded sort by expert and moe_buf zeroing in one launch.
 //
 //   gating  [M, E] f32/f16/bf16, inner stride 1, rows `row_stride` items apart
-//   sorted_ids, sorted_weights [M*K + E*B - K]; sorted_expert_ids [ceil(that / B)]; num_valid_ids [2]
+//   sorted_ids, sorted_weights [M*K + E*B - K], sorted_expert_ids [that / B], num_valid_ids [2]
 //   moe_buf [n * D] items, rows below n zeroed
 //
 // Workgroup 0 routes, all others zero moe_buf. Routing, in phases with a barrier between them:
 //   1 clear    all threads     the token x expert bitmask
 //   2 top-k    a wave per row  row_topk.h; slot k: expert, weight and hit bit into LDS
 //   3 count    a thread per expert   popcounts of its column of the bitmask
-//   4 assign   a thread per expert   scan over the padded counts: first slot, expert id of its blocks
+//   4 assign   a thread per expert   scan over padded counts: first slot, expert id of its blocks
 //   5 write    all threads     entries to start + rank, padding behind every expert's last entry
 //
 // LDS: bitmask 4*E*ceil(M/32), weights 4*M*K, counts and starts 8*E, scan 128, experts 2*M*K bytes.

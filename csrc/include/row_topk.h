@@ -2,15 +2,15 @@
 //
 //   x_e     logit of expert e as f32, NaN read as -inf
 //   winners the K largest (x_e, -e) in descending order
-//   w_k     exp(x_k - x_0) / Z;  Z = sum over the winners in slot order (need_renorm), or over all E
+//   w_k     exp(x_k - x_0) / Z;  Z = sum over winners in slot order (need_renorm), or over all E
 //
 // Lane l of a wave of W holds the logits of experts l, W + l, 2W + l, ... in kValues registers. A
 // step of the selection takes the maximum over the lane's registers, then over the wave, and zeroes
 // the winner's register. 16-bit logits carry the complemented expert index in the low half of the
 // register, so that one reduction finds both; f32 logits need a second one, for the lowest index
 // among the equal. Lane k keeps winner k, so exp and the division are done once for all winners and
-// not once for each. With kValues = 0 the row stays in memory and is read again in every step, below
-// the last winner: any E, slowly.
+// not once for each. With kValues = 0 the row stays in memory and is read again in every step,
+// below the last winner: any E, slowly.
 //
 // Z over all E is summed by halves of the index range (wave_sum_by_halves, and the same over the
 // registers), so that its last bit does not depend on the wave width nor on kValues > 0.

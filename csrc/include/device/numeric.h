@@ -2,8 +2,8 @@
 //
 // A logit is read once into a key, an unsigned integer that orders like the logit and is never 0:
 //   key(x) = x >= 0 ? bits(x) | sign : ~bits(x)      (NaN as -inf, -0 as +0)
-// What a lane stores of it is one 32-bit register: the key of an f32 logit; for a 16-bit one the key
-// above the complemented expert index (so E < 65536), which makes all stored values of a row
+// What a lane stores of it is one 32-bit register: the key of an f32 logit; for a 16-bit one the
+// key above the complemented expert index (so E < 65536), which makes all stored values of a row
 // different and prefers the lower index among equal logits.
 //
 // exp is our own, of the same fma's everywhere: results are the same bits on the CPU, on CUDA and on

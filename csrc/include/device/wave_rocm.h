@@ -1,7 +1,7 @@
 // wave.h on AMD GPUs: wave64 (gfx9) and wave32 (gfx10 to gfx12).
 //
-// Lanes talk through DPP, which is part of the arithmetic instruction and reaches within a row of 16
-// lanes, and across rows by row_bcast on gfx9. What DPP cannot do: on gfx10 and later rows meet in
+// Lanes talk through DPP, which is part of the arithmetic instruction and reaches within a row of
+// 16 lanes, and across rows by row_bcast on gfx9. What DPP cannot do: on gfx10 and later rows meet in
 // scalar registers (v_readlane) or by v_permlanex16; halves of a gfx9 wave meet through the LDS
 // crossbar (ds_swizzle, ds_bpermute), v_permlane32_swap being gfx950's alone. A result that is the
 // same in all lanes is returned from v_readlane, so that the compiler keeps it in a scalar register.
