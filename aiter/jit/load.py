@@ -22,7 +22,7 @@ from aiter.jit import envs, paths
 from aiter.jit.cache import COMPILER_DIR, Cache, Entry
 from aiter.jit.errors import CacheError, LoadError
 from aiter.jit.plan import Plan, make_plan
-from aiter.jit.spec import load_config
+from aiter.jit.spec import module_names
 from aiter.jit.target import Target
 
 _LOAD_ATTEMPTS = 3
@@ -53,7 +53,7 @@ class Loader:
 
     def modules(self) -> list[str]:
         """The names in the config, in its order; raises ConfigError."""
-        return list(load_config(self.config_path))
+        return module_names(self.config_path, self.csrc_dir)
 
     def plan(self, module: str, target: Target) -> Plan:
         """What the compiler would see now for `module` and `target`."""

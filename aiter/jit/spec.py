@@ -8,6 +8,10 @@ trace and the file unreadable for other tools.
 A text whose only markup is plain `{{ NAME }}` is substituted here with one regular expression; the
 rest goes through jinja2's sandbox with undefined names as errors. Both give the same text; the
 short way exists because importing jinja2 costs about 35 ms, which a cache hit should not pay.
+
+The entry `module_*` holds for every op without one of its own, so that an op with nothing special
+about it needs no entry: its binding, `csrc/pybind/<op>_pybind.cpp`, is what announces it, and
+`{{ AITER_OP }}` stands for its name.
 """
 
 from __future__ import annotations
@@ -24,6 +28,10 @@ from aiter.jit.errors import ConfigError
 from aiter.jit.target import KINDS, Target
 
 TemplateValue = str | int | float | bool
+
+PREFIX = "module_"
+EVERY_OP = "module_*"  # the entry for ops without one of their own
+_BINDING = "{op}_pybind.cpp"
 
 _PLACEHOLDER = re.compile(r"\{\{ *([A-Za-z_][A-Za-z0-9_]*) *\}\}")
 _MARKUP = re.compile(r"\{\{|\{%|\{#|\r")
@@ -65,9 +73,10 @@ SETTINGS = tuple(item.name for item in fields(ModuleSpec) if item.name != "name"
 _STRING_LISTS = tuple(key for key in SETTINGS if key not in ("verbose", "template_args"))
 
 
-def template_variables(csrc_dir: Path, target: Target) -> dict[str, TemplateValue]:
-    """The names that every placeholder may use."""
+def template_variables(name: str, csrc_dir: Path, target: Target) -> dict[str, TemplateValue]:
+    """The names that every placeholder of the module `name` may use."""
     return {
+        "AITER_OP": name.removeprefix(PREFIX),
         "AITER_CSRC_DIR": str(csrc_dir),
         "AITER_TARGET": target.kind,
         "AITER_ARCHS": ";".join(target.archs),
@@ -98,7 +107,7 @@ def load_config(path: Path) -> dict[str, dict[str, Any]]:
             f"compiler config {path}: expected an object of modules, got {_json_type(config)}"
         )
     for name, settings in config.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if name != EVERY_OP and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError(
                 f"compiler config {path}: expected an identifier as a module name, got {name!r}"
             )
@@ -112,11 +121,25 @@ def load_config(path: Path) -> dict[str, dict[str, Any]]:
 def load_spec(path: Path, name: str, csrc_dir: Path, target: Target) -> ModuleSpec:
     """The checked settings of the module `name`, rendered for `target`; raises ConfigError."""
     config = load_config(path)
-    if name not in config:
+    known = module_names(path, csrc_dir)
+    if name not in known:
         raise ConfigError(
-            f"module {name}: expected one of {', '.join(config) or 'no modules'}, as in {path}"
+            f"module {name}: expected one of {', '.join(known) or 'no modules'}, as in {path}"
         )
-    return make_spec(name, config[name], template_variables(csrc_dir, target))
+    settings = config.get(name, config.get(EVERY_OP, {}))
+    return make_spec(name, settings, template_variables(name, csrc_dir, target))
+
+
+def module_names(path: Path, csrc_dir: Path) -> list[str]:
+    """The modules of the config in its order, then the ops that its entry `module_*` covers."""
+    config = load_config(path)
+    names = [name for name in config if name != EVERY_OP]
+    if EVERY_OP in config:
+        suffix = _BINDING.format(op="")
+        bindings = sorted((csrc_dir / "pybind").glob(_BINDING.format(op="*")))
+        ops = (PREFIX + binding.name.removesuffix(suffix) for binding in bindings)
+        names += [name for name in ops if name not in config]
+    return names
 
 
 def make_spec(

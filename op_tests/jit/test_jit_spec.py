@@ -12,7 +12,7 @@ from toy import MODULE, Toy
 
 from aiter.jit import paths, spec
 from aiter.jit.errors import ConfigError, TargetError
-from aiter.jit.spec import SETTINGS, load_config, load_spec, render
+from aiter.jit.spec import SETTINGS, load_config, load_spec, module_names, render
 from aiter.jit.target import KINDS, Target
 
 TARGETS = (Target("cpu", ("wave64",)), Target("cuda", ("sm_90",)), Target("rocm", ("gfx942",)))
@@ -33,7 +33,7 @@ def test_defaults(toy: Toy) -> None:
 
 @pytest.mark.parametrize("built_for", TARGETS, ids=lambda target: target.kind)
 def test_the_packages_own_config_is_valid(built_for: Target) -> None:
-    names = list(load_config(paths.config_path()))
+    names = module_names(paths.config_path(), paths.csrc_dir())
     assert names[0] == "module_fused_topk_moe_sorting"
     for name in names:
         loaded = load_spec(paths.config_path(), name, paths.csrc_dir(), built_for)
@@ -166,3 +166,16 @@ def test_the_short_way_gives_what_jinja2_gives(text: str, monkeypatch: pytest.Mo
     short = render(text, VARIABLES, "test")
     monkeypatch.setattr(spec, "_MARKUP", re.compile(""))
     assert render(text, VARIABLES, "test") == short
+
+
+def test_an_op_without_an_entry_takes_the_common_one(toy: Toy) -> None:
+    binding = toy.csrc / "pybind" / "extra_pybind.cpp"
+    binding.parent.mkdir(exist_ok=True)
+    binding.touch()
+    known = list(load_config(toy.config_path))
+    assert module_names(toy.config_path, toy.csrc) == known
+    config = json.loads(toy.config_path.read_text())
+    config["module_*"] = {"srcs": ["{{ AITER_CSRC_DIR }}/pybind/{{ AITER_OP }}_pybind.cpp"]}
+    toy.config_path.write_text(json.dumps(config))
+    assert module_names(toy.config_path, toy.csrc) == [*known, "module_extra"]
+    assert load_spec(toy.config_path, "module_extra", toy.csrc, TARGETS[0]).srcs == (binding,)
