@@ -65,8 +65,8 @@ class Entry:
     @property
     def target(self) -> Target:
         """What it is built for."""
-        kind, archs, cpu_level = self.manifest["target"]
-        return Target(kind, tuple(archs), cpu_level)
+        kind, archs, cpu_level, cpu_check = self.manifest["target"]
+        return Target(kind, tuple(archs), cpu_level, cpu_check)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,12 @@ class Cache:
         place = self.root / plan.place / hashlib.sha256(names.encode()).hexdigest()[:16]
         library = folder / plan.library_name
         manifest = {
-            "target": [plan.target.kind, plan.target.archs, plan.target.cpu_level],
+            "target": [
+                plan.target.kind,
+                plan.target.archs,
+                plan.target.cpu_level,
+                plan.target.cpu_check,
+            ],
             "abi": plan.abi,
             "inputs": plan.inputs,
             "library": {
@@ -269,7 +274,7 @@ def read_manifest(folder: Path) -> Entry | None:
         entry = Entry(folder, manifest)
         complete = (
             isinstance(manifest["inputs"]["sources"], dict)
-            and len(manifest["target"]) == 3
+            and len(manifest["target"]) == 4
             and isinstance(manifest["abi"], str)
             and isinstance(manifest["library"]["size"], int)
             and isinstance(manifest["library"]["sha256"], str)

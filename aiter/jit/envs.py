@@ -79,6 +79,12 @@ def _wave(text: str) -> int:
     return int(text)
 
 
+def _check(text: str) -> str:
+    if text not in ("race", "address"):
+        raise ValueError("race or address")
+    return text
+
+
 def _level(text: str) -> str:
     names = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     if text.upper() not in names:
@@ -119,6 +125,12 @@ AITER_LOG_MORE = Variable("AITER_LOG_MORE", False, "1 prints every compiler comm
 AITER_CPU_WAVE = Variable(
     "AITER_CPU_WAVE", 64, "the wave width of the cpu target, 64 or 32", _wave, "64"
 )
+AITER_CPU_CHECK = Variable(
+    "AITER_CPU_CHECK",
+    "",
+    "builds the cpu target with a checker: race (data races) or address (bounds, undefined results)",
+    _check,
+)
 GPU_ARCHS: Variable[tuple[str, ...]] = Variable(
     "GPU_ARCHS",
     (),
@@ -152,6 +164,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_LOG_LEVEL,
     AITER_LOG_MORE,
     AITER_CPU_WAVE,
+    AITER_CPU_CHECK,
     GPU_ARCHS,
     MAX_JOBS,
     XDG_CACHE_HOME,

@@ -111,6 +111,7 @@ class Loader:
             entry, built = self.ensure(module, target, force)
             if built:
                 self._rebuilt.add(key)
+            _check_runtime(module, target)
             try:
                 return load_extension(module, entry.library)
             except ImportError as error:
@@ -130,6 +131,20 @@ class Loader:
 def default_loader() -> Loader:
     """The loader of the package's own modules; the environment is read at the first call."""
     return Loader()
+
+
+def _check_runtime(module: str, target: Target) -> None:
+    """Raises LoadError where a sanitizer's runtime is missing: loading would end the process."""
+    if target.cpu_check != "address":
+        return
+    import ctypes
+
+    if not hasattr(ctypes.CDLL(None), "__asan_init"):
+        raise LoadError(
+            f"module {module} for {target.label}: expected the address sanitizer's runtime in this"
+            " process, got none; start Python with LD_PRELOAD=$(g++ -print-file-name=libasan.so)"
+            " and ASAN_OPTIONS=detect_leaks=0, as op_tests/fire/check_kernels.py does"
+        )
 
 
 def load_extension(name: str, path: Path) -> ModuleType:

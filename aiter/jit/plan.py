@@ -25,7 +25,7 @@ from aiter.jit.errors import ConfigError, TargetError
 from aiter.jit.spec import load_spec, render, template_variables
 from aiter.jit.target import Target
 
-FORMAT = 1  # NOTE: raise it when the layout of the cache or the meaning of the key changes.
+FORMAT = 2  # NOTE: raise it when the layout of the cache or the meaning of the key changes.
 
 
 class Roots:
@@ -139,10 +139,13 @@ def make_plan(
     pybind11_dir = compilers.pybind11_include()
     roots = Roots(csrc_dir, pybind11_dir, toolchain.python_include())
     profile = toolchain.make_profile(spec, target, compiler, csrc_dir, pybind11_dir)
-    variables = {**template_variables(csrc_dir, target), **spec.template_args}
-    sources = tuple(
-        _read_source(module, path, profile, variables)
-        for path in (*spec.srcs, *profile.extra_sources)
+    variables = {**template_variables(module, csrc_dir, target), **spec.template_args}
+    sources = (
+        *(
+            _read_source(module, path, _flags_of(path, profile), variables)
+            for path in spec.srcs
+        ),
+        *(_read_source(module, path, profile.extra, variables) for path in profile.extra_sources),
     )
     identities = [_identity(compiler, memo_dir, profile.environment)]
     if compiler.family == "nvcc":
@@ -182,11 +185,15 @@ def _identity(compiler: Compiler, memo_dir: Path, environment: dict[str, str]) -
     return [*compiler.command[1:], str(compiler.executable), version]
 
 
+def _flags_of(path: Path, profile: toolchain.Profile) -> tuple[str, ...]:
+    is_device = path.name.removesuffix(".jinja").endswith(".cu")
+    return profile.device if is_device else profile.host
+
+
 def _read_source(
-    module: str, path: Path, profile: toolchain.Profile, variables: dict[str, Any]
+    module: str, path: Path, flags: tuple[str, ...], variables: dict[str, Any]
 ) -> Source:
     name = path.name.removesuffix(".jinja")
-    flags = profile.device if name.endswith(".cu") else profile.host
     try:
         content = path.read_bytes()
         if name == path.name:

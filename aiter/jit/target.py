@@ -1,12 +1,14 @@
 """Which kind of device, and which architectures, is code built for?
 
-A `Target` is a kind (`cpu`, `cuda`, `rocm`), architecture names and, for the cpu, the x86-64 level;
-its label names the cache folder. It is found from a `torch.device`:
+A `Target` is a kind (`cpu`, `cuda`, `rocm`), architecture names and, for the cpu, the x86-64 level
+and a checker; its label names the cache folder. It is found from a `torch.device`:
 
 - `cpu`: the architecture is the wave width that the execution layer emulates, `wave64` unless
   `AITER_CPU_WAVE` or `cpu_wave` says `wave32`. The level (`x86-64-v3`, `x86-64-v2`) is the highest
   that this machine has of the two, so that machines that share a cache never share a file that one
-  of them cannot run. `-march=native` was rejected: it has no name to file a build under.
+  of them cannot run. `-march=native` was rejected: it has no name to file a build under. A third
+  part, the checker (`race`, `address`), comes from `AITER_CPU_CHECK`; it is a variant of the target
+  and not a flag of the modules, so that checked and ordinary builds never meet under one name.
 - `cuda`: `rocm` if this PyTorch is built for HIP, else `cuda`. `GPU_ARCHS` overrides the device's
   own architecture for cross-builds; a device that the list does not cover is an error.
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("cpu", "cuda", "rocm")
+CPU_CHECKS = ("race", "address")
 
 _ARCH_PATTERNS = {
     "cpu": (r"wave(32|64)", "wave64 or wave32"),
@@ -58,11 +61,13 @@ class Target:
         kind: `cpu`, `cuda` or `rocm`.
         archs: architecture names, in the order given: `wave64`, `sm_90`, `gfx942`...
         cpu_level: the `-march` level of a cpu target; empty elsewhere and on other machines.
+        cpu_check: the checker of a cpu target, `race` or `address`; empty for none.
     """
 
     kind: str
     archs: tuple[str, ...]
     cpu_level: str = ""
+    cpu_check: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,12 +81,19 @@ class Target:
             raise TargetError(
                 f"architectures of {self.kind}: expected {number}, got {list(self.archs)}"
             )
+        if self.cpu_check and (self.kind != "cpu" or self.cpu_check not in CPU_CHECKS):
+            raise TargetError(
+                f"checker of {self.kind}: expected"
+                f" {' or '.join(CPU_CHECKS) if self.kind == 'cpu' else 'none'},"
+                f" got {self.cpu_check!r}"
+            )
 
     @property
     def label(self) -> str:
         """The name for people and for folders, such as `rocm-gfx942,gfx90a`."""
         archs = ",".join(arch.replace(":", "_") for arch in self.archs)
-        return "-".join(part for part in (self.kind, archs, self.cpu_level) if part)
+        parts = (self.kind, archs, self.cpu_level, self.cpu_check)
+        return "-".join(part for part in parts if part)
 
     @property
     def wave_size(self) -> int | None:
@@ -126,13 +138,14 @@ def cpu_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def cpu_target(wave: int | None = None) -> Target:
     """The cpu target with wave width `wave`, else the one `cpu_wave` or AITER_CPU_WAVE asks for."""
     width = wave or cpu_wave_override.get() or envs.AITER_CPU_WAVE.get()
-    return Target("cpu", (f"wave{width}",), cpu_level())
+    return Target("cpu", (f"wave{width}",), cpu_level(), envs.AITER_CPU_CHECK.get())
 
 
 def named_target(kind: str, archs: tuple[str, ...] = ()) -> Target:
     """The target called `kind`, for `archs`, else for GPU_ARCHS, else for the first device."""
     if kind == "cpu":
-        return Target("cpu", archs, cpu_level()) if archs else cpu_target()
+        checker = envs.AITER_CPU_CHECK.get()
+        return Target("cpu", archs, cpu_level(), checker) if archs else cpu_target()
     chosen = archs or envs.GPU_ARCHS.get()
     if chosen or kind not in KINDS:
         return Target(kind, chosen)

@@ -1,6 +1,9 @@
 // The scheduler behind device/hip_cpu.h: stacks, switches, workgroups, OS threads.
 #include "device/hip_cpu.h"
 
+#include "address_check.h"
+#include "fiber.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O3")  // host code is compiled at -O1, and every switch of lanes goes through here
 #endif
@@ -21,10 +24,6 @@
 #include <thread>
 #include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 namespace hip_cpu {
 
 thread_local Lane* current_lane = nullptr;
@@ -34,74 +33,15 @@ const Observer* observer = nullptr;
 namespace {
 
 constexpr size_t kPageBytes = 4096;
-constexpr size_t kStackBytes = 8 * kPageBytes;  // the lowest page is a guard
+constexpr size_t kStackBytes = 8 * address_check::kStackFactor * kPageBytes;  // lowest page: guard
+constexpr size_t kUsableStackBytes = kStackBytes - 2 * kPageBytes;  // below any colour
+constexpr size_t kLdsGuardBytes = 4096;
 constexpr unsigned char kLdsPoison = 0xA5;
 // Lanes run in lockstep and touch the same depth of their stacks. Equal distances between stacks
 // would put these into the same few cache sets: a call of M=64, E=128, K=4 then takes 1.5x as long.
 constexpr size_t kColourBytes = 320;
 
 void lane_main();
-
-#if defined(__x86_64__)
-// Saves the callee-saved registers of the running fiber and resumes another. The control words
-// (mxcsr, x87) are the same for all fibers and stay.
-extern "C" void aiter_hip_cpu_switch(void** save, void* load);
-asm(R"(
-.text
-.align 16
-.type aiter_hip_cpu_switch, @function
-.hidden aiter_hip_cpu_switch
-.globl aiter_hip_cpu_switch
-aiter_hip_cpu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size aiter_hip_cpu_switch, .-aiter_hip_cpu_switch
-)");
-
-struct FiberContext {};
-
-inline void switch_fiber(void** save, void* load) { aiter_hip_cpu_switch(save, load); }
-
-void prepare_fiber(Lane& lane, char* stack_top, FiberContext&) {
-  void** sp = reinterpret_cast<void**>(stack_top);
-  *--sp = nullptr;  // keeps the stack 16-byte aligned at lane_main, and ends a backtrace
-  *--sp = reinterpret_cast<void*>(&lane_main);
-  for (int i = 0; i < 6; ++i) *--sp = nullptr;
-  lane.stack_pointer = sp;
-}
-#else
-struct FiberContext {
-  ucontext_t context;
-};
-
-inline void switch_fiber(void** save, void* load) {
-  ucontext_t here;
-  *save = &here;
-  swapcontext(&here, static_cast<ucontext_t*>(load));
-}
-
-void prepare_fiber(Lane& lane, char* stack_top, FiberContext& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack_top - (kStackBytes - kPageBytes - kPageBytes);
-  fiber.context.uc_stack.ss_size = kStackBytes - kPageBytes - kPageBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, lane_main, 0);
-  lane.stack_pointer = &fiber.context;
-}
-#endif
 
 std::string describe(const Site& site) {
   return std::string(site.operation) + " (" + site.file + ":" + std::to_string(site.line) + ")";
@@ -137,15 +77,15 @@ struct Launch {
 // Stacks and bookkeeping of one workgroup; every OS thread that runs workgroups owns one.
 class Machine {
  public:
-  ~Machine() {
-    if (stacks_ != nullptr) munmap(stacks_, num_stacks_ * kStackBytes);
-  }
+  ~Machine() { release_stacks(); }
 
   void run(Launch& launch) {
     launch_ = &launch;
     reserve(launch.block);
     Workgroup workgroup{0, launch.block, launch.grid, lds_, launch.lds_bytes, 0};
     current_workgroup = &workgroup;
+    const size_t behind = sizeof(lds_) - launch.lds_bytes;
+    address_check::forbid(lds_ + launch.lds_bytes, behind);
     while (!launch.failed) {
       workgroup.block_idx = launch.next_block.fetch_add(1, std::memory_order_relaxed);
       if (workgroup.block_idx >= launch.grid) break;
@@ -154,6 +94,7 @@ class Machine {
       if (observer != nullptr) observer->workgroup_begins(workgroup);
       run_workgroup();
     }
+    address_check::allow(lds_ + launch.lds_bytes, behind);
     current_workgroup = nullptr;
     current_lane = nullptr;
   }
@@ -179,26 +120,40 @@ class Machine {
            within(waves_.data(), waves_.size() * sizeof(Wave));
   }
 
-  void to_scheduler(Lane& lane) { switch_fiber(&lane.stack_pointer, scheduler_); }
+  // From the running stack to that of the lane `to`, to the scheduler's for null.
+  void switch_to(void** save, const Lane* to) {
+    void* fake_stack = nullptr;
+    address_check::before_switch(&fake_stack, to == nullptr ? own_stack_ : lane_stack(*to));
+    switch_fiber(save, to == nullptr ? scheduler_ : to->stack_pointer);
+    address_check::after_switch(fake_stack);
+  }
 
   [[noreturn]] void abandon(const std::string& error) {
     launch_->record_error(error);
     void* never;
-    switch_fiber(&never, scheduler_);
+    switch_to(&never, nullptr);
     __builtin_unreachable();
   }
 
  private:
+  address_check::Stack lane_stack(const Lane& lane) const {
+    return {stacks_ + lane.thread_idx * kStackBytes + kPageBytes, kStackBytes - kPageBytes};
+  }
+
+  void release_stacks() {
+    if (stacks_ == nullptr) return;
+    address_check::allow(stacks_, num_stacks_ * kStackBytes);
+    munmap(stacks_, num_stacks_ * kStackBytes);
+    stacks_ = nullptr;
+    num_stacks_ = 0;
+  }
+
   void reserve(unsigned block) {
     if (block <= num_stacks_) return;
-    if (stacks_ != nullptr) munmap(stacks_, num_stacks_ * kStackBytes);
-    num_stacks_ = 0;
+    release_stacks();
     void* memory = mmap(nullptr, block * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
-      stacks_ = nullptr;
-      throw std::bad_alloc();
-    }
+    if (memory == MAP_FAILED) throw std::bad_alloc();
     stacks_ = static_cast<char*>(memory);
     num_stacks_ = block;
     for (unsigned i = 0; i < block; ++i) mprotect(stacks_ + i * kStackBytes, kPageBytes, PROT_NONE);
@@ -215,8 +170,10 @@ class Machine {
       lane.wave = &waves_[t / kWaveSize];
       lane.index = t % kWaveSize;
       lane.thread_idx = t;
+      address_check::allow(lane_stack(lane).bottom, lane_stack(lane).size);
       const size_t colour = (lane.index * kColourBytes) % kPageBytes & ~size_t{63};
-      prepare_fiber(lane, stacks_ + (t + 1) * kStackBytes - colour, fibers_[t]);
+      char* const stack_top = stacks_ + (t + 1) * kStackBytes - colour;
+      lane.stack_pointer = prepare_fiber(fibers_[t], lane_main, stack_top, kUsableStackBytes);
     }
     for (unsigned w = 0; w < num_waves; ++w) {
       Wave& wave = waves_[w];
@@ -238,7 +195,7 @@ class Machine {
 
   void run_wave(Wave& wave) {
     current_lane = &wave.lanes[__builtin_ctzll(wave.ready)];
-    switch_fiber(&scheduler_, current_lane->stack_pointer);
+    switch_to(&scheduler_, current_lane);
   }
 
   // Every wave is blocked or done: lets the workgroup pass its barrier. False: nobody is left.
@@ -272,12 +229,13 @@ class Machine {
 
   Launch* launch_ = nullptr;
   void* scheduler_ = nullptr;
+  address_check::Stack own_stack_ = address_check::thread_stack();
   char* stacks_ = nullptr;
   size_t num_stacks_ = 0;
   std::vector<Lane> lanes_;
   std::vector<FiberContext> fibers_;
   std::vector<Wave> waves_;
-  alignas(64) char lds_[kLdsBytesPerBlock];
+  alignas(64) char lds_[kLdsBytesPerBlock + kLdsGuardBytes];
 };
 
 Machine& this_machine() {
@@ -287,6 +245,7 @@ Machine& this_machine() {
 }
 
 void lane_main() {
+  address_check::after_switch(nullptr);
   Machine& machine = this_machine();
   machine.call_body();
   machine.finish_lane(*current_lane);
@@ -370,13 +329,17 @@ void yield_lane() {
   Lane* lane = current_lane;
   const Wave& wave = *lane->wave;
   if (wave.ready == 0) {
-    this_machine().to_scheduler(*lane);
+    this_machine().switch_to(&lane->stack_pointer, nullptr);
     return;
   }
   const LaneMask behind = wave.ready & ~(bit(lane->index) | (bit(lane->index) - 1));
   Lane* next = &wave.lanes[__builtin_ctzll(behind != 0 ? behind : wave.ready)];
   current_lane = next;
+#if defined(AITER_ADDRESS_CHECK)
+  this_machine().switch_to(&lane->stack_pointer, next);
+#else
   switch_fiber(&lane->stack_pointer, next->stack_pointer);
+#endif
 }
 
 void complete_collective(Wave& wave) {
