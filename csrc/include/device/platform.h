@@ -159,7 +159,9 @@ void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds
                   "raising the LDS limit of a kernel");
   }
 #endif
-  kernel<<<grid, block, lds_bytes, stream> > >(args...);
+  // clang-format off
+  kernel<<<grid, block, lds_bytes, stream>>>(args...);
+  // clang-format on
   check_runtime(hipGetLastError(), "launching a kernel");
 }
 
