@@ -28,6 +28,7 @@ struct dim3 {
 
 extern "C" {
 hipError_t hipGetLastError();
+hipError_t hipGetDeviceCount(int* count);
 hipError_t hipGetDevice(int* device);
 hipError_t hipSetDevice(int device);
 hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t attribute, int device);

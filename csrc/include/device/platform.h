@@ -36,6 +36,7 @@ inline const char* hipGetErrorName(hipError_t error) {
 inline const char* hipGetErrorString(hipError_t error) {
   return cudaGetErrorString(error);
 }
+inline hipError_t hipGetDeviceCount(int* count) { return cudaGetDeviceCount(count); }
 inline hipError_t hipGetDevice(int* device) {
   return cudaGetDevice(device);
 }
@@ -96,8 +97,12 @@ void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds
 inline void check_runtime(hipError_t error, const char* what) {
   if (error == hipSuccess) return;
   (void)hipGetLastError();  // the error is reported here, and must not surface in a later call
+  int num_devices = 0;
+  if (hipGetDeviceCount(&num_devices) != hipSuccess) num_devices = 0;
+  (void)hipGetLastError();
   throw std::runtime_error(std::string(kTargetName) + ": " + what +
-                           " failed: " + hipGetErrorName(error) + ": " + hipGetErrorString(error));
+                           " failed: " + hipGetErrorName(error) + ": " + hipGetErrorString(error) +
+                           " (GPUs that the runtime sees: " + std::to_string(num_devices) + ")");
 }
 
 inline int device_attribute(int device, decltype(hipDeviceAttributeWarpSize) attribute,
