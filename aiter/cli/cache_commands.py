@@ -60,10 +60,19 @@ def run_build(options: argparse.Namespace) -> int:
         )
         return 2
     archs = tuple(part.strip() for part in options.arch.replace(",", ";").split(";") if part)
+    modules = known if options.all else options.modules
+    if options.device_only:
+        if options.target != "rocm":
+            print(f"error: --device-only: expected --target rocm, got {options.target}", file=sys.stderr)
+            return 2
+        # NOTE: imported late, as no other command needs it.
+        from aiter.cli import device_code
+
+        return device_code.run(modules, archs, options.mix)
     target = named_target(options.target, archs)
     rows = []
     failures = 0
-    for module in known if options.all else options.modules:
+    for module in modules:
         start = time.monotonic()
         try:
             entry, built = loader.ensure(module, target, options.force)

@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         help="architectures, such as 'gfx942;gfx90a', sm_90 or wave32; the machine's own if unset",
     )
     build.add_argument("--force", action="store_true", help="build even what is cached")
+    build.add_argument(
+        "--device-only",
+        action="store_true",
+        help="with --target rocm: compile the device code alone and print what it costs",
+    )
+    build.add_argument("--mix", action="store_true", help="with --device-only: the instruction mix")
     build.set_defaults(run=cache_commands.run_build)
 
     status = commands.add_parser("status", help="show what is cached, and whether it is valid")

@@ -49,9 +49,7 @@ inline const dlpack::ExchangeApi* exchange_api(py::handle object) {
   return api;
 }
 
-inline std::string type_name(py::handle object) {
-  return Py_TYPE(object.ptr())->tp_name;
-}
+inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 inline DType dtype_from_name(const std::string& name) {
   if (name == "torch.float32") return DType::f32;

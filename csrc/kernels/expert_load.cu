@@ -1,8 +1,7 @@
 // The checked launcher of expert_load.
-#include "expert_load.h"
-
 #include <limits>
 
+#include "expert_load.h"
 #include "tensor_view.h"
 
 namespace aiter {

@@ -17,9 +17,7 @@ struct Tiling {
 };
 
 // The most bitmask words per expert that fit in LDS beside its count and its start.
-int max_tile_words(int num_experts) {
-  return kSortLdsWords / num_experts - 2;
-}
+int max_tile_words(int num_experts) { return kSortLdsWords / num_experts - 2; }
 static_assert(kSortLdsWords / kMaxSortExperts - 2 >= 1, "a tile is at least one word");
 
 Tiling choose_tiling(int64_t num_tokens, int num_experts, int topk, int64_t dispatch_policy) {
@@ -109,9 +107,7 @@ int64_t moe_sorting_opus_get_workspace_size(int64_t tokens, int64_t num_experts,
       num_experts);
 }
 
-void moe_sorting_opus_check(const MoeSortingOpusArgs& args) {
-  check(args);
-}
+void moe_sorting_opus_check(const MoeSortingOpusArgs& args) { check(args); }
 
 void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   const Tiling tiling = check(args);

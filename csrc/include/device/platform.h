@@ -27,22 +27,12 @@ constexpr auto hipDeviceAttributeWarpSize = cudaDevAttrWarpSize;
 constexpr auto hipDeviceAttributeMultiprocessorCount = cudaDevAttrMultiProcessorCount;
 constexpr auto hipFuncAttributeMaxDynamicSharedMemorySize =
     cudaFuncAttributeMaxDynamicSharedMemorySize;
-inline hipError_t hipGetLastError() {
-  return cudaGetLastError();
-}
-inline const char* hipGetErrorName(hipError_t error) {
-  return cudaGetErrorName(error);
-}
-inline const char* hipGetErrorString(hipError_t error) {
-  return cudaGetErrorString(error);
-}
+inline hipError_t hipGetLastError() { return cudaGetLastError(); }
+inline const char* hipGetErrorName(hipError_t error) { return cudaGetErrorName(error); }
+inline const char* hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
 inline hipError_t hipGetDeviceCount(int* count) { return cudaGetDeviceCount(count); }
-inline hipError_t hipGetDevice(int* device) {
-  return cudaGetDevice(device);
-}
-inline hipError_t hipSetDevice(int device) {
-  return cudaSetDevice(device);
-}
+inline hipError_t hipGetDevice(int* device) { return cudaGetDevice(device); }
+inline hipError_t hipSetDevice(int device) { return cudaSetDevice(device); }
 #elif defined(AITER_TARGET_CPU)
 #include "device/hip_cpu.h"
 using hipStream_t = void*;

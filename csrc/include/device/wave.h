@@ -36,12 +36,8 @@ constexpr int kWaveSize = 64;
 constexpr int kWaveSize = 32;
 #endif
 
-__device__ __forceinline__ int lane_idx() {
-  return static_cast<int>(threadIdx.x) % kWaveSize;
-}
-__device__ __forceinline__ int wave_idx() {
-  return static_cast<int>(threadIdx.x) / kWaveSize;
-}
+__device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x) % kWaveSize; }
+__device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x) / kWaveSize; }
 
 }  // namespace aiter
 

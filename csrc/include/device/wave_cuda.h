@@ -5,9 +5,7 @@ namespace aiter {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ uint32_t wave_max(uint32_t x) {
-  return __reduce_max_sync(kAllLanes, x);
-}
+__device__ __forceinline__ uint32_t wave_max(uint32_t x) { return __reduce_max_sync(kAllLanes, x); }
 
 __device__ __forceinline__ uint64_t wave_max(uint64_t x) {
   const uint32_t high = static_cast<uint32_t>(x >> 32);
