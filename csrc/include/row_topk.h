@@ -51,7 +51,10 @@ class WaveRow {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       const int expert_idx = i * kWaveSize + lane_idx();
-      stored_[i] = expert_idx < num_experts ? Logit<T>::store(row[expert_idx], expert_idx) : 0;
+      // NOTE: all lanes load, the last logit where there is none; a branch per register costs more.
+      const bool exists = expert_idx < num_experts;
+      const T x = row[exists ? expert_idx : num_experts - 1];
+      stored_[i] = exists ? Logit<T>::store(x, expert_idx) : 0;
     }
   }
 

@@ -12,6 +12,7 @@
 namespace aiter {
 
 constexpr int kRowsPerBlock = 4;
+constexpr int kMaxWaveSize = 64;
 
 struct TopkSoftmaxParams {
   const void* gating;
@@ -39,7 +40,8 @@ struct TopkSoftmaxSink {
 };
 
 template <typename T, int kValues>
-__global__ void topk_softmax_kernel(TopkSoftmaxParams p) {
+__global__ void __launch_bounds__(kRowsPerBlock* kMaxWaveSize)
+    topk_softmax_kernel(TopkSoftmaxParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + wave_idx();
   if (row >= p.num_tokens) return;
   TopkSoftmaxSink sink{p, row};

@@ -124,7 +124,7 @@ __device__ __forceinline__ float exp_nonpositive(float x) {
 
 // The softmax numerator exp(x - max). Entries equal to an infinite maximum share equally: 1.
 __device__ __forceinline__ float softmax_numerator(float x, float max) {
-  return x == max ? 1.0f : exp_nonpositive(x - max);
+  return exp_nonpositive(x == max ? 0.0f : x - max);
 }
 
 }  // namespace aiter
