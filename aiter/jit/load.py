@@ -11,6 +11,7 @@ stay unimported.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import importlib.util
 import threading
@@ -149,6 +150,10 @@ def _check_runtime(module: str, target: Target) -> None:
 
 def load_extension(name: str, path: Path) -> ModuleType:
     """Loads the extension module `name` from the absolute `path`; raises ImportError."""
+    # NOTE: pybind11 keeps one module per full name in a process, so the second target's build would
+    # come back as the first's. Python asks the file only for the last part of a dotted name.
+    unique = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    name = f"{unique}.{name}"
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     if spec is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiter.jit.device_kernels import KernelCode, kernel_body, parse_kernels
 
@@ -72,6 +73,7 @@ class KernelText:
         labels: label to the index of the instruction that follows it.
         directives: the `.amdhsa_` values by name.
         arguments: (offset, size, kind) of every kernel argument, hidden ones included.
+        decoded: where `machine` keeps what it made of the instructions.
     """
 
     code: KernelCode
@@ -79,6 +81,7 @@ class KernelText:
     labels: dict[str, int]
     directives: dict[str, int]
     arguments: list[tuple[int, int, str]] = field(default_factory=list)
+    decoded: dict[int, Any] = field(default_factory=dict, compare=False)
 
 
 def parse(text: str, arch: str) -> dict[str, KernelText]:

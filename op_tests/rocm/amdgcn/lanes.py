@@ -11,17 +11,31 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from assembly import Instruction
-from scalar import Operation
-from wave import Bools, Fault, Lanes, U32, Wave, read_lanes, read_scalar, write_lanes, write_scalar
+
+from amdgcn.assembly import Instruction
+from amdgcn.scalar import Operation
+from amdgcn.wave import (
+    U32,
+    Bools,
+    Fault,
+    Lanes,
+    Wave,
+    read_lanes,
+    read_scalar,
+    write_lanes,
+    write_scalar,
+)
 
 Array = Any
 Compute = Callable[[Wave], Array]
 
-MODIFIERS = {
+_CONTROLS = {
     "row_shr", "row_shl", "row_ror", "row_bcast", "row_newbcast", "row_share", "row_xmask",
-    "quad_perm", "row_mirror", "row_half_mirror", "row_mask", "bank_mask", "bound_ctrl", "fi",
-    "dst_sel", "dst_unused", "src0_sel", "src1_sel",
+    "quad_perm", "row_mirror", "row_half_mirror",
+}  # fmt: skip
+MODIFIERS = {
+    *_CONTROLS, "row_mask", "bank_mask", "bound_ctrl", "fi", "dst_sel",
+    "dst_unused", "src0_sel", "src1_sel",
 }  # fmt: skip
 
 
@@ -65,7 +79,7 @@ def select(raw: Callable[[Wave], Lanes], part: str, extend: bool) -> Callable[[W
     sign = np.uint32((mask + 1) >> 1)
 
     def read(w: Wave) -> Lanes:
-        bits = raw(w) >> np.uint32(shift) & np.uint32(mask)
+        bits: U32 = raw(w).view(np.uint32) >> np.uint32(shift) & np.uint32(mask)
         return (bits ^ sign) - sign if extend else bits
 
     return read
@@ -90,22 +104,20 @@ def _placing(modifiers: dict[str, str], destination: str) -> Callable[[Wave, U32
 
 
 def dpp(
-    raw: Callable[[Wave], Lanes], modifiers: dict[str, str]
+    raw: Callable[[Wave], Lanes], modifiers: dict[str, str], width: int
 ) -> tuple[Callable[[Wave], Lanes], Callable[[Wave], Bools]]:
     """A source as DPP moves it between lanes, and which lanes are written."""
-    tables = {width: _dpp_table(modifiers, width) for width in (32, 64)}
+    source, inside, written = _dpp_table(modifiers, width)
     zero_invalid = "bound_ctrl" in modifiers
     fetch_inactive = modifiers.get("fi", "0") == "1"
 
     def valid(w: Wave) -> Bools:
-        source, inside, _ = tables[w.width]
         return inside if fetch_inactive else inside & w.mask[source]
 
     def read(w: Wave) -> Lanes:
-        return np.where(valid(w), raw(w)[tables[w.width][0]], np.uint32(0))
+        return np.where(valid(w), raw(w)[source], np.uint32(0))
 
     def only(w: Wave) -> Bools:
-        written = tables[w.width][2]
         return written if zero_invalid else written & valid(w)
 
     return read, only
@@ -116,8 +128,7 @@ def _dpp_table(modifiers: dict[str, str], width: int) -> tuple[Array, Bools, Boo
     lane = np.arange(width)
     row, column = lane // 16, lane % 16
     inside = np.ones(width, bool)
-    control = next((m for m in modifiers if m.startswith(("row_s", "row_r", "row_b", "row_n",
-                   "row_x", "row_mirror", "row_half", "quad")) and m not in ("row_mask",)), None)  # fmt: skip
+    control = next((name for name in modifiers if name in _CONTROLS), None)
     value = modifiers.get(control or "", "")
     if control == "row_shr":
         source, inside = lane - int(value), column >= int(value)

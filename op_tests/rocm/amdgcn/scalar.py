@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
-import exact
 import numpy as np
-from assembly import Instruction
-from wave import ALL_ONES, EXEC, VCC, Fault, Wave, constant, read_scalar, write_scalar
+
+from amdgcn import exact
+from amdgcn.assembly import Instruction
+from amdgcn.wave import ALL_ONES, EXEC, VCC, Fault, Wave, constant, read_scalar, write_scalar
 
 Operation = Callable[[Wave], "int | None"]
 Result = tuple[int, "bool | None"]
@@ -62,7 +64,7 @@ def _bfe(value: int, field: int, bits: int, is_signed: bool) -> Result:
     return found, found != 0
 
 
-def _float(function: Callable[..., np.generic]) -> Callable[..., Result]:
+def _float(function: Callable[..., Any]) -> Callable[..., Result]:
     """A float32 function of scalars as one of bits."""
 
     def run(*operands: int) -> Result:
@@ -155,7 +157,7 @@ _SAVEEXEC: dict[str, Callable[[int, int], int]] = {
 }  # fmt: skip
 
 
-def decode_scalar(instruction: Instruction, labels: dict[str, int], rcp_ulps: int) -> Operation:
+def decode_scalar(instruction: Instruction, labels: dict[str, int], rcp_rounding: int) -> Operation:
     """The function of a scalar instruction; raises Fault for one that is not known."""
     name, operands = instruction.mnemonic, instruction.operands
     if name.startswith(NO_EFFECT) and name != "s_barrier_wait":
@@ -171,7 +173,7 @@ def decode_scalar(instruction: Instruction, labels: dict[str, int], rcp_ulps: in
     if name in UNARY:
         return _unary(*UNARY[name], operands)
     if name == "v_s_rcp_f32":
-        return _unary(32, 32, _float(lambda a: exact.rcp(a, rcp_ulps)), operands)
+        return _unary(32, 32, _float(lambda a: exact.rcp(a, rcp_rounding)), operands)
     if name.endswith(("_saveexec_b32", "_saveexec_b64")):
         return _saveexec(name, operands)
     if name.startswith(("s_cmp_", "s_cmpk_")):
@@ -253,7 +255,7 @@ def _saveexec(name: str, operands: list[str]) -> Operation:
 
 
 def _compare(name: str, operands: list[str]) -> Operation:
-    _, operator, kind = name.split("_")
+    _, _, operator, kind = name.split("_")
     bits = int(kind[1:])
     compare = COMPARE[operator]
     read_a, read_b = (read_scalar(operand, bits) for operand in operands)

@@ -4,9 +4,9 @@ numpy's float32 add, subtract, multiply and divide are IEEE with subnormals, as 
 mode asks for. What numpy lacks is here. fma: the product of two float32 is exact in float64; the
 sum with the addend is rounded to odd there, after which rounding to float32 is right (53 >= 2 * 24
 + 2 bits). The division helpers follow the pseudo-code of AMD's instruction set documents, with the
-scaling of v_div_fmas in the direction that undoes v_div_scale's. `rcp` is only accurate to 1 ulp on
-hardware and flushes subnormals, so its last place is made a parameter: results that must not depend
-on it can be run with several.
+scaling of v_div_fmas in the direction that undoes v_div_scale's. `rcp` is only within 1 ulp on
+hardware, which leaves the two neighbours of the exact value, and flushes subnormals; which of them
+it is, is a parameter, so that results that must not depend on it can be run with both.
 """
 
 from __future__ import annotations
@@ -46,17 +46,33 @@ def fma(a: F32, b: F32, c: F32) -> F32:
     return _fma_to_odd(a, b, c).astype(np.float32)
 
 
-def rcp(x: F32, ulps: int) -> F32:
-    """1 / x as the hardware may return it: `ulps` (-1, 0, 1) off the nearest, subnormals flushed."""
-    x = np.where(np.abs(x) < _MIN_NORMAL, np.copysign(np.float32(0), x), x)
-    result = np.float32(1) / x
-    finite = np.isfinite(result) & (result != 0)
-    # NOTE: powers of two have an exact reciprocal, and hardware returns it.
-    inexact = finite & ((x.view(np.uint32) & 0x7FFFFF) != 0)
-    moved = np.where(inexact, result.view(np.uint32) + np.uint32(ulps & 0xFFFFFFFF),
-                     result.view(np.uint32)).view(np.float32)  # fmt: skip
-    tiny = np.abs(moved) < _MIN_NORMAL
-    return np.where(tiny, np.copysign(np.float32(0), moved), moved).astype(np.float32)
+def flushed(x: F32) -> F32:
+    """Subnormals as zeros of their sign."""
+    return np.where(np.abs(x) < _MIN_NORMAL, np.copysign(np.float32(0), x), x).astype(np.float32)
+
+
+def mad(a: F32, b: F32, c: F32) -> F32:
+    """v_mad_f32, v_mac_f32: a * b, rounded, + c; gfx90a's, which flush subnormals in any mode."""
+    return flushed(flushed(flushed(a) * flushed(b)) + flushed(c))
+
+
+def rcp(x: F32, rounding: int) -> F32:
+    """1 / x as the hardware may return it: the float32 next to it on one side or the other.
+
+    Args:
+        x: a float32 array; subnormals count as 0.
+        rounding: -1 for the neighbour below in magnitude, 1 above, 0 for the nearer one.
+    """
+    x = flushed(x)
+    with np.errstate(divide="ignore"):
+        result = np.float32(1) / x
+        exact = np.abs(1.0 / x.astype(np.float64))
+    magnitude = np.abs(result)
+    wrong_side = magnitude < exact if rounding > 0 else magnitude > exact
+    if rounding != 0:
+        step = np.where(wrong_side & np.isfinite(result) & (result != 0), rounding, 0)
+        result = (result.view(np.int32) + step.astype(np.int32)).view(np.float32)
+    return flushed(result)
 
 
 def _exponent(x: F32) -> NDArray[np.int64]:

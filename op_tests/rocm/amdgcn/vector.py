@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import exact
-import lanes
 import numpy as np
-from assembly import Instruction
-from scalar import COMPARE, Operation
-from wave import (
+
+from amdgcn import exact, lanes
+from amdgcn.assembly import Instruction
+from amdgcn.scalar import COMPARE, Operation
+from amdgcn.wave import (
     VCC,
     Bools,
     Fault,
@@ -26,7 +26,6 @@ from wave import (
     lanes_of,
     read_lanes,
     read_mask,
-    scalar_index,
     write_lanes,
     write_mask,
 )
@@ -141,6 +140,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
     "v_subrev_f32": ("ff", lambda a, b: b - a),
     "v_mul_f32": ("ff", lambda a, b: a * b),
     "v_fma_f32": ("fff", exact.fma),
+    "v_mad_f32": ("fff", exact.mad),
     "v_fmaak_f32": ("fff", exact.fma),
     "v_fmamk_f32": ("fff", exact.fma),
     "v_trunc_f32": ("f", np.trunc),
@@ -173,10 +173,10 @@ def _bitop3(table: int) -> Callable[..., Array]:
     return run
 
 
-def decode_vector(instruction: Instruction, width: int, rcp_ulps: int) -> Operation:
+def decode_vector(instruction: Instruction, width: int, rcp_rounding: int) -> Operation:
     """The function of a vector instruction; raises Fault for one that is not known."""
     if instruction.second is not None:
-        halves = [_parts(half, rcp_ulps) for half in (instruction, instruction.second)]
+        halves = [_parts(half, width, rcp_rounding) for half in (instruction, instruction.second)]
         (compute_x, store_x), (compute_y, store_y) = halves
 
         def run_both(w: Wave) -> None:
@@ -185,22 +185,27 @@ def decode_vector(instruction: Instruction, width: int, rcp_ulps: int) -> Operat
             store_y(w, y)
 
         return run_both
-    special = _decode_special(instruction, rcp_ulps) or lanes.decode_crossing(instruction, width)
+    crossing = lanes.decode_crossing(instruction, width)
+    if crossing is not None:
+        return crossing
+    _check_modifiers(instruction)
+    special = _decode_special(instruction)
     if special is not None:
         return special
-    compute, store = _parts(instruction, rcp_ulps)
+    compute, store = _parts(instruction, width, rcp_rounding)
     return lambda w: store(w, compute(w))
 
 
-def _parts(instruction: Instruction, rcp_ulps: int) -> tuple[Compute, Store]:
+def _parts(instruction: Instruction, width: int, rcp_rounding: int) -> tuple[Compute, Store]:
     """How the result is computed, and how it is stored."""
     name, operands = instruction.mnemonic, list(instruction.operands)
-    if name in ("v_fmac_f32",):
-        name, operands = "v_fma_f32", [*operands, operands[0]]
+    if name in ("v_fmac_f32", "v_mac_f32"):
+        name = "v_fma_f32" if name == "v_fmac_f32" else "v_mad_f32"
+        operands = [*operands, operands[0]]
     if name in ("v_cndmask_b32", "v_cndmask_b16") and len(operands) == 3:
         operands.append("vcc_lo")  # NOTE: v_dual_cndmask_b32 does not name it; dual is wave32.
     if name in ("v_rcp_f32", "v_rcp_iflag_f32"):
-        kinds, function = "f", lambda a: exact.rcp(a, rcp_ulps)
+        kinds, function = "f", lambda a: exact.rcp(a, rcp_rounding)
     elif name.startswith("v_bitop3_b"):
         kinds = "uuu" if name.endswith("32") else "hhh"
         function = _bitop3(int(instruction.modifiers.get("bitop3", "0"), 0))
@@ -208,13 +213,12 @@ def _parts(instruction: Instruction, rcp_ulps: int) -> tuple[Compute, Store]:
         kinds, function = OPERATIONS[name]
     else:
         raise Fault(f"unknown instruction {name}")
-    _check_modifiers(instruction)
-    reads, only = source_readers(instruction, operands[1:], kinds)
+    reads, only = source_readers(instruction, operands[1:], kinds, width)
     return lanes.applied(function, reads), lanes.storing(instruction, operands[0], only)
 
 
 def source_readers(
-    instruction: Instruction, operands: list[str], kinds: str
+    instruction: Instruction, operands: list[str], kinds: str, width: int = 64
 ) -> tuple[list[Compute], Callable[[Wave], Bools] | None]:
     """A reader per source, and which lanes DPP lets write (None for all)."""
     if len(operands) != len(kinds):
@@ -230,7 +234,7 @@ def source_readers(
         if instruction.encoding == "sdwa":
             raw = lanes.select(raw, instruction.modifiers.get(f"src{position}_sel", "DWORD"), extend)
         if position == 0 and instruction.encoding == "dpp":
-            raw, only = lanes.dpp(raw, instruction.modifiers)
+            raw, only = lanes.dpp(raw, instruction.modifiers, width)
         readers.append(_viewed(raw, kind, negate, absolute))
     return readers, only
 
@@ -264,12 +268,14 @@ def _viewed(raw: Callable[[Wave], Lanes], kind: str, negate: bool, absolute: boo
 
 def _check_modifiers(instruction: Instruction) -> None:
     known = {"bitop3", *lanes.MODIFIERS}
+    if instruction.mnemonic == "v_pk_mov_b32":
+        known.add("op_sel")
     strange = set(instruction.modifiers) - known
     if strange:
         raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
 
 
-def _decode_special(instruction: Instruction, rcp_ulps: int) -> Operation | None:
+def _decode_special(instruction: Instruction) -> Operation | None:
     """Instructions with masks, carries or two results; None for others."""
     name = instruction.mnemonic
     if name.startswith("v_cmp"):
@@ -280,6 +286,8 @@ def _decode_special(instruction: Instruction, rcp_ulps: int) -> Operation | None
         return _mad_u64(instruction)
     if name in ("v_div_scale_f32", "v_div_fmas_f32"):
         return _division(instruction)
+    if name == "v_pk_mov_b32":
+        return _pk_mov(instruction)
     if name in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"):
         return _mbcnt(instruction)
     return None
@@ -287,7 +295,7 @@ def _decode_special(instruction: Instruction, rcp_ulps: int) -> Operation | None
 
 def _compare(instruction: Instruction) -> Operation:
     name, operands = instruction.mnemonic, instruction.operands
-    prefix, operator, kind = name.split("_")[:3]
+    _, prefix, operator, kind = name.split("_")
     letter = {"u16": "h", "i16": "k", "u32": "u", "i32": "i", "f32": "f", "u64": "U", "i64": "I"}
     if kind not in letter or operator not in COMPARE and operator not in ("ne", "o", "u"):
         raise Fault(f"unknown instruction {name}")
@@ -309,7 +317,7 @@ def _compare(instruction: Instruction) -> Operation:
         raise Fault(f"{name} with DPP: not known")
     compute = lanes.applied(function, reads)
     write = None if destination is None else write_mask(destination)
-    write_exec = write_mask("exec") if prefix == "v_cmpx" else None
+    write_exec = write_mask("exec") if prefix == "cmpx" else None
 
     def run(w: Wave) -> None:
         result = compute(w)
@@ -375,9 +383,25 @@ def _division(instruction: Instruction) -> Operation:
 
     def fmas(w: Wave) -> None:
         scaled = lanes_of(w.s[VCC] | w.s[VCC + 1] << 32, w.width)
-        store(w, exact.div_fmas(*(read(w) for read in reads), scaled), None)
+        a, b, c = (read(w) for read in reads)
+        store(w, exact.div_fmas(a, b, c, scaled), None)
 
     return fmas
+
+
+def _pk_mov(instruction: Instruction) -> Operation:
+    """The low register from a half of the first source, the high one from a half of the second."""
+    destination, *sources = instruction.operands
+    store = write_lanes(destination)
+    picks = instruction.modifiers.get("op_sel", "[0,0]").strip("[]").split(",")
+    reads = [read_lanes(source, 64) for source in sources]
+    low, high = (np.uint64(32 * int(pick)) for pick in picks)
+
+    def run(w: Wave) -> None:
+        first, second = (reads[0](w) >> low).astype(_U), (reads[1](w) >> high).astype(_U)
+        store(w, np.stack([first, second], axis=1).reshape(-1).view(np.uint64), None)
+
+    return run
 
 
 def _mbcnt(instruction: Instruction) -> Operation:
@@ -390,8 +414,3 @@ def _mbcnt(instruction: Instruction) -> Operation:
     below_high = (1 << np.maximum(lane - 32, 0)) - 1
     masks = (below_low if low else below_high).astype(np.uint32)
     return lambda w: store(w, _bit_count(reads[0](w) & masks[: w.width]) + reads[1](w), None)
-
-
-def is_scalar_destination(operand: str) -> bool:
-    """Whether a vector instruction writes a scalar register."""
-    return scalar_index(operand) is not None

@@ -1,0 +1,246 @@
+"""Runs a kernel's machine code: all workgroups and waves of a launch, on emulated memory.
+
+Each instruction is decoded once, to a Python function of a wave; a wave is then a loop over these.
+Waves of a workgroup run one after the other up to the next barrier, in a random order that a seed
+fixes, and workgroups too. Registers, SGPRs and LDS start as noise; the kernel gets what its
+`.amdhsa_` directives say: the address of its arguments, preloaded arguments, workgroup ids and
+work-item ids. Compiled code is taken as it is: waits, hazards and scheduling hints have no effect,
+they are the compiler's business and no part of what this checks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiter.jit.device_kernels import ARCHS, instruction_class
+from amdgcn.assembly import Instruction, KernelText
+from amdgcn.memory import GlobalMemory, Lds
+from amdgcn.memory_ops import Memories, decode_memory
+from amdgcn.scalar import BARRIER, END, Operation, decode_scalar
+from amdgcn.vector import decode_vector
+from amdgcn.wave import TTMP, Fault, Wave
+
+MAX_STEPS = 3_000_000
+# User SGPRs around the address of the arguments, in the hardware's order; these stay noise.
+_USER_SGPRS_BEFORE = (("private_segment_buffer", 4), ("dispatch_ptr", 2), ("queue_ptr", 2))
+_USER_SGPRS_AFTER = (("dispatch_id", 2), ("flat_scratch_init", 2), ("private_segment_size", 1))
+INTERPRETED_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch is made of.
+
+    Attributes:
+        grid: workgroups.
+        threads: of a workgroup.
+        lds_bytes: dynamic LDS.
+        arguments: the bytes of the kernel's own arguments.
+        seed: of the noise and of the order in which waves and workgroups run.
+        rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
+    """
+
+    grid: int
+    threads: int
+    lds_bytes: int
+    arguments: bytes
+    seed: int = 0
+    rcp_rounding: int = 0
+
+
+@dataclass
+class Statistics:
+    """What was executed: instructions of all waves by class, and waves."""
+
+    mix: Counter[str] = field(default_factory=Counter)
+    waves: int = 0
+
+
+def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
+    """Executes a launch to its end.
+
+    Raises:
+        Fault: the code does what it must not, or the interpreter does not know an instruction; the
+            message names the kernel, the instruction, the wave and the workgroup.
+    """
+    arch = kernel.code.arch
+    if arch not in INTERPRETED_ARCHS:
+        raise Fault(f"arch: expected one of {', '.join(INTERPRETED_ARCHS)}, got {arch}")
+    if launch.threads > kernel.code.max_threads or launch.threads % kernel.code.wave_size:
+        raise Fault(
+            f"{kernel.code.name}: expected at most {kernel.code.max_threads} threads in whole waves"
+            f" of {kernel.code.wave_size}, got {launch.threads}"
+        )
+    lds_bytes = kernel.code.lds_bytes + launch.lds_bytes
+    if lds_bytes > ARCHS[arch].lds_bytes:
+        raise Fault(
+            f"{kernel.code.name}: expected at most {ARCHS[arch].lds_bytes} bytes of LDS on {arch},"
+            f" got {lds_bytes}"
+        )
+    rng = np.random.default_rng(launch.seed)
+    segment = kernel_arguments(kernel, launch)
+    address = memory.add("kernel arguments", segment, writable=False)
+    memories, operations = _decode(kernel, launch.rcp_rounding)
+    memories.memory = memory
+    counts = [0] * len(operations)
+    num_waves = launch.threads // kernel.code.wave_size
+    with np.errstate(all="ignore"):
+        for workgroup in rng.permutation(launch.grid):
+            memories.lds = Lds(lds_bytes, rng)
+            waves = [
+                _start_wave(kernel, index, int(workgroup), address, segment, rng)
+                for index in range(num_waves)
+            ]
+            _run_workgroup(kernel, operations, waves, int(workgroup), rng, counts)
+    memory.buffers.pop()
+    statistics = Statistics(waves=num_waves * launch.grid)
+    for instruction, count in zip(kernel.instructions, counts, strict=True):
+        statistics.mix[instruction_class(instruction.text)] += count
+    return statistics
+
+
+def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
+    """The argument segment: the kernel's own arguments, and the hidden ones that it asks for."""
+    segment = np.zeros(kernel.code.kernarg_bytes, np.uint8)
+    own = sum(size for _, size, kind in kernel.arguments if not kind.startswith("hidden_"))
+    if own != len(launch.arguments):
+        raise Fault(
+            f"{kernel.code.name}: expected {own} bytes of arguments, got {len(launch.arguments)}"
+        )
+    segment[:own] = np.frombuffer(launch.arguments, np.uint8)
+    hidden = {
+        "hidden_block_count_x": launch.grid, "hidden_block_count_y": 1, "hidden_block_count_z": 1,
+        "hidden_group_size_x": launch.threads, "hidden_group_size_y": 1, "hidden_group_size_z": 1,
+        "hidden_grid_dims": 1,
+    }  # fmt: skip
+    for offset, size, kind in kernel.arguments:
+        value = hidden.get(kind, 0)
+        if kind.startswith("hidden_") and value:
+            segment[offset : offset + size] = np.frombuffer(value.to_bytes(size, "little"), np.uint8)
+    return segment
+
+
+def _decode(kernel: KernelText, rcp_rounding: int) -> tuple[Memories, list[Operation]]:
+    """The instructions as functions, decoded once, and the memories that these look into."""
+    if rcp_rounding not in kernel.decoded:
+        memories = Memories(GlobalMemory())
+        operations = [
+            _decode_one(kernel, instruction, memories, rcp_rounding)
+            for instruction in kernel.instructions
+        ]
+        kernel.decoded[rcp_rounding] = memories, operations
+    found: tuple[Memories, list[Operation]] = kernel.decoded[rcp_rounding]
+    return found
+
+
+def _decode_one(
+    kernel: KernelText, instruction: Instruction, memories: Memories, rcp_rounding: int
+) -> Operation:
+    name = instruction.mnemonic
+    with _located(kernel, instruction, "decoding"):
+        try:
+            if name.startswith(("s_load_", "ds_", "global_read_", "global_write_")):
+                return decode_memory(instruction, memories)
+            if name.startswith("v_") and name != "v_s_rcp_f32":
+                return decode_vector(instruction, kernel.code.wave_size, rcp_rounding)
+            return decode_scalar(instruction, kernel.labels, rcp_rounding)
+        except (IndexError, KeyError, ValueError) as error:
+            raise Fault(f"operands not understood: {error!r}") from error
+
+
+def _start_wave(
+    kernel: KernelText,
+    index: int,
+    workgroup: int,
+    arguments: int,
+    segment: NDArray[np.uint8],
+    rng: np.random.Generator,
+) -> Wave:
+    """A wave with the registers that the kernel's directives ask for."""
+    want, width = kernel.directives, kernel.code.wave_size
+    wave = Wave(width, index, want["next_free_vgpr"], rng)
+    if want["system_vgpr_workitem_id"] or not want["user_sgpr_kernarg_segment_ptr"]:
+        raise Fault(f"{kernel.code.name}: expected an argument segment and one work-item index")
+    next_sgpr = sum(
+        count for name, count in _USER_SGPRS_BEFORE if want.get(f"user_sgpr_{name}", 0)
+    )
+    wave.s[next_sgpr], wave.s[next_sgpr + 1] = arguments & 0xFFFFFFFF, arguments >> 32
+    next_sgpr += 2 + sum(
+        count for name, count in _USER_SGPRS_AFTER if want.get(f"user_sgpr_{name}", 0)
+    )
+    preload = want.get("user_sgpr_kernarg_preload_length", 0)
+    first = want.get("user_sgpr_kernarg_preload_offset", 0)
+    words = segment[4 * first : 4 * (first + preload)].view(np.uint32)
+    wave.s[next_sgpr : next_sgpr + preload] = [int(word) for word in words]
+    if kernel.code.arch.startswith("gfx12"):
+        wave.s[TTMP + 9] = workgroup
+    else:
+        wave.s[want["user_sgpr_count"]] = workgroup
+    wave.v[0] = np.arange(index * width, (index + 1) * width, dtype=np.uint32)
+    return wave
+
+
+def _run_workgroup(
+    kernel: KernelText,
+    operations: list[Operation],
+    waves: list[Wave],
+    workgroup: int,
+    rng: np.random.Generator,
+    counts: list[int],
+) -> None:
+    """Runs the waves from barrier to barrier until all have ended."""
+    running = waves
+    while running:
+        for position in rng.permutation(len(running)):
+            _run_wave(kernel, operations, running[position], workgroup, counts)
+        running = [wave for wave in running if not wave.done]
+        for wave in running:
+            wave.epoch += 1
+
+
+def _run_wave(
+    kernel: KernelText, operations: list[Operation], w: Wave, workgroup: int, counts: list[int]
+) -> None:
+    """Runs a wave to its next barrier or to its end."""
+    pc = w.pc
+    for _ in range(MAX_STEPS):
+        counts[pc] += 1
+        try:
+            result = operations[pc](w)
+        except Fault as fault:
+            where = f"workgroup {workgroup}, wave {w.index}"
+            raise Fault(_place(kernel, kernel.instructions[pc], where, fault)) from fault
+        pc += 1
+        if result is None:
+            continue
+        if result >= 0:
+            pc = result
+            continue
+        w.pc = pc
+        if result == END:
+            w.done = True
+        elif result != BARRIER:
+            raise AssertionError(f"expected an instruction index, END or BARRIER, got {result}")
+        return
+    raise Fault(f"{kernel.code.name}: expected an end or a barrier within {MAX_STEPS} instructions")
+
+
+@contextmanager
+def _located(kernel: KernelText, instruction: Instruction, where: str) -> Iterator[None]:
+    try:
+        yield
+    except Fault as fault:
+        raise Fault(_place(kernel, instruction, where, fault)) from fault
+
+
+def _place(kernel: KernelText, instruction: Instruction, where: str, fault: Fault) -> str:
+    return (
+        f"{kernel.code.name} on {kernel.code.arch}, line {instruction.line}, {where}:"
+        f" `{instruction.text}`: {fault}"
+    )

@@ -1,0 +1,300 @@
+"""What memory instructions do: scalar loads, global loads and stores, LDS.
+
+A wave's accesses take effect at once and in program order, which is one of the orders that the
+hardware may choose; what another order could change shows as a race in `memory.Lds`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from amdgcn.assembly import Instruction
+from amdgcn.memory import GlobalMemory, Lds
+from amdgcn.scalar import Operation
+from amdgcn.wave import (
+    Fault,
+    Wave,
+    read_lanes,
+    read_scalar,
+    scalar_index,
+    vector_index,
+    write_lanes,
+)
+
+Array = Any
+_CACHE_POLICIES = {"sc0", "sc1", "nt", "glc", "slc", "dlc", "th", "scope"}
+
+
+class Memories:
+    """What a running workgroup sees; replaced for every launch and every workgroup."""
+
+    def __init__(self, memory: GlobalMemory) -> None:
+        self.memory = memory
+        self.lds: Lds | None = None
+
+    def local(self) -> Lds:
+        """The LDS of the running workgroup."""
+        if self.lds is None:
+            raise Fault("LDS access: expected a running workgroup, got none")
+        return self.lds
+
+
+def decode_memory(instruction: Instruction, memories: Memories) -> Operation:
+    """The function of a memory instruction; raises Fault for one that is not known."""
+    name = instruction.mnemonic
+    if name.startswith("s_load_"):
+        return _scalar_load(instruction, memories)
+    if name in ("ds_swizzle_b32", "ds_bpermute_b32", "ds_permute_b32"):
+        return _permute(instruction)
+    for prefix, decode in (
+        ("global_read_", _global_load), ("global_write_", _global_store), ("ds_read_", _lds_load),
+        ("ds_write_", _lds_store), ("ds_", _lds_atomic),
+    ):  # fmt: skip
+        if name.startswith(prefix):
+            return decode(instruction, name.removeprefix(prefix), memories)
+    raise Fault(f"unknown instruction {name}")
+
+
+def _number(instruction: Instruction, key: str) -> int:
+    return int(instruction.modifiers.get(key, "0"), 0)
+
+
+def _only(instruction: Instruction, *known: str) -> None:
+    strange = set(instruction.modifiers) - {*known, *_CACHE_POLICIES}
+    if strange:
+        raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
+
+
+def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
+    _only(instruction, "offset")
+    destination = scalar_index(instruction.operands[0])
+    base = read_scalar(instruction.operands[1], 64)
+    offset = read_scalar(instruction.operands[2]) if len(instruction.operands) > 2 else lambda w: 0
+    extra = _number(instruction, "offset")
+    count = int(instruction.mnemonic.rsplit("_b", 1)[1]) // 32
+    if destination is None or destination + count > 106:
+        raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
+
+    def run(w: Wave) -> None:
+        address = np.array([base(w) + offset(w) + extra], np.int64)
+        words = memories.memory.load(address, 4 * count, 4).view(np.uint32).reshape(-1)
+        w.s[destination : destination + count] = [int(word) for word in words]
+
+    return run
+
+
+def _global_addresses(instruction: Instruction, position: int) -> Callable[[Wave], Array]:
+    """The addresses of the active lanes."""
+    _only(instruction, "offset")
+    vector, scalar = instruction.operands[position], instruction.operands[-1]
+    offset = np.int64(_number(instruction, "offset"))
+    if scalar == "off":
+        wide = read_lanes(vector, 64)
+        return lambda w: wide(w)[w.mask].view(np.int64) + offset
+    base, narrow = read_scalar(scalar, 64), read_lanes(vector, 32)
+    return lambda w: narrow(w)[w.mask].astype(np.int64) + (np.int64(base(w)) + offset)
+
+
+# Loads below 32 bits: (bytes, whether signed)
+_NARROW = {"u8": (1, False), "i8": (1, True), "u16": (2, False), "i16": (2, True)}
+
+
+def _unpack(rows: NDArray[np.uint8], kind: str) -> list[Array]:
+    """Loaded rows as one array per destination register."""
+    if kind in _NARROW:
+        size, is_signed = _NARROW[kind]
+        dtype = np.dtype(f"{'i' if is_signed else 'u'}{size}")
+        wide = rows.reshape(-1).view(dtype).astype(np.int64)
+        return [(wide & 0xFFFFFFFF).astype(np.uint32)]
+    words = np.ascontiguousarray(rows).view(np.uint32)
+    return [words[:, i] for i in range(words.shape[1])]
+
+
+def _writer(operand: str, kind: str) -> Callable[[Wave, NDArray[np.uint8]], None]:
+    """Puts loaded rows into the active lanes of the destination."""
+    index = vector_index(operand)
+    if index is None:
+        raise Fault(f"load destination: expected a vector register, got {operand!r}")
+    if kind.startswith("d16"):
+        half = write_lanes(f"v{index}.{'h' if 'hi' in kind else 'l'}")
+
+        def write_half(w: Wave, rows: NDArray[np.uint8]) -> None:
+            value = np.zeros(w.width, np.uint16)
+            value[w.mask] = rows.reshape(-1).view(np.uint16)
+            half(w, value, None)
+
+        return write_half
+
+    def write(w: Wave, rows: NDArray[np.uint8]) -> None:
+        for i, part in enumerate(_unpack(rows, kind)):
+            changed = w.v[index + i].copy()
+            changed[w.mask] = part
+            w.v[index + i] = changed
+
+    return write
+
+
+def _bytes_of(kind: str) -> int:
+    if kind in _NARROW:
+        return _NARROW[kind][0]
+    match = re.fullmatch(r"(?:d16_(?:hi_)?)?b(\d+)", kind)
+    if match is None:
+        raise Fault(f"unknown kind of access {kind!r}")
+    return int(match[1]) // 8
+
+
+def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    size = _bytes_of(kind)
+    addresses = _global_addresses(instruction, 1)
+    write = _writer(instruction.operands[0], kind)
+
+    def run(w: Wave) -> None:
+        if w.mask.any():
+            write(w, memories.memory.load(addresses(w), size, min(size, 4)))
+
+    return run
+
+
+def _source_rows(operand: str, size: int) -> Callable[[Wave], NDArray[np.uint8]]:
+    """The bytes that the active lanes store."""
+    index = vector_index(operand)
+    if index is None:
+        raise Fault(f"store source: expected a vector register, got {operand!r}")
+    first = 2 if operand.endswith(".h") else 0
+    count = (size + 3) // 4
+
+    def read(w: Wave) -> NDArray[np.uint8]:
+        words = np.stack([w.v[index + i][w.mask] for i in range(count)], axis=1)
+        return words.view(np.uint8)[:, first : first + size]
+
+    return read
+
+
+def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    size = _bytes_of(kind.replace("d16_hi_", "").replace("d16_", ""))
+    addresses = _global_addresses(instruction, 0)
+    high = ".h" if "d16_hi" in kind else ""
+    rows = _source_rows(instruction.operands[1] + high, size)
+    # NOTE: 16 bytes come only from types that are aligned to them.
+    align = 16 if size == 16 else min(size, 4)
+
+    def run(w: Wave) -> None:
+        if w.mask.any():
+            memories.memory.store(addresses(w), rows(w), align)
+
+    return run
+
+
+def _lds_offsets(operand: str, offset: int) -> Callable[[Wave], Array]:
+    read = read_lanes(operand)
+    return lambda w: read(w)[w.mask].astype(np.int64) + offset
+
+
+def _pair_offsets(instruction: Instruction, kind: str, size: int) -> list[int]:
+    """The byte offsets of a double access, or of the single one."""
+    if kind.startswith("2"):
+        _only(instruction, "offset0", "offset1")
+        scale = size * (64 if "st64" in kind else 1)
+        return [_number(instruction, "offset0") * scale, _number(instruction, "offset1") * scale]
+    _only(instruction, "offset")
+    return [_number(instruction, "offset")]
+
+
+def _lds_load(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    single = kind.split("_", 1)[1] if kind.startswith("2") else kind
+    size = _bytes_of(single)
+    parts = [
+        _lds_offsets(instruction.operands[1], offset)
+        for offset in _pair_offsets(instruction, kind, size)
+    ]
+    write = _writer(instruction.operands[0], single)
+
+    def run(w: Wave) -> None:
+        if w.mask.any():
+            rows = [memories.local().load(part(w), size, w.index, w.epoch) for part in parts]
+            write(w, np.concatenate(rows, axis=1))
+
+    return run
+
+
+def _lds_store(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    single = kind.split("_", 1)[1] if kind.startswith("2") else kind
+    high = ".h" if "d16_hi" in single else ""
+    size = _bytes_of(single.replace("d16_hi_", "").replace("d16_", ""))
+    offsets = _pair_offsets(instruction, kind, size)
+    parts = [
+        (_lds_offsets(instruction.operands[0], offset), _source_rows(operand + high, size))
+        for offset, operand in zip(offsets, instruction.operands[1:], strict=True)
+    ]
+
+    def run(w: Wave) -> None:
+        if w.mask.any():
+            for where, rows in parts:
+                memories.local().store(where(w), rows(w), w.index, w.epoch)
+
+    return run
+
+
+_ATOMICS: dict[str, Any] = {
+    "add": np.add, "sub": np.subtract, "or": np.bitwise_or, "and": np.bitwise_and,
+    "xor": np.bitwise_xor, "max": np.maximum, "min": np.minimum,
+}  # fmt: skip
+
+
+def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    operation, _, bits = kind.partition("_")
+    if operation not in _ATOMICS or bits not in ("u32", "b32"):
+        raise Fault(f"unknown instruction {instruction.mnemonic}")
+    _only(instruction, "offset")
+    function = _ATOMICS[operation]
+    where = _lds_offsets(instruction.operands[0], _number(instruction, "offset"))
+    value = read_lanes(instruction.operands[1])
+
+    def run(w: Wave) -> None:
+        if w.mask.any():
+            offsets = where(w)
+            words = memories.local().atomic(offsets, w.index, w.epoch)
+            function.at(words, offsets // 4, value(w)[w.mask])
+
+    return run
+
+
+def _permute(instruction: Instruction) -> Operation:
+    """Moves through the LDS crossbar; lanes that EXEC leaves out give 0."""
+    name, operands = instruction.mnemonic, instruction.operands
+    write = write_lanes(operands[0])
+    _only(instruction, "offset")
+    if name == "ds_swizzle_b32":
+        read = read_lanes(operands[1])
+        sources = {width: _swizzle(instruction.modifiers["offset"], width) for width in (32, 64)}
+        source: Callable[[Wave], Array] = lambda w: sources[w.width]  # noqa: E731
+    elif name == "ds_bpermute_b32":
+        address, read = read_lanes(operands[1]), read_lanes(operands[2])
+        offset = np.uint32(_number(instruction, "offset"))
+        source = lambda w: (address(w) + offset) // 4 % w.width  # noqa: E731
+    else:
+        raise Fault(f"unknown instruction {name}")
+
+    def run(w: Wave) -> None:
+        lane = source(w)
+        write(w, np.where(w.mask[lane], read(w)[lane], np.uint32(0)), None)
+
+    return run
+
+
+def _swizzle(text: str, width: int) -> Array:
+    """The lane that each lane reads."""
+    lane = np.arange(width)
+    swap = re.fullmatch(r"swizzle\(SWAP,(\d+)\)", text)
+    if swap is not None:
+        return lane ^ int(swap[1])
+    if not re.fullmatch(r"0x[0-9a-f]+|\d+", text) or int(text, 0) >> 15:
+        raise Fault(f"unknown swizzle {text}")
+    pattern = int(text, 0)
+    and_mask, or_mask, xor_mask = pattern & 31, pattern >> 5 & 31, pattern >> 10 & 31
+    return lane // 32 * 32 + ((lane % 32 & and_mask | or_mask) ^ xor_mask)

@@ -1,0 +1,296 @@
+"""The ops of this project, launched on the interpreter instead of a GPU.
+
+Mirrors the launchers in `csrc/kernels`: the parameter structs, the choice of the kernel instance
+and the launch shape. A struct of another size than the kernel's own, or too little LDS, is an
+error there (`machine.kernel_arguments`, `memory.Lds`); too many or too few threads would still be
+right, as the kernels ask for their block size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from amdgcn.assembly import KernelText, parse
+from amdgcn.machine import Launch, Statistics, run
+from amdgcn.memory import GlobalMemory
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aiter.jit.device_code import compile_module
+from aiter.jit.device_kernels import ARCHS
+
+COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and little to emulate.
+MAX_THREADS = 1024
+ROWS_PER_BLOCK = 4  # topk_softmax.h
+MAX_WAVES_PER_BLOCK = 32  # wave.h
+MAX_ROW_EXPERTS = 1024  # row_topk.h
+ZERO_BYTES_PER_BLOCK = 32 * 1024  # sort_launch.h
+SORT_LDS_WORDS, TARGET_TILES, ONESHOT_ENTRIES = 15 * 1024, 64, 8192  # moe_sorting_opus
+
+_TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_i32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64
+
+
+class SortShape(ctypes.Structure):
+    """expert_sort.h"""
+
+    _fields_ = [(name, _i32) for name in ("num_tokens", "num_experts", "topk", "block_size")]
+
+
+class SortParams(ctypes.Structure):
+    """expert_sort.h"""
+
+    _fields_ = [
+        ("sorted_ids", _ptr), ("sorted_weights", _ptr), ("sorted_expert_ids", _ptr),
+        ("num_valid_ids", _ptr), ("moe_buf", _ptr), ("row_bytes", _u64), ("expert_mask", _ptr),
+        ("num_local_tokens", _ptr),
+    ]  # fmt: skip
+
+
+class FusedParams(ctypes.Structure):
+    """fused_topk_moe_sorting.h"""
+
+    _fields_ = [
+        ("gating", _ptr), ("row_stride", ctypes.c_int64), ("shape", SortShape),
+        ("sort", SortParams), ("need_renorm", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+class TopkSoftmaxParams(ctypes.Structure):
+    """topk_softmax.h"""
+
+    _fields_ = [
+        ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_tokens", _i32),
+        ("num_experts", _i32), ("topk", _i32), ("need_renorm", ctypes.c_bool),
+        ("topk_weights", _ptr), ("topk_indices", _ptr), ("token_expert_indices", _ptr),
+    ]  # fmt: skip
+
+
+class OpusParams(ctypes.Structure):
+    """moe_sorting_opus.h"""
+
+    _fields_ = [
+        ("topk_ids", _ptr), ("topk_weights", _ptr), ("shape", SortShape), ("sort", SortParams),
+        ("workspace", _ptr), ("tile_words", _i32), ("num_tiles", _i32),
+    ]  # fmt: skip
+
+
+@cache
+def kernels(module: str, arch: str) -> dict[str, KernelText]:
+    """The kernels of a module by readable name, compiled if need be."""
+    found: dict[str, KernelText] = {}
+    for assembly in compile_module(module, (arch,)):
+        found.update(parse(assembly.text, arch))
+    return found
+
+
+def row_values(num_experts: int, wave_size: int) -> int:
+    """Registers of a lane that hold a row of logits; 0 for rows that stay in memory (row_topk.h)."""
+    if num_experts > MAX_ROW_EXPERTS:
+        return 0
+    values = 2
+    while values * wave_size < num_experts:
+        values *= 2
+    return values
+
+
+def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The memory from a tensor's first item to its last, gaps between rows included."""
+    spans = zip(tensor.shape, tensor.stride(), strict=True)
+    items = 1 + sum((size - 1) * stride for size, stride in spans) if tensor.numel() else 0
+    raw = (ctypes.c_uint8 * (items * tensor.element_size())).from_address(tensor.data_ptr())
+    return np.ctypeslib.as_array(raw)
+
+
+@dataclass
+class Device:
+    """An emulated GPU. Its methods are the ops of the same names, for tensors on the CPU.
+
+    Attributes:
+        arch: such as `gfx942`.
+        seed: of the noise in registers and LDS, and of the order of waves and workgroups.
+        rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
+        statistics: of every launch so far, by kernel.
+    """
+
+    arch: str
+    seed: int = 0
+    rcp_rounding: int = 0
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+
+    @property
+    def wave_size(self) -> int:
+        """Lanes per wave."""
+        return ARCHS[self.arch].wave_size
+
+    def topk_softmax(
+        self,
+        topk_weights: Tensor,
+        topk_indices: Tensor,
+        token_expert_indices: Tensor,
+        gating_output: Tensor,
+        need_renorm: bool,
+    ) -> None:
+        """`aiter.topk_softmax`."""
+        num_tokens, num_experts = gating_output.shape
+        memory = GlobalMemory()
+        params = TopkSoftmaxParams(
+            gating=_map(memory, "gating_output", gating_output, writable=False),
+            row_stride=gating_output.stride(0),
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            topk=topk_weights.shape[1],
+            need_renorm=need_renorm,
+            topk_weights=_map(memory, "topk_weights", topk_weights),
+            topk_indices=_map(memory, "topk_indices", topk_indices),
+            token_expert_indices=_map(memory, "token_expert_indices", token_expert_indices),
+        )
+        values = row_values(num_experts, self.wave_size)
+        name = f"topk_softmax<{_TYPE_NAMES[gating_output.dtype]}, {values}>"
+        blocks = (num_tokens + ROWS_PER_BLOCK - 1) // ROWS_PER_BLOCK
+        threads = ROWS_PER_BLOCK * self.wave_size
+        self._launch("module_topk_softmax", name, memory, params, blocks, threads, 0)
+
+    def fused_topk_moe_sorting_fwd(
+        self,
+        gating_output: Tensor,
+        sorted_ids: Tensor,
+        sorted_weights: Tensor,
+        sorted_expert_ids: Tensor,
+        num_valid_ids: Tensor,
+        moe_buf: Tensor,
+        num_experts: int,
+        topk: int,
+        unit_size: int,
+        need_renorm: bool,
+        *,
+        local_expert_mask: Tensor | None = None,
+        num_local_tokens: Tensor | None = None,
+    ) -> None:
+        """`aiter.fused_topk_moe_sorting_fwd`."""
+        memory = GlobalMemory()
+        num_tokens = gating_output.shape[0]
+        outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+        sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+        params = FusedParams(
+            gating=_map(memory, "gating_output", gating_output, writable=False),
+            row_stride=gating_output.stride(0),
+            shape=SortShape(num_tokens, num_experts, topk, unit_size),
+            sort=sort,
+            need_renorm=need_renorm,
+        )
+        values = row_values(num_experts, self.wave_size)
+        self._launch(
+            "module_fused_topk_moe_sorting",
+            f"fused_topk_moe_sorting<{_TYPE_NAMES[gating_output.dtype]}, {values}>",
+            memory,
+            params,
+            1 + zeroing_blocks(sort.row_bytes * num_tokens),
+            fused_threads(num_tokens, num_experts, values, self.wave_size),
+            fused_lds_bytes(num_tokens, num_experts, topk),
+        )
+
+    def moe_sorting_opus_fwd(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        sorted_token_ids: Tensor,
+        sorted_weights: Tensor,
+        sorted_expert_ids: Tensor,
+        num_valid_ids: Tensor,
+        moe_buf: Tensor,
+        num_experts: int,
+        unit_size: int,
+        local_expert_mask: Tensor | None = None,
+        num_local_tokens: Tensor | None = None,
+        workspace: Tensor | None = None,
+        dispatch_policy: int = 0,
+    ) -> None:
+        """`aiter.moe_sorting_opus_fwd`."""
+        memory = GlobalMemory()
+        num_tokens, topk = topk_ids.shape
+        outputs = (sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+        sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+        multiphase = dispatch_policy == 2 or (
+            dispatch_policy == 0 and num_tokens * topk > ONESHOT_ENTRIES
+        )
+        words = (num_tokens + 31) // 32
+        wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
+        tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
+        num_tiles = (words + tile_words - 1) // tile_words
+        params = OpusParams(
+            topk_ids=_map(memory, "topk_ids", topk_ids, writable=False),
+            topk_weights=_map(memory, "topk_weights", topk_weights, writable=False),
+            shape=SortShape(num_tokens, num_experts, topk, unit_size),
+            sort=sort,
+            workspace=0 if workspace is None else _map(memory, "workspace", workspace),
+            tile_words=tile_words,
+            num_tiles=num_tiles,
+        )
+        zeroing = zeroing_blocks(sort.row_bytes * num_tokens)
+        table = 2 * num_experts + MAX_WAVES_PER_BLOCK
+        bitmask = num_experts * tile_words
+        phases = [("oneshot", 1 + zeroing, table + bitmask)]
+        if multiphase:
+            phases = [("count", num_tiles + zeroing, num_experts), ("assign", 1, table),
+                      ("scatter", num_tiles, table + bitmask)]  # fmt: skip
+        for phase, blocks, lds_words in phases:
+            if num_tiles > 0 or phase in ("oneshot", "assign"):
+                self._launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, params,
+                             blocks, MAX_THREADS, 4 * lds_words)  # fmt: skip
+
+    def _launch(
+        self,
+        module: str,
+        name: str,
+        memory: GlobalMemory,
+        params: ctypes.Structure,
+        blocks: int,
+        threads: int,
+        lds_bytes: int,
+    ) -> None:
+        kernel = kernels(module, self.arch)[name]
+        launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding)
+        self.statistics[name] = run(kernel, memory, launch)
+
+
+def zeroing_blocks(num_bytes: int) -> int:
+    """Workgroups that zero moe_buf (sort_launch.h)."""
+    wanted = (num_bytes + ZERO_BYTES_PER_BLOCK - 1) // ZERO_BYTES_PER_BLOCK
+    return int(min(wanted, max(1, COMPUTE_UNITS - 1)))
+
+
+def fused_threads(num_tokens: int, num_experts: int, values: int, wave_size: int) -> int:
+    """Threads of the fused launch (fused_topk_moe_sorting.cu)."""
+    max_threads = 512 if values > 16 else MAX_THREADS
+    expert_waves = (num_experts + wave_size - 1) // wave_size
+    return min(max_threads // wave_size, max(4, num_tokens, expert_waves)) * wave_size
+
+
+def fused_lds_bytes(num_tokens: int, num_experts: int, topk: int) -> int:
+    """Dynamic LDS of the fused launch (fused_topk_moe_sorting.h)."""
+    entries = num_tokens * topk
+    words = (num_tokens + 31) // 32 * num_experts + entries + 2 * num_experts + MAX_WAVES_PER_BLOCK
+    return (4 * words + 2 * entries + 15) // 16 * 16
+
+
+def _map(memory: GlobalMemory, name: str, tensor: Tensor, writable: bool = True) -> int:
+    return memory.add(name, tensor_bytes(tensor), writable, tensor.data_ptr() % 256)
+
+
+def _sort_params(
+    memory: GlobalMemory, outputs: tuple[Tensor, ...], mask: Tensor | None, num_local: Tensor | None
+) -> SortParams:
+    names = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf")
+    addresses = [_map(memory, name, out) for name, out in zip(names, outputs, strict=True)]
+    moe_buf = outputs[4]
+    return SortParams(
+        *addresses,
+        moe_buf.shape[1] * moe_buf.element_size(),
+        0 if mask is None else _map(memory, "expert_mask", mask, writable=False),
+        0 if num_local is None else _map(memory, "num_local_tokens", num_local, writable=False),
+    )

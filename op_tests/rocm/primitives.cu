@@ -1,0 +1,96 @@
+// Every wave operation of wave.h, and the arithmetic of numeric.h, as a kernel of its own: one
+// workgroup, one word in and one out per thread. The last kernels do what a kernel must not.
+#include "device/numeric.h"
+#include "device/wave.h"
+
+using namespace aiter;
+
+#define PRIMITIVE(name) \
+  extern "C" __global__ void name(const uint32_t* in, uint32_t* out, uint32_t argument)
+
+PRIMITIVE(wave_max_32) { out[threadIdx.x] = wave_max(in[threadIdx.x]); }
+
+PRIMITIVE(wave_max_64) {
+  const uint64_t x = static_cast<uint64_t>(in[threadIdx.x]) << 32 | in[threadIdx.x + blockDim.x];
+  const uint64_t best = wave_max(x);
+  out[threadIdx.x] = static_cast<uint32_t>(best >> 32);
+  out[threadIdx.x + blockDim.x] = static_cast<uint32_t>(best);
+}
+
+PRIMITIVE(sum_by_halves) {
+  out[threadIdx.x] = bit_cast<uint32_t>(wave_sum_by_halves(bit_cast<float>(in[threadIdx.x])));
+}
+
+PRIMITIVE(sum_in_order) {
+  const float x = bit_cast<float>(in[threadIdx.x]);
+  out[threadIdx.x] = bit_cast<uint32_t>(wave_sum_in_order(x, static_cast<int>(argument), 0.25f));
+}
+
+PRIMITIVE(inclusive_sum) { out[threadIdx.x] = wave_inclusive_sum(in[threadIdx.x]); }
+
+PRIMITIVE(read_lane) {
+  out[threadIdx.x] = wave_read_lane(in[threadIdx.x], static_cast<int>(argument));
+}
+
+PRIMITIVE(exclusive_sum_of_block) {
+  __shared__ uint32_t lds_scratch[kMaxWavesPerBlock];
+  uint32_t total;
+  out[threadIdx.x] = block_exclusive_sum(in[threadIdx.x], lds_scratch, total);
+  out[threadIdx.x + blockDim.x] = total;
+}
+
+PRIMITIVE(exp_nonpositive_f32) {
+  out[threadIdx.x] = bit_cast<uint32_t>(exp_nonpositive(bit_cast<float>(in[threadIdx.x])));
+}
+
+PRIMITIVE(quotient) {
+  const float numerator = bit_cast<float>(in[threadIdx.x]);
+  const float denominator = bit_cast<float>(in[threadIdx.x + blockDim.x]);
+  out[threadIdx.x] = bit_cast<uint32_t>(numerator / denominator);
+}
+
+PRIMITIVE(integer_quotient) {
+  out[threadIdx.x] = in[threadIdx.x] / argument;
+  out[threadIdx.x + blockDim.x] = in[threadIdx.x] % argument;
+}
+
+PRIMITIVE(f16_to_f32) {
+  const F16 x{static_cast<uint16_t>(in[threadIdx.x])};
+  out[threadIdx.x] = bit_cast<uint32_t>(to_float(x));
+}
+
+PRIMITIVE(f32_key) { out[threadIdx.x] = Logit<float>::store(bit_cast<float>(in[threadIdx.x]), 0); }
+
+PRIMITIVE(store_past_the_end) { out[threadIdx.x + argument] = in[threadIdx.x]; }
+
+PRIMITIVE(misaligned_store) {
+  *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(out + threadIdx.x) + argument) = 1;
+}
+
+PRIMITIVE(store_to_input) { const_cast<uint32_t*>(in)[threadIdx.x] = argument; }
+
+PRIMITIVE(missing_barrier) {
+  __shared__ uint32_t lds_words[1024];
+  lds_words[threadIdx.x] = in[threadIdx.x];
+  if (argument != 0) __syncthreads();
+  out[threadIdx.x] = lds_words[blockDim.x - 1 - threadIdx.x];
+}
+
+PRIMITIVE(unwritten_lds) {
+  __shared__ uint32_t lds_words[1024];
+  if (threadIdx.x < argument) lds_words[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = lds_words[threadIdx.x];
+}
+
+PRIMITIVE(lds_past_the_end) {
+  extern __shared__ uint32_t lds_dynamic[];
+  lds_dynamic[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = lds_dynamic[blockDim.x - 1 - threadIdx.x] + argument;
+}
+
+PRIMITIVE(endless_loop) {
+  while (argument != 0) __asm__ volatile("s_nop 0");
+  out[threadIdx.x] = in[threadIdx.x];
+}

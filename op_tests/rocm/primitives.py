@@ -1,0 +1,66 @@
+"""Runs a kernel of `primitives.cu` on the interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from amdgcn.assembly import KernelText, parse
+from amdgcn.machine import Launch, run
+from amdgcn.memory import GlobalMemory
+from numpy.typing import NDArray
+
+from aiter.jit.device_code import compile_source
+from aiter.jit.device_kernels import ARCHS
+from aiter.jit.load import default_loader
+
+Words = NDArray[np.uint32]
+
+
+class Arguments(ctypes.Structure):
+    """The arguments of every kernel in `primitives.cu`."""
+
+    _fields_ = [("input", ctypes.c_uint64), ("output", ctypes.c_uint64), ("argument", ctypes.c_uint32)]
+
+
+@cache
+def primitives(arch: str) -> dict[str, KernelText]:
+    """The kernels by name, compiled if need be."""
+    source = Path(__file__).with_name("primitives.cu")
+    loader = default_loader()
+    assembly = compile_source(source, arch, loader, (loader.csrc_dir / "include",))
+    return parse(assembly.text, arch)
+
+
+def run_primitive(
+    arch: str,
+    name: str,
+    words: Words,
+    argument: int = 0,
+    threads: int | None = None,
+    lds_bytes: int = 0,
+    seed: int = 0,
+    rcp_rounding: int = 0,
+) -> Words:
+    """What one workgroup writes for the input `words`; as many words out as in.
+
+    Args:
+        threads: of the workgroup, whole waves; one wave if None.
+        lds_bytes: dynamic LDS.
+
+    Raises:
+        Fault: the kernel did something wrong.
+    """
+    words = np.ascontiguousarray(words, np.uint32)
+    output = np.full(len(words), 0xA5A5A5A5, np.uint32)
+    memory = GlobalMemory()
+    arguments = Arguments(
+        memory.add("input", words, writable=False), memory.add("output", output), argument
+    )
+    # NOTE: the struct ends in padding, which is no part of the arguments.
+    content = bytes(arguments)[: Arguments.argument.offset + 4]
+    launch = Launch(1, threads or ARCHS[arch].wave_size, lds_bytes, content, seed, rcp_rounding)
+    run(primitives(arch)[name], memory, launch)
+    return output

@@ -1,0 +1,152 @@
+"""Does the interpreter notice what is wrong, and is its arithmetic exact?
+
+Faults are planted in kernels (`primitives.cu`) and in assembly text; each must be reported with the
+instruction and the place. The float arithmetic is compared with rational numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from fractions import Fraction
+
+import _checkout  # noqa: F401
+import numpy as np
+import pytest
+from amdgcn import exact
+from amdgcn.assembly import parse_instruction
+from amdgcn.wave import Fault
+from numpy.typing import NDArray
+
+pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
+
+import primitives as primitive_kernels  # noqa: E402
+from primitives import primitives, run_primitive  # noqa: E402
+
+ARCHS = ("gfx942", "gfx1201")
+
+
+def words(count: int) -> NDArray[np.uint32]:
+    return np.arange(1, count + 1, dtype=np.uint32)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("store_past_the_end", 1, r"global_store.*expected an address in a buffer.*output"),
+        ("store_past_the_end", 1 << 20, r"expected an address in a buffer"),
+        ("store_past_the_end", 2**32 - 1, r"expected an address in a buffer"),
+        ("misaligned_store", 2, r"global_store.*expected a multiple of 4"),
+        ("store_to_input", 0, r"store to input, which is read-only"),
+        ("missing_barrier", 0, r"(race on LDS byte|that was written)"),
+        ("unwritten_lds", 100, r"LDS.*expected a byte that was written"),
+        ("lds_past_the_end", 0, r"LDS offset.*within the workgroup's 512 bytes"),
+    ],
+)
+def test_planted_fault(arch: str, name: str, argument: int, message: str) -> None:
+    with pytest.raises(Fault, match=message) as caught:
+        run_primitive(arch, name, words(256), argument, threads=256, lds_bytes=512)
+    assert re.search(rf"^{name} on {arch}, line \d+, workgroup 0, wave \d: `", str(caught.value))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_faultless_twins(arch: str) -> None:
+    """The same kernels without the fault run."""
+    data = words(256)
+    shifted = run_primitive(arch, "store_past_the_end", data, 0, threads=256)
+    assert np.array_equal(shifted, data)
+    reversed_words = run_primitive(arch, "missing_barrier", data, 1, threads=256)
+    assert np.array_equal(reversed_words, data[::-1])
+    copied = run_primitive(arch, "unwritten_lds", data, 256, threads=256)
+    assert np.array_equal(copied, data)
+    got = run_primitive(arch, "lds_past_the_end", data, 5, threads=256, lds_bytes=1024)
+    assert np.array_equal(got, data[::-1] + 5)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wave_order_alone_shows_a_missing_barrier(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the race check, a missing barrier still gives other results in another order."""
+    monkeypatch.setattr("amdgcn.memory.Lds._note", lambda *arguments, **named: None)
+    outcomes = set()
+    for seed in range(8):
+        try:
+            got = run_primitive(arch, "missing_barrier", words(256), 0, 256, seed=seed)
+            outcomes.add(got.tobytes())
+        except Fault as fault:
+            outcomes.add(str(fault))
+    assert len(outcomes) > 1
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_endless_loop(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amdgcn.machine.MAX_STEPS", 1000)
+    with pytest.raises(Fault, match="expected an end or a barrier within 1000 instructions"):
+        run_primitive(arch, "endless_loop", words(64), 77)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "v_frobnicate_f32 v0, v1, v2",
+        "s_frobnicate_b32 s0, s1",
+        "ds_frobnicate_b32 v0, v1",
+        "global_atomic_add v0, v1, s[0:1]",
+        "v_add_f32_e64 v0, v1, v2 clamp",
+        "v_mul_f32_e64 v0, v1, v2 mul:2",
+        "v_mov_b32_e32 v0, src_shared_base",
+        "v_add_u32_dpp v0, v0, v0 row_frobnicate:1 row_mask:0xf bank_mask:0xf",
+        "global_load_dword v0, v[0:1], off frobnicate",
+        "v_add_u32_e32 v0, v1",
+    ],
+)
+def test_unknown_instruction(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = primitives("gfx942")["read_lane"]
+    instructions = [parse_instruction(line, 7), *kernel.instructions]
+    broken = replace(kernel, instructions=instructions, decoded={})
+    monkeypatch.setattr(primitive_kernels, "primitives", lambda arch: {"read_lane": broken})
+    with pytest.raises(Fault, match=re.escape(f"read_lane on gfx942, line 7, decoding: `{line}`: ")):
+        run_primitive("gfx942", "read_lane", words(64))
+
+
+def nearest(value: Fraction) -> np.float32:
+    """The float32 next to a rational number, ties to even; for values without overflow."""
+    if value == 0:
+        return np.float32(0)
+    exponent = max(abs(value).numerator.bit_length() - abs(value).denominator.bit_length(), -125)
+    while abs(value) >= Fraction(2) ** exponent:
+        exponent += 1
+    while exponent > -125 and abs(value) < Fraction(2) ** (exponent - 1):
+        exponent -= 1
+    unit = Fraction(2) ** (exponent - 24)
+    return np.float32(np.ldexp(float(round(value / unit)), exponent - 24))
+
+
+def test_fma_has_one_rounding() -> None:
+    rng = np.random.default_rng(0)
+    a = (rng.normal(size=3000) * np.exp2(rng.integers(-70, 30, 3000))).astype(np.float32)
+    b = (rng.normal(size=3000) * np.exp2(rng.integers(-70, 30, 3000))).astype(np.float32)
+    c = (rng.normal(size=3000) * np.exp2(rng.integers(-149, 60, 3000))).astype(np.float32)
+    c[:1500] = -(a * b)[:1500] * (1 + np.float32(2.0**-22) * rng.integers(-2, 3, 1500))
+    # Double rounding goes wrong here: the float64 sum is a float32 tie, the exact sum is not.
+    a[0], b[0], c[0] = 1 + 2.0**-23, 2.0**-24 * (1 - 2.0**-23), 1.0
+    a[1], b[1], c[1] = 2.0**-12, 2.0**-12 * (1 + 2.0**-23), 1 + 2.0**-23
+    got = exact.fma(a, b, c)
+    for x, y, z, result in zip(a, b, c, got, strict=True):
+        value = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        assert result == nearest(value), (x, y, z)
+
+
+@pytest.mark.parametrize("rounding", [-1, 0, 1])
+def test_rcp_is_a_neighbour(rounding: int) -> None:
+    x = np.random.default_rng(0).uniform(1, 1e6, 2000).astype(np.float32)
+    x[:3] = [1.0, 4.0, 0.5]
+    got = exact.rcp(x, rounding)
+    for value, result in zip(x, got, strict=True):
+        true, found = 1 / Fraction(float(value)), Fraction(float(result))
+        unit = Fraction(float(np.spacing(result)))
+        assert abs(found - true) < unit
+        assert rounding == 0 or (found - true) * rounding >= 0
+    assert exact.rcp(np.array([1e-39, -np.inf], np.float32), rounding)[0] == np.inf

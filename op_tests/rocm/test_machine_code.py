@@ -1,0 +1,162 @@
+"""Does the machine code for AMD GPUs compute what the contract says, to the last bit?
+
+The compiler's own output for each architecture is executed by the interpreter in `amdgcn`, on
+emulated memory, and judged twice: by the same checks as every other target (the reference, the
+invariants, guards around the outputs, inputs unchanged), and bit for bit, weights and untouched
+tails included, against the CPU target at the same wave width. Waves run in a random order, register
+and LDS contents start as noise, and v_rcp_f32 returns either neighbour of the exact value: the
+results must depend on none of it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import _checkout  # noqa: F401
+import pytest
+import torch
+from buffers import require
+from cases import GATING_DTYPES, LOGITS, Case
+from runners import run_fused, run_moe_sorting, run_topk_softmax
+from targets import Target
+from torch import Tensor
+
+import aiter
+
+pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
+
+from launches import Device  # noqa: E402
+
+ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
+OLDEST = "gfx90a"
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# (M, E, K, dtype): every register count per lane, both code paths for K above the wave, tails.
+SHAPES = (
+    (1, 1, 1, F32), (3, 7, 2, BF16), (9, 128, 4, BF16), (5, 161, 9, F16), (4, 257, 9, F32),
+    (3, 385, 9, BF16), (3, 513, 11, F32), (2, 896, 16, BF16), (2, 1024, 3, F16), (2, 1500, 4, BF16),
+    (2, 80, 70, F32), (2, 1100, 65, F16), (66, 40, 3, BF16),
+)  # fmt: skip
+SPECIAL = tuple(
+    Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
+    for index, (logits, dtype) in enumerate(
+        (logits, dtype) for logits in LOGITS if logits != "normal" for dtype in GATING_DTYPES
+    )
+)
+SORTING = (
+    Case(6, 16, 3, F32, mask="random", block_size=16, model_dim=33, moe_buf_offset=6),
+    Case(8, 33, 4, BF16, num_local=5, block_size=33, model_dim=7, moebuf_dtype=torch.uint8,
+         moe_buf_offset=3),
+    Case(8, 33, 4, F16, False, num_local=0, mask="all_but_first", block_size=1),
+    Case(4, 20, 2, BF16, mask="zeros", block_size=8),
+    Case(7, 40, 8, F32, False, mask="last", num_local=7, layout="padded", logits="ties"),
+    Case(40, 8, 2, BF16, layout="broadcast", model_dim=2000, moe_buf_offset=14, block_size=4),
+)  # fmt: skip
+
+
+def device_for(arch: str, case: Case) -> Device:
+    """An emulated GPU whose noise, wave order and reciprocal error follow from the case."""
+    seed = zlib.crc32(repr(case).encode())
+    return Device(arch, seed, seed % 3 - 1)
+
+
+def require_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Case) -> None:
+    """All bytes agree, those that neither wrote included."""
+    for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        same = torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+        require(same, f"output {index}: expected the bits of the CPU target, got others in {case}")
+
+
+def check_fused(arch: str, case: Case) -> None:
+    """The fused launch of `case` on `arch`, against contract and CPU."""
+    device = device_for(arch, case)
+    cpu = Target("cpu", device.wave_size)
+    got = run_fused(case, cpu, device.fused_topk_moe_sorting_fwd)
+    require(bool(device.statistics), f"{arch}: expected a launch, got none")
+    require_same_bits(got, run_fused(case, cpu, aiter.fused_topk_moe_sorting_fwd), case)
+
+
+def check_topk(arch: str, case: Case) -> None:
+    """The separate top-k of `case` on `arch`, against contract and CPU."""
+    device = device_for(arch, case)
+    cpu = Target("cpu", device.wave_size)
+    got = run_topk_softmax(case, cpu, device.topk_softmax)
+    require_same_bits(got, run_topk_softmax(case, cpu, aiter.topk_softmax), case)
+
+
+def check_sorting(arch: str, case: Case, policy: int) -> None:
+    """The separate sort of `case` on `arch`, against contract and CPU."""
+    device = device_for(arch, case)
+    cpu = Target("cpu", device.wave_size)
+    size = aiter.moe_sorting_opus_get_workspace_size
+    got = run_moe_sorting(case, cpu, device.moe_sorting_opus_fwd, policy, size)
+    names = ("oneshot",) if policy == 1 else ("count", "assign", "scatter")
+    require(
+        set(device.statistics) == {f"moe_sorting_{name}" for name in names},
+        f"{arch}, policy {policy}: expected {names}, got {list(device.statistics)}",
+    )
+    require_same_bits(got, run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size), case)
+
+
+@pytest.mark.parametrize("need_renorm", [True, False], ids=["renorm", "softmax"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fused_shapes(
+    arch: str, shape: tuple[int, int, int, torch.dtype], need_renorm: bool
+) -> None:
+    check_fused(arch, Case(*shape, need_renorm=need_renorm, block_size=8))
+
+
+@pytest.mark.parametrize("case", SORTING, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fused_sorting(arch: str, case: Case) -> None:
+    check_fused(arch, case)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fused_special_logits(arch: str) -> None:
+    first = ARCHS.index(arch) % 2
+    for case in SPECIAL[first::2]:
+        check_fused(arch, case)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_topk_softmax(arch: str, shape: tuple[int, int, int, torch.dtype]) -> None:
+    case = Case(*shape, layout="padded")
+    check_topk(arch, case)
+    check_topk(arch, replace(case, need_renorm=False, logits="mixed"))
+
+
+@pytest.mark.parametrize("policy", [1, 2])
+@pytest.mark.parametrize("case", SORTING, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_moe_sorting(arch: str, case: Case, policy: int) -> None:
+    check_sorting(arch, case, policy)
+
+
+@pytest.mark.parametrize("policy", [1, 2])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_moe_sorting_several_tiles(arch: str, policy: int) -> None:
+    """A tile is at most 15 bitmask words for 896 experts: more than 480 tokens make several."""
+    check_sorting(arch, Case(500, 896, 1, BF16, block_size=2), policy)
+
+
+def test_oldest_arch() -> None:
+    for case in (*SORTING, *SPECIAL[::4]):
+        check_fused(OLDEST, case)
+        check_topk(OLDEST, case)
+    for policy in (1, 2):
+        check_sorting(OLDEST, SORTING[0], policy)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_order_and_reciprocal_do_not_matter(arch: str) -> None:
+    case = Case(5, 48, 6, F32, logits="ties", block_size=4)
+    cpu = Target("cpu", Device(arch).wave_size)
+    expected = run_fused(case, cpu, aiter.fused_topk_moe_sorting_fwd)
+    for seed in range(6):
+        device = Device(arch, seed, seed % 3 - 1)
+        require_same_bits(run_fused(case, cpu, device.fused_topk_moe_sorting_fwd), expected, case)
