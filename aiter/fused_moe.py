@@ -91,9 +91,7 @@ def topk_softmax_sorting(
         key = (gating_output.device, num_experts, topk)
         most = _max_tokens.get(key)
         if most is None:
-            most = fused_topk_moe_sorting_max_tokens(
-                num_experts, topk, device=gating_output.device
-            )
+            most = fused_topk_moe_sorting_max_tokens(num_experts, topk, device=gating_output.device)
             _max_tokens[key] = most
         if dispatch.takes_fused(dispatch_policy, tokens, most):
             fused_topk_moe_sorting_fwd(

@@ -1,6 +1,6 @@
 """How fast is expert_load next to torch.bincount?
 
-    python op_tests/bench_expert_load.py [--shape E,K ...] [options of bench_report]
+python op_tests/bench_expert_load.py [--shape E,K ...] [options of bench_report]
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
         expert_load(topk_ids, load)
 
     def eager(topk_ids: Tensor) -> None:
-        torch.zeros_like(load).scatter_add_(0, topk_ids.view(-1).long(), torch.ones_like(ids[0]).view(-1))
+        torch.zeros_like(load).scatter_add_(
+            0, topk_ids.view(-1).long(), torch.ones_like(ids[0]).view(-1)
+        )
 
     ours(ids[0])
-    if not torch.equal(load.cpu(), torch.bincount(ids[0].cpu().view(-1), minlength=num_experts).int()):
+    if not torch.equal(
+        load.cpu(), torch.bincount(ids[0].cpu().view(-1), minlength=num_experts).int()
+    ):
         raise RuntimeError(f"expert_load: counts differ from torch.bincount, E={num_experts}")
     return {
         name: bench_timing.call_us([lambda i=i, run=run: run(i) for i in ids])

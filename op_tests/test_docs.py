@@ -43,7 +43,11 @@ def test_block(page: str, language: str, marks: str, text: str) -> None:
     if marks == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     assert marks in ("", "gpu"), f"{page}: unknown mark {marks!r}"
-    code = text if language == "python" else f"set -e\npython() {{ '{sys.executable}' \"$@\"; }}\n{text}"
+    code = (
+        text
+        if language == "python"
+        else f"set -e\npython() {{ '{sys.executable}' \"$@\"; }}\n{text}"
+    )
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-c", code]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False

@@ -12,7 +12,15 @@ from targets import Target, select_targets
 from aiter.cli.table import format_table
 from aiter.ops.expert_load import expert_load
 
-SHAPES = ((1, 1, 1), (7, 2, 8), (64, 4, 128), (129, 8, 257), (1000, 1, 1), (0, 4, 16), (33, 3, 4000))
+SHAPES = (
+    (1, 1, 1),
+    (7, 2, 8),
+    (64, 4, 128),
+    (129, 8, 257),
+    (1000, 1, 1),
+    (0, 4, 16),
+    (33, 3, 4000),
+)
 
 
 def check(target: Target, num_tokens: int, topk: int, num_experts: int) -> None:

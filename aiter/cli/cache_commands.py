@@ -63,7 +63,10 @@ def run_build(options: argparse.Namespace) -> int:
     modules = known if options.all else options.modules
     if options.device_only:
         if options.target != "rocm":
-            print(f"error: --device-only: expected --target rocm, got {options.target}", file=sys.stderr)
+            print(
+                f"error: --device-only: expected --target rocm, got {options.target}",
+                file=sys.stderr,
+            )
             return 2
         # NOTE: imported late, as no other command needs it.
         from aiter.cli import device_code

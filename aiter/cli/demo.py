@@ -107,7 +107,7 @@ def _device_name(device: torch.device, wave: int) -> str:
 
 def _make_layer(options: argparse.Namespace, device: torch.device) -> Layer:
     def weights(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16, device=device) / shape[-1] ** 0.5
+        return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(shape[-1] ** -0.5)
 
     return Layer(
         weights(options.experts, options.model_dim),

@@ -17,7 +17,10 @@ HEADERS = (
 
 
 def run(
-    modules: Sequence[str], archs: Sequence[str] = (), mix: bool = False, loader: Loader | None = None
+    modules: Sequence[str],
+    archs: Sequence[str] = (),
+    mix: bool = False,
+    loader: Loader | None = None,
 ) -> int:
     """Compiles the device code of `modules` for `archs` and prints a row per kernel.
 

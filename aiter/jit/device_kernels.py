@@ -182,7 +182,10 @@ def instruction_class(line: str) -> str:
     if mnemonic.startswith("v_"):
         dpp = re.search(r"_dpp\b|\b(row_|quad_perm|wave_|dpp8)", line) is not None
         return "DPP" if dpp else "VALU"
-    if mnemonic.startswith(("s_clause", "s_set_inst_prefetch", "s_sendmsg")) or mnemonic[:2] != "s_":
+    if (
+        mnemonic.startswith(("s_clause", "s_set_inst_prefetch", "s_sendmsg"))
+        or mnemonic[:2] != "s_"
+    ):
         return "other"
     return "SALU"
 

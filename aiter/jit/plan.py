@@ -141,10 +141,7 @@ def make_plan(
     profile = toolchain.make_profile(spec, target, compiler, csrc_dir, pybind11_dir)
     variables = {**template_variables(module, csrc_dir, target), **spec.template_args}
     sources = (
-        *(
-            _read_source(module, path, _flags_of(path, profile), variables)
-            for path in spec.srcs
-        ),
+        *(_read_source(module, path, _flags_of(path, profile), variables) for path in spec.srcs),
         *(_read_source(module, path, profile.extra, variables) for path in profile.extra_sources),
     )
     identities = [_identity(compiler, memo_dir, profile.environment)]

@@ -140,7 +140,9 @@ def _cpu(
         "c++",
     )
     layer = [csrc_dir / "cpu" / "hip_cpu.cpp"]
-    device, extra, link = _DEVICE_FLAGS, _HOST_FLAGS, ("-shared", "-pthread")
+    device: tuple[str, ...] = _DEVICE_FLAGS
+    extra: tuple[str, ...] = _HOST_FLAGS
+    link: tuple[str, ...] = ("-shared", "-pthread")
     link_tail = spec.extra_ldflags
     if target.cpu_check == "race":
         device = (*_HOST_FLAGS, "-g1", "-fsanitize=thread")

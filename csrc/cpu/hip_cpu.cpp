@@ -1,11 +1,15 @@
 // The scheduler behind device/hip_cpu.h: stacks, switches, workgroups, OS threads.
+//
+// Long because the switch, the lanes and the workgroup are one state machine; apart, each part would
+// have to show the others its insides.
 #include "device/hip_cpu.h"
 
 #include "address_check.h"
 #include "fiber.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O3")  // host code is compiled at -O1, and every switch of lanes goes through here
+#pragma GCC optimize( \
+    "O3")  // host code is compiled at -O1, and every switch of lanes goes through here
 #endif
 
 #include <pthread.h>
@@ -34,7 +38,7 @@ namespace {
 
 constexpr size_t kPageBytes = 4096;
 constexpr size_t kStackBytes = 8 * address_check::kStackFactor * kPageBytes;  // lowest page: guard
-constexpr size_t kUsableStackBytes = kStackBytes - 2 * kPageBytes;  // below any colour
+constexpr size_t kUsableStackBytes = kStackBytes - 2 * kPageBytes;            // below any colour
 constexpr size_t kLdsGuardBytes = 4096;
 constexpr unsigned char kLdsPoison = 0xA5;
 // Lanes run in lockstep and touch the same depth of their stacks. Equal distances between stacks
@@ -113,7 +117,8 @@ class Machine {
   bool owns(const void* address) const {
     const char* byte = static_cast<const char*>(address);
     const auto within = [&](const void* begin, size_t size) {
-      return byte >= static_cast<const char*>(begin) && byte < static_cast<const char*>(begin) + size;
+      return byte >= static_cast<const char*>(begin) &&
+             byte < static_cast<const char*>(begin) + size;
     };
     return within(stacks_, num_stacks_ * kStackBytes) ||
            within(lanes_.data(), lanes_.size() * sizeof(Lane)) ||
@@ -204,10 +209,10 @@ class Machine {
     for (unsigned w = 0; w < num_waves; ++w) {
       Wave& wave = waves_[w];
       if (wave.arrived != 0) {
-        launch_->record_error(
-            "lanes " + describe(wave.arrived) + " of wave " + std::to_string(w) + " wait at " +
-            describe(wave.site) + " for lanes " + describe(wave.live & ~wave.arrived) +
-            ", which wait at " + describe(wave.barrier_site));
+        launch_->record_error("lanes " + describe(wave.arrived) + " of wave " + std::to_string(w) +
+                              " wait at " + describe(wave.site) + " for lanes " +
+                              describe(wave.live & ~wave.arrived) + ", which wait at " +
+                              describe(wave.barrier_site));
         return false;
       }
       if (wave.live == 0) continue;
@@ -371,8 +376,8 @@ void fail(const std::string& error) { this_machine().abandon(error); }
 void fail(const Site& site, const char* what) {
   const Lane& lane = *current_lane;
   const bool at_barrier = lane.wave->at_barrier != 0;
-  fail(std::string(what) + ": thread " + std::to_string(lane.thread_idx) +
-       " of workgroup " + std::to_string(current_workgroup->block_idx) + " at " + describe(site) +
+  fail(std::string(what) + ": thread " + std::to_string(lane.thread_idx) + " of workgroup " +
+       std::to_string(current_workgroup->block_idx) + " at " + describe(site) +
        ", an earlier one at " + describe(at_barrier ? lane.wave->barrier_site : lane.wave->site));
 }
 

@@ -192,39 +192,39 @@ const bool registered = [] {
 
 // What -fsanitize=thread calls. Names and signatures are the compilers'.
 #define AITER_PC __builtin_return_address(0)
-#define AITER_PLAIN(size)                                                             \
-  void __tsan_read##size(void* p) {                                                   \
-    hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC);                   \
-  }                                                                                   \
-  void __tsan_write##size(void* p) {                                                  \
-    hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);                    \
-  }                                                                                   \
-  void __tsan_unaligned_read##size(void* p) {                                         \
-    hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC);                   \
-  }                                                                                   \
-  void __tsan_unaligned_write##size(void* p) {                                        \
-    hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);                    \
+#define AITER_PLAIN(size)                                           \
+  void __tsan_read##size(void* p) {                                 \
+    hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC); \
+  }                                                                 \
+  void __tsan_write##size(void* p) {                                \
+    hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);  \
+  }                                                                 \
+  void __tsan_unaligned_read##size(void* p) {                       \
+    hip_cpu::check(p, size, false, hip_cpu::Kind::plain, AITER_PC); \
+  }                                                                 \
+  void __tsan_unaligned_write##size(void* p) {                      \
+    hip_cpu::check(p, size, true, hip_cpu::Kind::plain, AITER_PC);  \
   }
-#define AITER_ATOMIC(bits, type)                                                      \
-  type __tsan_atomic##bits##_load(const type* p, int) {                               \
-    hip_cpu::check(p, sizeof(type), false, hip_cpu::Kind::atomic, AITER_PC);          \
-    return *p;                                                                        \
-  }                                                                                   \
-  void __tsan_atomic##bits##_store(type* p, type value, int) {                        \
-    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);           \
-    *p = value;                                                                       \
-  }                                                                                   \
-  type __tsan_atomic##bits##_fetch_add(type* p, type value, int) {                    \
-    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);           \
-    const type old = *p;                                                              \
-    *p = static_cast<type>(old + value);                                              \
-    return old;                                                                       \
-  }                                                                                   \
-  type __tsan_atomic##bits##_fetch_or(type* p, type value, int) {                     \
-    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);           \
-    const type old = *p;                                                              \
-    *p = static_cast<type>(old | value);                                              \
-    return old;                                                                       \
+#define AITER_ATOMIC(bits, type)                                             \
+  type __tsan_atomic##bits##_load(const type* p, int) {                      \
+    hip_cpu::check(p, sizeof(type), false, hip_cpu::Kind::atomic, AITER_PC); \
+    return *p;                                                               \
+  }                                                                          \
+  void __tsan_atomic##bits##_store(type* p, type value, int) {               \
+    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);  \
+    *p = value;                                                              \
+  }                                                                          \
+  type __tsan_atomic##bits##_fetch_add(type* p, type value, int) {           \
+    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);  \
+    const type old = *p;                                                     \
+    *p = static_cast<type>(old + value);                                     \
+    return old;                                                              \
+  }                                                                          \
+  type __tsan_atomic##bits##_fetch_or(type* p, type value, int) {            \
+    hip_cpu::check(p, sizeof(type), true, hip_cpu::Kind::atomic, AITER_PC);  \
+    const type old = *p;                                                     \
+    *p = static_cast<type>(old | value);                                     \
+    return old;                                                              \
   }
 
 extern "C" {

@@ -12,7 +12,6 @@
 namespace aiter {
 
 constexpr int kRowsPerBlock = 4;
-constexpr int kMaxWaveSize = 64;
 
 struct TopkSoftmaxParams {
   const void* gating;

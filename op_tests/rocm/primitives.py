@@ -22,7 +22,11 @@ Words = NDArray[np.uint32]
 class Arguments(ctypes.Structure):
     """The arguments of every kernel in `primitives.cu`."""
 
-    _fields_ = [("input", ctypes.c_uint64), ("output", ctypes.c_uint64), ("argument", ctypes.c_uint32)]
+    _fields_ = [
+        ("input", ctypes.c_uint64),
+        ("output", ctypes.c_uint64),
+        ("argument", ctypes.c_uint32),
+    ]
 
 
 @cache

@@ -107,7 +107,9 @@ def test_unknown_instruction(line: str, monkeypatch: pytest.MonkeyPatch) -> None
     instructions = [parse_instruction(line, 7), *kernel.instructions]
     broken = replace(kernel, instructions=instructions, decoded={})
     monkeypatch.setattr(primitive_kernels, "primitives", lambda arch: {"read_lane": broken})
-    with pytest.raises(Fault, match=re.escape(f"read_lane on gfx942, line 7, decoding: `{line}`: ")):
+    with pytest.raises(
+        Fault, match=re.escape(f"read_lane on gfx942, line 7, decoding: `{line}`: ")
+    ):
         run_primitive("gfx942", "read_lane", words(64))
 
 

@@ -65,7 +65,9 @@ def device_for(arch: str, case: Case) -> Device:
 def require_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Case) -> None:
     """All bytes agree, those that neither wrote included."""
     for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        same = torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+        same = torch.equal(
+            ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)
+        )
         require(same, f"output {index}: expected the bits of the CPU target, got others in {case}")
 
 
@@ -97,7 +99,9 @@ def check_sorting(arch: str, case: Case, policy: int) -> None:
         set(device.statistics) == {f"moe_sorting_{name}" for name in names},
         f"{arch}, policy {policy}: expected {names}, got {list(device.statistics)}",
     )
-    require_same_bits(got, run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size), case)
+    require_same_bits(
+        got, run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size), case
+    )
 
 
 @pytest.mark.parametrize("need_renorm", [True, False], ids=["renorm", "softmax"])

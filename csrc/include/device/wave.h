@@ -51,6 +51,7 @@ __device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x)
 
 namespace aiter {
 
+constexpr int kMaxWaveSize = 64;
 constexpr int kMaxWavesPerBlock = 32;  // 1024 threads of wave32
 
 // Exclusive prefix sum over the workgroup in thread order; `total` is the sum over all threads.

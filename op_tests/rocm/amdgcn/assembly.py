@@ -165,6 +165,8 @@ def _arguments(text: str, symbol: str) -> list[tuple[int, int, str]]:
     _, _, metadata = text.partition("amdhsa.kernels:\n")
     for block in re.split(r"^  - ", metadata, flags=re.M)[1:]:
         if re.search(rf"\.name:\s+{re.escape(symbol)}$", block, re.M):
-            found = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)", block)
+            found = re.findall(
+                r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)\s+\.value_kind:\s+(\w+)", block
+            )
             return [(int(offset), int(size), kind) for offset, size, kind in found]
     raise ValueError(f"metadata: expected an entry for {symbol}, got none")

@@ -162,7 +162,11 @@ def decode_crossing(instruction: Instruction, width: int) -> Operation | None:
     """Instructions that move data between single lanes, or lanes and scalar registers."""
     name, operands = instruction.mnemonic, instruction.operands
     if name == "v_readlane_b32":
-        write, read, lane = write_scalar(operands[0]), read_lanes(operands[1]), read_scalar(operands[2])
+        write, read, lane = (
+            write_scalar(operands[0]),
+            read_lanes(operands[1]),
+            read_scalar(operands[2]),
+        )
         return lambda w: write(w, int(read(w)[lane(w) % w.width]))
     if name == "v_readfirstlane_b32":
         write, read = write_scalar(operands[0]), read_lanes(operands[1])

@@ -122,7 +122,9 @@ def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
     for offset, size, kind in kernel.arguments:
         value = hidden.get(kind, 0)
         if kind.startswith("hidden_") and value:
-            segment[offset : offset + size] = np.frombuffer(value.to_bytes(size, "little"), np.uint8)
+            segment[offset : offset + size] = np.frombuffer(
+                value.to_bytes(size, "little"), np.uint8
+            )
     return segment
 
 
@@ -167,9 +169,7 @@ def _start_wave(
     wave = Wave(width, index, want["next_free_vgpr"], rng)
     if want["system_vgpr_workitem_id"] or not want["user_sgpr_kernarg_segment_ptr"]:
         raise Fault(f"{kernel.code.name}: expected an argument segment and one work-item index")
-    next_sgpr = sum(
-        count for name, count in _USER_SGPRS_BEFORE if want.get(f"user_sgpr_{name}", 0)
-    )
+    next_sgpr = sum(count for name, count in _USER_SGPRS_BEFORE if want.get(f"user_sgpr_{name}", 0))
     wave.s[next_sgpr], wave.s[next_sgpr + 1] = arguments & 0xFFFFFFFF, arguments >> 32
     next_sgpr += 2 + sum(
         count for name, count in _USER_SGPRS_AFTER if want.get(f"user_sgpr_{name}", 0)

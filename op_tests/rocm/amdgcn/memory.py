@@ -42,12 +42,16 @@ class GlobalMemory:
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
 
-    def add(self, name: str, data: NDArray[np.generic], writable: bool = True, offset: int = 0) -> int:
+    def add(
+        self, name: str, data: NDArray[np.generic], writable: bool = True, offset: int = 0
+    ) -> int:
         """Maps an array; returns its address, `offset` bytes past a multiple of 256."""
         base = _FIRST_BASE + (len(self.buffers) << 34) - _BEFORE_BOUNDARY + offset
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         if data.size and not np.shares_memory(raw, data):
-            raise ValueError(f"buffer {name}: expected a contiguous array, got strides {data.strides}")
+            raise ValueError(
+                f"buffer {name}: expected a contiguous array, got strides {data.strides}"
+            )
         self.buffers.append(Buffer(name, base, raw, writable))
         return base
 
@@ -87,7 +91,9 @@ class GlobalMemory:
                 return buffer, addresses - buffer.base
         if len(addresses) > 1:
             return None, addresses
-        near = min(self.buffers, key=lambda b: min(abs(b.base - low), abs(b.base + len(b.data) - low)))
+        near = min(
+            self.buffers, key=lambda b: min(abs(b.base - low), abs(b.base + len(b.data) - low))
+        )
         raise Fault(
             f"address {_shown(low)}, {size} bytes: expected an address in a buffer, got one outside"
             f" all of them; the nearest is {near.name}, {len(near.data)} bytes at {_shown(near.base)}"

@@ -4,6 +4,8 @@ An entry of OPERATIONS is (kinds of the sources, function). A kind says how a so
 seen: u, i, f are 32-bit unsigned, signed and float; U, I are 64-bit; h, k are 16-bit unsigned and
 signed; m is a lane mask. The item size of the result says how it is written. DPP and SDWA, which
 change how sources are read and results written, are in `lanes`.
+
+Long because it is one table: an instruction is looked up in one place.
 """
 
 from __future__ import annotations
@@ -232,7 +234,9 @@ def source_readers(
         bare, negate, absolute, extend = _sign_modifiers(operand)
         raw: Callable[[Wave], Lanes] = read_lanes(bare, _BITS[kind])
         if instruction.encoding == "sdwa":
-            raw = lanes.select(raw, instruction.modifiers.get(f"src{position}_sel", "DWORD"), extend)
+            raw = lanes.select(
+                raw, instruction.modifiers.get(f"src{position}_sel", "DWORD"), extend
+            )
         if position == 0 and instruction.encoding == "dpp":
             raw, only = lanes.dpp(raw, instruction.modifiers, width)
         readers.append(_viewed(raw, kind, negate, absolute))
