@@ -7,11 +7,14 @@ the same time compile once.
 
 What is published must be what was hashed. Sources are hashed before and after the compilers ran. A
 header is known only afterwards: on the first attempt one that is not older than the build's start,
-by the clock of the cache's filesystem, counts as changed; later attempts compare its content before
-and after. The build is then repeated, a few times at most.
+by the clock of the cache's filesystem, counts as changed, and so does that clock itself if it was set
+back; later attempts compare a header's content before and after. The build is then repeated, a few
+times at most, as it is when the cache folder was removed meanwhile.
 
 Beside a private folder lies a file that is locked while its builder lives. The next builder removes
 the folders whose lock is free, that is, those of builders that died.
+
+Long because the order of these steps is the argument for their being safe.
 """
 
 from __future__ import annotations
@@ -47,12 +50,21 @@ from aiter.jit.errors import BuildError, CacheError
 from aiter.jit.log import get_logger
 from aiter.jit.plan import Plan
 from aiter.jit.progress import Progress
+from aiter.jit.trust import check_trusted
 
 MAX_ATTEMPTS = 4
-_LOCK_NOTICE_SECONDS = 2.0
-_LOCK_LIMIT_SECONDS = 1800.0
+_LOCK_NOTICES_SECONDS = (2.0, *([30.0] * 60))  # waiting ends, and the build starts, after the last
 _TICK_SECONDS = 0.05
-_UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+_CLOCK_TOLERANCE_SECONDS = 1.0
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 @dataclass(frozen=True)
@@ -88,12 +100,17 @@ def build(make_plan: Callable[[], Plan], cache: Cache, reason: str, force: bool)
                 if isinstance(found, Entry):
                     return found
             known = {path: file_sha256(Path(path)) for path in known if os.path.isfile(path)}
-            result = _attempt(plan, cache, folder, reason, known)
-            if result.changed is None:
-                entry = cache.publish(plan, folder, result.headers, force)
-                seconds = time.monotonic() - started
-                get_logger().info("built %s in %.1f s: %s", plan.module, seconds, entry.library)
-                return entry
+            try:
+                result = _attempt(plan, cache, folder, reason, known)
+                if result.changed is None:
+                    entry = cache.publish(plan, folder, result.headers, force)
+                    seconds = time.monotonic() - started
+                    get_logger().info("built %s in %.1f s: %s", plan.module, seconds, entry.library)
+                    return entry
+            except (OSError, BuildError):
+                if folder.is_dir():
+                    raise
+                result = _Result([], str(cache.root))
         changed = result.changed
         reason = f"{changed} changed during the build"
         known = {plan.roots.expand(header.path): header.sha256 for header in result.headers}
@@ -101,7 +118,7 @@ def build(make_plan: Callable[[], Plan], cache: Cache, reason: str, force: bool)
         plan.module,
         plan.target.label,
         f"expected files that keep still during a build, got {changed} changed in each of"
-        f" {MAX_ATTEMPTS} attempts",
+        f" {MAX_ATTEMPTS} attempts; end what edits or removes it, then try again",
     )
 
 
@@ -113,6 +130,7 @@ def _attempt(plan: Plan, cache: Cache, folder: Path, reason: str, known: dict[st
     if plan.compiler.family == "zig" and not (cache.root / TOOL_DIR).is_dir():
         logger.info("zig compiles its own C++ library first: a minute or two, once per cache")
     start_ns = _clock_tick(folder / "clock")
+    started_clock = time.monotonic()
     compiles, link = _jobs(plan, folder)
     limit = envs.AITER_BUILD_TIMEOUT.get()
     deadline = None if limit is None else started + limit
@@ -138,6 +156,9 @@ def _attempt(plan: Plan, cache: Cache, folder: Path, reason: str, known: dict[st
     if show and log.strip():
         logger.info("output of the compilers:\n%s", log)
     result = _check_inputs(plan, folder, start_ns, known)
+    passed = (_filesystem_time(folder / "clock") - start_ns) / 1e9
+    if passed < time.monotonic() - started_clock - _CLOCK_TOLERANCE_SECONDS and not known:
+        result = _Result(result.headers, result.changed or "the filesystem's clock")
     _tidy(folder, plan)
     return result
 
@@ -149,12 +170,17 @@ def _clock_tick(path: Path) -> int:
     clocks advance in steps of milliseconds. Where steps are longer, an edit just before the build
     looks like one during it, which costs a second attempt.
     """
-    path.touch()
-    first = path.stat().st_mtime_ns
+    now = first = _filesystem_time(path)
     end = time.monotonic() + _TICK_SECONDS
-    while path.stat().st_mtime_ns == first and time.monotonic() < end:
+    while now == first and time.monotonic() < end:
         time.sleep(0.001)
-        path.touch()
+        now = _filesystem_time(path)
+    return now
+
+
+def _filesystem_time(path: Path) -> int:
+    """What the filesystem's clock says, by touching the file `path`."""
+    path.touch()
     return path.stat().st_mtime_ns
 
 
@@ -184,7 +210,7 @@ def _check_inputs(plan: Plan, folder: Path, start_ns: int, known: dict[str, str]
     own = {str(source.path) for source in plan.sources if source.rendered is None}
     paths: dict[str, None] = {}
     for depfile in sorted(folder.glob("*.d")):
-        for name in parse_depfile(depfile.read_text(encoding="utf-8")):
+        for name in parse_depfile(os.fsdecode(depfile.read_bytes())):
             path = str(folder / name)
             # NOTE: only the real path is safe where ".." may follow a link.
             path = os.path.realpath(path) if "/../" in path else os.path.normpath(path)
@@ -234,7 +260,7 @@ def _write_log(path: Path, jobs: list[Job]) -> str:
         for job in jobs
     ]
     parts = [f"$ {job.text}\n{output}" for job, output in zip(jobs, outputs, strict=True)]
-    path.write_text("\n".join(parts), encoding="utf-8")
+    path.write_text("\n".join(parts), encoding="utf-8", errors="surrogateescape")
     return "".join(outputs)
 
 
@@ -243,11 +269,23 @@ def _build_error(
 ) -> BuildError:
     """Keeps the log of a failed build and describes it."""
     kept = cache.root / FAILED_DIR / f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.log"
-    cache.make_folder(FAILED_DIR)
-    log = folder / BUILD_LOG
-    _write_log(log, [job for job in jobs if job.output.exists()])
-    log.replace(kept)
     output = failure.job.output.read_text(encoding="utf-8", errors="replace")
+    log = folder / BUILD_LOG
+    try:
+        cache.make_folder(FAILED_DIR)
+        _write_log(log, [job for job in jobs if job.output.exists()])
+        log.replace(kept)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        # NOTE: what the compiler said matters more than that its log could not be kept.
+        return BuildError(
+            plan.module,
+            plan.target.label,
+            f"{failure.problem}, and its log could not be kept ({error.strerror}: {cache.root})",
+            shlex.join(failure.job.command),
+            first_error(output),
+        )
     stopped = "time ran out" in failure.problem
     return BuildError(
         plan.module,
@@ -265,6 +303,7 @@ def _private_folder(cache: Cache) -> Iterator[Path]:
     name = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         parent = cache.make_folder(WORK_DIR)
+        check_trusted(cache.root, (parent,))
         with _alive_file(parent / f"{name}.alive"):
             remove_leftovers(cache)
             folder = cache.make_folder(f"{WORK_DIR}/{name}")
@@ -277,7 +316,8 @@ def _private_folder(cache: Cache) -> Iterator[Path]:
             raise
         raise CacheError(
             f"cache folder {cache.root}: expected to build in it, got {error.strerror}"
-            f" ({error.filename}); set AITER_JIT_DIR to a folder that can be written"
+            f" ({error.filename or 'no name'}); make room, or set AITER_JIT_DIR to a folder that can"
+            " be written"
         ) from error
 
 
@@ -286,10 +326,24 @@ def _alive_file(path: Path) -> Iterator[None]:
     """A file that is locked while this builder lives, and goes with it."""
     with path.open("w") as file:
         _try_flock(file)
+        _alive_files.add(file)
         try:
             yield
         finally:
+            _alive_files.discard(file)
             path.unlink(missing_ok=True)
+
+
+# A forked child closes its copies: it would otherwise make a dead builder look alive.
+_alive_files: set[IO[str]] = set()
+
+
+def _close_alive_files() -> None:
+    while _alive_files:
+        _alive_files.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_alive_files)
 
 
 def remove_leftovers(cache: Cache) -> None:
@@ -320,23 +374,37 @@ def _lock(cache: Cache, plan: Plan) -> Iterator[None]:
 
     logger = get_logger()
     name = f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.lock"
-    lock = filelock.FileLock(cache.make_folder(LOCK_DIR) / name)
+    mode = 0o660 if envs.AITER_SHARED_CACHE.get() else 0o600
+    lock = filelock.FileLock(cache.make_folder(LOCK_DIR) / name, mode=mode)
     held = False
-    for wait in (_LOCK_NOTICE_SECONDS, _LOCK_LIMIT_SECONDS):
+    started = time.monotonic()
+    for wait in _LOCK_NOTICES_SECONDS:
         try:
             lock.acquire(timeout=wait)
             held = True
             break
         except filelock.Timeout:
-            if wait == _LOCK_NOTICE_SECONDS:
-                logger.info("waiting for another process that builds %s", plan.module)
-            else:
-                logger.warning("building %s without the lock after %.0f s", plan.module, wait)
+            logger.info(
+                "waiting for another process that builds %s, for %.0f s now (builders: %s)",
+                plan.module,
+                time.monotonic() - started,
+                _living_builders(cache),
+            )
         except (OSError, NotImplementedError) as error:
             logger.warning("building %s without a lock: %s", plan.module, error)
             break
+    else:
+        waited = time.monotonic() - started
+        logger.warning("building %s without the lock after %.0f s", plan.module, waited)
     try:
         yield
     finally:
         if held:
             lock.release()
+
+
+def _living_builders(cache: Cache) -> str:
+    """The builders in this cache but for the running process, as host-process."""
+    names = (path.name.rpartition("-")[0] for path in (cache.root / WORK_DIR).glob("*.alive"))
+    own = f"{socket.gethostname()}-{os.getpid()}"
+    return ", ".join(sorted({name for name in names if name != own})) or "not named"

@@ -8,6 +8,10 @@ nothing, editing a header does, and going back to an older text finds the older 
     <cache>/<module>/<target>-<arch>-<abi>/<key of the plan>/<key of the headers>/
         <module>.cpython-311-x86_64-linux-gnu.so   manifest.json   build.log
 
+Before a build is used its inputs are compared with the plan's, its files with their hashes, and
+their owners and permissions with what `trust` asks for; so a build that was copied there from
+another compiler, Python or machine, cut short or replaced is never loaded.
+
 A build appears by one rename of a complete folder, so readers need no lock. Rejected: one flat key
 with the headers in it, as the headers' list is only known from an earlier compile; and mtimes
 alone, as a fresh checkout changes them all.
@@ -25,11 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiter.jit.errors import CacheError
+from aiter.jit import envs
+from aiter.jit.errors import CacheError, TargetError
 from aiter.jit.log import get_logger
 from aiter.jit.paths import make_private_folder
 from aiter.jit.plan import Plan, Roots
 from aiter.jit.target import Target
+from aiter.jit.trust import check_trusted
 
 MANIFEST = "manifest.json"
 BUILD_LOG = "build.log"
@@ -101,18 +107,20 @@ class Cache:
         """The build that fits `plan`, its shared object verified, else why there is none.
 
         A damaged build is reported, moved aside and then missing. Raises CacheError if it cannot be
-        moved.
+        moved, and if others may write to the cache (see `trust`).
         """
         changed = ""
         damaged = False
         for folder in _subfolders(self.root / plan.place):
+            self.check_trusted(folder)
             entry = read_manifest(folder)
+            problem: str | None
             if entry is not None:
                 differing = self.first_changed_header(entry, plan.roots)
                 if differing is not None:
                     changed = changed or differing
                     continue
-                problem = self.damage(entry)
+                problem = foreign_part(entry, plan) or self.damage(entry)
                 if problem is None:
                     return entry
             else:
@@ -133,8 +141,10 @@ class Cache:
         With `replace` an equal build that is there makes way.
         """
         names = "\n".join(f"{header.path} {header.sha256}" for header in headers)
-        place = self.root / plan.place / hashlib.sha256(names.encode()).hexdigest()[:16]
+        place = self.root / plan.place / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
         library = folder / plan.library_name
+        for path in (library, folder / BUILD_LOG):
+            path.chmod(_file_mode())
         manifest = {
             "target": [
                 plan.target.kind,
@@ -172,6 +182,13 @@ class Cache:
     def make_folder(self, name: str | Path) -> Path:
         """Creates the folder `name` in the cache, for the owner alone where it is new."""
         return make_private_folder(self.root, name)
+
+    def check_trusted(self, folder: Path) -> None:
+        """Raises CacheError if others may write to `folder`, to its files or above them."""
+        above = [parent for parent in folder.parents if self.root in parent.parents]
+        with os.scandir(folder) as found:
+            files = [Path(item.path) for item in found]
+        check_trusted(self.root, (*above, folder, *files))
 
     def set_aside(self, folder: Path) -> Path:
         """Moves a build out of sight, keeping it for a look; raises CacheError if it cannot."""
@@ -236,11 +253,11 @@ class Cache:
         try:
             stamp.touch()
             now = stamp.stat().st_mtime_ns
+            stamp.unlink()
             # NOTE: a file changed this very moment could change again without a new ctime.
             if all(max(mtime, ctime) < now for _, _, mtime, ctime, _ in headers):
                 text = json.dumps({**entry.manifest, "headers": headers})
                 write_atomically(entry.folder / MANIFEST, text)
-            stamp.unlink()
         except OSError as error:
             get_logger().debug("cannot refresh %s: %s", entry.folder, error)
 
@@ -258,6 +275,8 @@ class Cache:
 def changed_input(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first part of a plan's inputs that differs, in words; None if none does."""
     old_sources, new_sources = old.get("sources", {}), new.get("sources", {})
+    if not isinstance(old_sources, dict):
+        return "sources changed"
     for path in {**old_sources, **new_sources}:
         if old_sources.get(path) != new_sources.get(path):
             return f"{shown_path(path)} changed"
@@ -272,25 +291,57 @@ def read_manifest(folder: Path) -> Entry | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entry = Entry(folder, manifest)
+        library = manifest["library"]
         complete = (
             isinstance(manifest["inputs"]["sources"], dict)
-            and len(manifest["target"]) == 4
+            and bool(entry.target.label)
             and isinstance(manifest["abi"], str)
-            and isinstance(manifest["library"]["size"], int)
-            and isinstance(manifest["library"]["sha256"], str)
-            and isinstance(entry.library.name, str)
-            and all(len(header) == 5 for header in manifest["headers"])
+            and isinstance(library["name"], str)
+            and Path(library["name"]).name == library["name"]
+            and isinstance(library["size"], int)
+            and isinstance(library["sha256"], str)
+            and all(map(_is_header, manifest["headers"]))
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, TargetError):
         return None
     return entry if complete else None
 
 
+def _is_header(value: Any) -> bool:
+    path, size, mtime, ctime, sha256 = value
+    return (
+        isinstance(path, str)
+        and "\0" not in path
+        and all(isinstance(number, int) for number in (size, mtime, ctime))
+        and isinstance(sha256, str)
+    )
+
+
+def foreign_part(entry: Entry, plan: Plan) -> str | None:
+    """How `entry` shows that it was built for something else; None if it was built for `plan`."""
+    changed = changed_input(entry.manifest["inputs"], plan.inputs)
+    if changed is not None:
+        return f"expected a build of this plan, got one from elsewhere ({changed})"
+    if entry.library.name != plan.library_name:
+        return f"expected {plan.library_name}, got {entry.library.name}"
+    return None
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` in one step."""
+    """Replaces `path` in one step, or leaves it as it is."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(_file_mode())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _file_mode() -> int:
+    """What a published file may be used for, whatever the umask: reading, by those we share with."""
+    return 0o640 if envs.AITER_SHARED_CACHE.get() else 0o600
 
 
 def _subfolders(folder: Path) -> list[Path]:

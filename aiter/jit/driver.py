@@ -1,8 +1,14 @@
 """How are compiler processes run?
 
 A small driver on `subprocess`: it keeps up to MAX_JOBS compilers running, each in a session of its
-own, and kills the sessions of all others when one fails, time runs out or the user interrupts. A
-build is two or three objects and a link, so a build system would only add a dependency; and threads
+own, and kills the sessions of all others when one fails, time runs out or the user interrupts.
+
+Compilers must not outlive a builder that is killed, by whatever signal. So each runs under a shell
+that also holds the reading end of a pipe; when the builder is gone, its end is closed, and the shell
+kills the session. Rejected: PR_SET_PDEATHSIG, which reaches the compiler's driver but not `cc1plus`
+behind it; signal handlers, which belong to the program and do not see SIGKILL. A shell costs 2 ms.
+
+A build is two or three objects and a link, so a build system would only add a dependency; and threads
 that wait for one process each were rejected because an interrupt reaches only the main thread.
 """
 
@@ -11,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +27,19 @@ from pathlib import Path
 from aiter.jit.progress import Progress
 
 _POLL_SECONDS = 0.01
+_MAX_LINE = 500
+# The compiler runs in the foreground. NOTE: a process that a signal ends has status 128 + signal.
+_SHELL = """
+exec 3<&0 </dev/null
+(read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 &
+watcher=$!
+"$@" 3<&-
+status=$?
+kill -KILL $watcher 2>/dev/null
+exit $status
+"""
+_CANNOT_START = (126, 127)
+_SIGNALLED = 128
 _ERROR_LINE = re.compile(
     r"\berror\b\s*(:|[A-Z#]*\d+)|\bfatal\s*:|^error|undefined (reference|symbol)|cannot find -l"
 )
@@ -36,6 +56,28 @@ class Job:
     def text(self) -> str:
         """The command as one would type it."""
         return shlex.join(self.command)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A job that runs; the shell ends it when `pipe_end` is closed."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    pipe_end: int
+
+
+# The pipe ends of all running jobs. A forked child closes its copies, which would otherwise keep
+# the compilers of a dead builder alive as long as the child.
+_pipe_ends: set[int] = set()
+
+
+def _close_pipe_ends() -> None:
+    while _pipe_ends:
+        os.close(_pipe_ends.pop())
+
+
+os.register_at_fork(after_in_child=_close_pipe_ends)
 
 
 class JobFailed(Exception):
@@ -66,38 +108,38 @@ def run_jobs(
         JobFailed: for the first job that fails; no process is left running then.
     """
     waiting = list(reversed(jobs))
-    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    running: list[_Running] = []
     try:
         while waiting or running:
             while waiting and len(running) < max_jobs:
-                job = waiting.pop()
-                running.append((job, _start(job, folder, environment)))
-            for job, process in list(running):
-                status = process.poll()
+                running.append(_start(waiting.pop(), folder, environment))
+            for item in list(running):
+                status = item.process.poll()
                 if status is None:
                     continue
-                running.remove((job, process))
+                running.remove(item)
+                _end(item)
                 if status != 0:
-                    raise JobFailed(job, _describe(status))
+                    raise JobFailed(item.job, _describe(status))
                 done += 1
             if deadline is not None and running and time.monotonic() > deadline:
-                raise JobFailed(running[0][0], "time ran out (AITER_BUILD_TIMEOUT)")
+                raise JobFailed(running[0].job, "time ran out (AITER_BUILD_TIMEOUT)")
             progress.show(done)
             if running:
                 time.sleep(_POLL_SECONDS)
     finally:
-        for _, process in running:
-            _kill(process)
+        for item in running:
+            _end(item)
         progress.clear()
 
 
 def first_error(output: str) -> str:
-    """The first line of a compiler's output that reports an error, else its last line."""
+    """The first line of a compiler's output that reports an error, else its last; cut if long."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for line in lines:
         if _ERROR_LINE.search(line):
-            return line
-    return lines[-1] if lines else "no output"
+            return line[:_MAX_LINE]
+    return lines[-1][:_MAX_LINE] if lines else "no output"
 
 
 def parse_depfile(text: str) -> list[str]:
@@ -109,33 +151,52 @@ def parse_depfile(text: str) -> list[str]:
     return list(dict.fromkeys(unescaped))
 
 
-def _start(job: Job, folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with job.output.open("wb") as output:
-        try:
-            return subprocess.Popen(
-                job.command,
+def _start(job: Job, folder: Path, environment: dict[str, str]) -> _Running:
+    if shutil.which(job.command[0], path=environment.get("PATH")) is None:
+        problem = f"cannot start the compiler: no program {job.command[0]}"
+        job.output.write_text(f"error: {problem}\n", encoding="utf-8")
+        raise JobFailed(job, problem)
+    read_end, pipe_end = os.pipe()
+    _pipe_ends.add(pipe_end)
+    try:
+        with job.output.open("wb") as output:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _SHELL, "sh", *job.command],
                 cwd=folder,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=read_end,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        except OSError as error:
-            output.write(f"error: cannot start the command: {error.strerror}\n".encode())
-            raise JobFailed(job, f"cannot start the compiler: {error.strerror}") from None
+    except OSError as error:
+        _close(pipe_end)
+        raise JobFailed(job, f"cannot start the compiler: {error.strerror}") from None
+    finally:
+        os.close(read_end)
+    return _Running(job, process, pipe_end)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a job with everything that it started."""
+def _end(item: _Running) -> None:
+    """Kills what is left of a job: the whole session of one that runs, nothing of one that ended."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(item.process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    item.process.wait()
+    _close(item.pipe_end)
+
+
+def _close(pipe_end: int) -> None:
+    if pipe_end in _pipe_ends:
+        _pipe_ends.remove(pipe_end)
+        os.close(pipe_end)
 
 
 def _describe(status: int) -> str:
-    if status < 0:
-        return f"the compiler was killed by {signal.Signals(-status).name}"
+    number = status - _SIGNALLED if status > _SIGNALLED else -status
+    if number in set(signal.Signals):
+        return f"the compiler was killed by {signal.Signals(number).name}"
+    if status in _CANNOT_START:
+        return f"cannot start the compiler (status {status} of the shell)"
     return f"the compiler exited with status {status}"

@@ -115,6 +115,9 @@ AITER_NO_BUILD = Variable(
 AITER_JIT_DIR: Variable[Path | None] = Variable(
     "AITER_JIT_DIR", None, "the cache folder", _folder, "$XDG_CACHE_HOME/aiter"
 )
+AITER_SHARED_CACHE = Variable(
+    "AITER_SHARED_CACHE", False, "1 shares the cache folder with its group", _flag, "0"
+)
 AITER_BUILD_TIMEOUT: Variable[float | None] = Variable(
     "AITER_BUILD_TIMEOUT", None, "seconds after which a build is stopped", _seconds, "no limit"
 )
@@ -160,6 +163,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_REBUILD,
     AITER_NO_BUILD,
     AITER_JIT_DIR,
+    AITER_SHARED_CACHE,
     AITER_BUILD_TIMEOUT,
     AITER_LOG_LEVEL,
     AITER_LOG_MORE,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -152,7 +153,7 @@ def load_extension(name: str, path: Path) -> ModuleType:
     """Loads the extension module `name` from the absolute `path`; raises ImportError."""
     # NOTE: pybind11 keeps one module per full name in a process, so the second target's build would
     # come back as the first's. Python asks the file only for the last part of a dotted name.
-    unique = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    unique = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     name = f"{unique}.{name}"
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)

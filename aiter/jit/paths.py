@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aiter.jit import envs
+
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
 
@@ -30,11 +32,17 @@ def config_path() -> Path:
 def make_private_folder(root: Path, name: str | Path = "") -> Path:
     """Creates `root` and the folder `name` in it, for the owner alone where they are new.
 
-    Others could otherwise leave a shared object there that this process then loads.
+    Others could otherwise leave a shared object there that this process then loads. With
+    AITER_SHARED_CACHE new folders are for the group of the folder above, too.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = root
     for part in ("", *Path(name).parts):
         folder = folder / part
-        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            continue
+        if envs.AITER_SHARED_CACHE.get():
+            folder.chmod(0o2770)
     return folder

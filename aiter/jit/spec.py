@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -93,6 +94,11 @@ def load_config(path: Path) -> dict[str, dict[str, Any]]:
         ) from None
     try:
         config = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (RecursionError, MemoryError):
+        raise ConfigError(
+            f"compiler config {path}: expected JSON of ordinary depth, got {len(text)} characters"
+            " that are nested too deep"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"compiler config {path}, line {error.lineno}, column {error.colno}:"
@@ -102,14 +108,20 @@ def load_config(path: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             f"compiler config {path}: expected each key once in an object, got {error} twice"
         ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"compiler config {path}: expected numbers of ordinary size, got one that Python"
+            f" refuses ({error})"
+        ) from None
     if not isinstance(config, dict):
         raise ConfigError(
             f"compiler config {path}: expected an object of modules, got {_json_type(config)}"
         )
     for name, settings in config.items():
-        if name != EVERY_OP and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if name != EVERY_OP and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
             raise ConfigError(
-                f"compiler config {path}: expected an identifier as a module name, got {name!r}"
+                f"compiler config {path}: expected an identifier of at most 100 characters as a"
+                f" module name, got {name!r}"
             )
         if not isinstance(settings, dict):
             raise ConfigError(
@@ -162,7 +174,7 @@ def make_spec(
         )
         if key in values:
             # NOTE: a text that renders to nothing is left out, so that a condition can drop a flag.
-            values[key] = tuple(text for text in rendered if text)
+            values[key] = tuple(_passable(name, key, text) for text in rendered if text)
     for key in ("srcs", "extra_include"):
         values[key] = tuple(_existing(name, key, text) for text in values.get(key, ()))
     unknown = [kind for kind in values.get("targets", ()) if kind not in KINDS]
@@ -181,13 +193,15 @@ def render(text: str, variables: Mapping[str, TemplateValue], where: str) -> str
     if names <= set(variables) and not _MARKUP.search(_PLACEHOLDER.sub("", text)):
         return _PLACEHOLDER.sub(lambda match: str(variables[match[1]]), text)
 
-    from jinja2 import StrictUndefined, TemplateError
+    from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     try:
         return environment.from_string(text).render(dict(variables))
-    except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # NOTE: an expression can raise anything; all of it is the text's fault.
         shown = text if len(text) <= 200 else f"a text of {len(text)} characters"
         raise ConfigError(
             f"{where}: expected placeholders among {', '.join(variables)}, got {shown!r} ({error})"
@@ -228,6 +242,19 @@ def _checked(name: str, key: str, value: Any) -> Any:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ConfigError(f"{where}: expected a list of strings, got {value!r}")
     return tuple(value)
+
+
+def _passable(name: str, key: str, text: str) -> str:
+    """`text` if it can be an argument of a program; raises ConfigError."""
+    try:
+        fits = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"module {name}, key {key}: expected text that a command line can hold, got {text!r}"
+        )
+    return text
 
 
 def _existing(name: str, key: str, text: str) -> Path:

@@ -96,7 +96,7 @@ BROKEN = [
     ('{"a": {"srcs": ["x"], "srcs": ["y"]}}', "expected each key once in an object, got 'srcs'"),
     ('{"a": {}, "a": {}}', "expected each key once in an object, got 'a' twice"),
     ("[1]", "expected an object of modules, got a list"),
-    ('{"a-b": {}}', "expected an identifier as a module name, got 'a-b'"),
+    ('{"a-b": {}}', "expected an identifier of at most 100 characters as a module name, got 'a-b'"),
     ('{"module_toy": 3}', "module module_toy: expected an object of settings, got a number"),
 ]
 

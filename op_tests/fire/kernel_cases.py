@@ -1,0 +1,116 @@
+"""Which problems do the kernels solve under a checker?
+
+A subset of what the op tests ask, small enough for an execution that is 5 to 50 times slower: every
+op, path, dtype, mask, layout and alignment, and shapes around the limits of words, waves and
+registers. A `Check` is one call with its result compared, by the op tests' own judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from cases import GATING_DTYPES, LOGITS, MASKS, Case
+from routing import run_routing
+from runners import run_fused, run_moe_sorting, run_topk_softmax
+from targets import Target
+
+import aiter
+
+Run = Callable[[Case, Target], object]
+
+
+def _fused(case: Case, target: Target) -> object:
+    return run_fused(case, target, aiter.fused_topk_moe_sorting_fwd)
+
+
+def _topk_softmax(case: Case, target: Target) -> object:
+    return run_topk_softmax(case, target, aiter.topk_softmax)
+
+
+def _sorting(policy: int) -> Run:
+    def run(case: Case, target: Target) -> object:
+        size = aiter.moe_sorting_opus_get_workspace_size
+        return run_moe_sorting(case, target, aiter.moe_sorting_opus_fwd, policy, size)
+
+    return run
+
+
+def _routing(policy: int) -> Run:
+    return lambda case, target: run_routing(case, target, policy)
+
+
+MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus")
+
+# By the name that the table shows. Routing allocates its outputs, so that a sanitizer knows their
+# exact bounds; the others have guards around theirs, and workspaces of exactly the size asked for.
+RUNS: dict[str, Run] = {
+    "fused": _fused,
+    "topk_softmax": _topk_softmax,
+    "sorting oneshot": _sorting(1),
+    "sorting multiphase": _sorting(2),
+    "routing automatic": _routing(0),
+    "routing oneshot": _routing(1),
+    "routing multiphase": _routing(2),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call: the name of its run in `RUNS`, and the problem."""
+
+    run: str
+    case: Case
+
+
+QUICK_CASES = (
+    Case(7, 128, 4, torch.bfloat16, logits="ties"),
+    Case(33, 32, 4, torch.float16, need_renorm=False, model_dim=7, moe_buf_offset=2),
+    Case(5, 100, 70, logits="mixed", block_size=3),
+    Case(9, 257, 9, torch.float32, mask="random", num_local=6, moe_buf_offset=10),
+    Case(3, 1030, 5, torch.bfloat16, logits="few_finite", mask="last", model_dim=1),
+    Case(0, 16, 2),
+    Case(6, 8, 8, layout="padded", logits="infinite", num_local=0, block_size=1),
+)
+
+
+def make_checks(quick: bool) -> list[Check]:
+    """The checks, in the order in which they run."""
+    cases = QUICK_CASES if quick else (*QUICK_CASES, *_more_cases())
+    return [Check(name, case) for case in cases for name in RUNS]
+
+
+def _more_cases() -> list[Case]:
+    base = Case(13, 128, 4)
+    cases = [replace(base, logits=logits) for logits in LOGITS]
+    cases += [replace(base, dtype=dtype, need_renorm=False) for dtype in GATING_DTYPES]
+    cases += [replace(base, mask=mask, num_local=11) for mask in MASKS]
+    cases += [replace(base, layout=layout) for layout in ("padded", "broadcast", "sliding")]
+    cases += [
+        replace(base, model_dim=dim, moe_buf_offset=offset, moebuf_dtype=dtype)
+        for dim, offset, dtype in (
+            (1, 1, torch.uint8),
+            (17, 15, torch.uint8),
+            (2880, 0, torch.bfloat16),
+            (33, 4, torch.float32),
+            (3, 8, torch.float64),
+        )
+    ]
+    cases += [
+        Case(tokens, experts, topk, dtype, block_size=block)
+        for tokens, experts, topk, dtype, block in (
+            (1, 1, 1, torch.float32, 1),
+            (31, 64, 6, torch.bfloat16, 16),
+            (32, 65, 6, torch.float16, 16),
+            (64, 128, 4, torch.bfloat16, 32),
+            (65, 129, 5, torch.float32, 64),
+            (60, 256, 8, torch.bfloat16, 32),
+            (4, 512, 10, torch.float32, 128),
+            (2, 896, 16, torch.bfloat16, 32),
+            (2, 1024, 255, torch.float32, 7),
+            (3, 1025, 33, torch.float16, 32),
+            (200, 32, 4, torch.bfloat16, 32),
+        )
+    ]
+    return cases

@@ -1,0 +1,150 @@
+// Kernels with one bug each, for the tests of the checkers. The line with the bug carries a comment
+// `BUG: <name>`, which is how the tests know the line that a report has to name.
+#include <stdexcept>
+#include <string>
+
+#include "device/wave.h"
+
+namespace {
+
+using aiter::kWaveSize;
+
+__global__ void sound(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int t = threadIdx.x, size = blockDim.x;
+  lds[t] = t;
+  __syncthreads();
+  const uint32_t best = aiter::wave_max(static_cast<uint32_t>(lds[size - 1 - t]));
+  if (t < n) data[t] = static_cast<int>(best);
+}
+
+__global__ void unordered_waves(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int t = threadIdx.x, size = blockDim.x;
+  lds[t] = 0;
+  __syncthreads();
+  lds[t] = t;
+  if (t < n) data[t] = lds[(t + kWaveSize) % size];  // BUG: unordered_waves
+}
+
+__global__ void unordered_lanes(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int t = threadIdx.x;
+  lds[t] = 0;
+  __syncthreads();
+  lds[t] = t;
+  if (t < n) data[t] = lds[t ^ 1];  // BUG: unordered_lanes
+}
+
+__global__ void shared_address(int* data, int) {
+  if (threadIdx.x == 0) data[0] = static_cast<int>(blockIdx.x);  // BUG: shared_address
+}
+
+__global__ void unwritten_lds(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int t = threadIdx.x;
+  if (t != 3) lds[t] = t;
+  __syncthreads();
+  if (t < n) data[t] = lds[t];  // BUG: unwritten_lds
+}
+
+__global__ void behind_lds(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int t = threadIdx.x;
+  lds[t + 1] = t;  // BUG: behind_lds
+  __syncthreads();
+  if (t < n) data[t] = lds[t + 1];
+}
+
+__global__ void behind_tensor(int* data, int n) {
+  const int t = threadIdx.x;
+  if (t < n) data[t + 1] = t;  // BUG: behind_tensor
+}
+
+__global__ void signed_overflow(int* data, int n) {
+  const int t = threadIdx.x;
+  if (t < n) data[t] = (t + 0x7fffff00) * 2;  // BUG: signed_overflow
+}
+
+__global__ void wide_shift(int* data, int n) {
+  const int t = threadIdx.x;
+  if (t < n) data[t] = static_cast<int>(1u << t);  // BUG: wide_shift
+}
+
+__global__ void divergent_collective(int* data, int n) {
+  const int t = threadIdx.x;
+  uint32_t best = 0;
+  if (t % 2 == 0) {
+    best = aiter::wave_max(static_cast<uint32_t>(t));
+  } else {
+    best = aiter::wave_inclusive_sum(static_cast<uint32_t>(t));  // BUG: divergent_collective
+  }
+  if (t < n) data[t] = static_cast<int>(best);
+}
+
+__global__ void divergent_barrier(int* data, int n) {
+  const int t = threadIdx.x;
+  if (t % 2 == 0) {
+    __syncthreads();
+  } else {
+    __syncthreads();  // BUG: divergent_barrier
+  }
+  if (t < n) data[t] = t;
+}
+
+__global__ void collective_beside_barrier(int* data, int n) {
+  const int t = threadIdx.x;
+  uint32_t best = 0;
+  if (t % 2 == 0) {
+    __syncthreads();
+  } else {
+    best = aiter::wave_max(static_cast<uint32_t>(t));  // BUG: collective_beside_barrier
+  }
+  if (t < n) data[t] = static_cast<int>(best);
+}
+
+__global__ void exited_lane(int* data, int n) {
+  const int t = threadIdx.x;
+  if (t % kWaveSize == 5) return;
+  const uint32_t x = aiter::wave_read_lane(static_cast<uint32_t>(t), 5);  // BUG: exited_lane
+  if (t < n) data[t] = static_cast<int>(x);
+}
+
+}  // namespace
+
+// Runs the kernel `name` on 2 workgroups (1 where a second would be a bug of its own) of 128 lanes.
+void run_planted(const std::string& name, int* data, int n) {
+  constexpr unsigned kThreads = 128;
+  using Kernel = void (*)(int*, int);
+  const struct {
+    const char* name;
+    Kernel kernel;
+    unsigned num_blocks;
+  } kernels[] = {
+      {"sound", sound, 1},
+      {"unordered_waves", unordered_waves, 1},
+      {"unordered_lanes", unordered_lanes, 1},
+      {"shared_address", shared_address, 2},
+      {"unwritten_lds", unwritten_lds, 1},
+      {"behind_lds", behind_lds, 1},
+      {"behind_tensor", behind_tensor, 1},
+      {"signed_overflow", signed_overflow, 1},
+      {"wide_shift", wide_shift, 1},
+      {"divergent_collective", divergent_collective, 1},
+      {"divergent_barrier", divergent_barrier, 1},
+      {"collective_beside_barrier", collective_beside_barrier, 1},
+      {"exited_lane", exited_lane, 1},
+  };
+  for (const auto& entry : kernels) {
+    if (name != entry.name) continue;
+    aiter::launch(entry.kernel, entry.num_blocks, kThreads, kThreads * sizeof(int),
+                  static_cast<hipStream_t>(nullptr), data, n);
+    return;
+  }
+  throw std::invalid_argument("name: expected one of the planted kernels, got " + name);
+}
