@@ -28,8 +28,13 @@ def exists(pid: int) -> bool:
     """Whether a process of this id runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def wait_until_gone(pid: int) -> None:
+    """Waits until the process has died; a kill returns before its target is gone."""
+    wait_for(lambda: not exists(pid))
 
 
 def compiler_pids(toy: Toy) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 import pytest
-from processes import PATIENCE_SECONDS, compiler_pids, exists, wait_for, wait_for_compiles
+from processes import PATIENCE_SECONDS, compiler_pids, wait_for, wait_for_compiles, wait_until_gone
 from toy import MODULE, Toy, child_code, child_environment
 
 from aiter.jit import build as build_module
@@ -92,7 +92,7 @@ def test_a_failing_source_stops_the_others(counted: Toy) -> None:
     with pytest.raises(BuildError, match="stop here"):
         counted.load()
     (pid,) = compiler_pids(counted)
-    assert not exists(pid)
+    wait_until_gone(pid)
 
 
 def test_a_build_that_takes_too_long_is_stopped(
@@ -103,7 +103,7 @@ def test_a_build_that_takes_too_long_is_stopped(
     with pytest.raises(BuildError, match="time ran out .AITER_BUILD_TIMEOUT.*\n  command: .* -c "):
         counted.load()
     (pid,) = compiler_pids(counted)
-    assert not exists(pid)
+    wait_until_gone(pid)
 
 
 def test_an_interrupt_stops_the_compilers(counted: Toy) -> None:
@@ -119,7 +119,7 @@ def test_an_interrupt_stops_the_compilers(counted: Toy) -> None:
     _, stderr = child.communicate(timeout=PATIENCE_SECONDS)
     assert "KeyboardInterrupt" in stderr
     (pid,) = compiler_pids(counted)
-    assert not exists(pid)
+    wait_until_gone(pid)
     assert list((counted.cache_dir / WORK_DIR).iterdir()) == []
 
 
@@ -132,8 +132,7 @@ def test_sixteen_processes_compile_once(counted: Toy) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(PROCESSES), context.Queue()
     children = [
-        context.Process(target=_load_in_child, args=(counted, barrier, results))
-        for _ in range(PROCESSES)
+        context.Process(target=_load_in_child, args=(counted, barrier, results)) for _ in range(PROCESSES)
     ]
     for child in children:
         child.start()
@@ -196,7 +195,7 @@ def test_the_next_builder_clears_up_after_a_killed_one(counted: Toy) -> None:
     child.kill()
     child.wait()
     (compiler,) = compiler_pids(counted)
-    wait_for(lambda: not exists(compiler))
+    wait_until_gone(compiler)
     work = counted.cache_dir / WORK_DIR
     assert len(list(work.iterdir())) == 2
     counted.hold.unlink()
