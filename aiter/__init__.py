@@ -5,17 +5,14 @@ Importing this package compiles nothing, starts no process and touches no GPU.
 
 from aiter import dtypes
 from aiter._version import __version__
-from aiter.ops.fused_topk_moe_sorting import (
-    fused_topk_moe_sorting_fwd,
-    fused_topk_moe_sorting_max_tokens,
-)
-from aiter.ops.moe_sorting_opus import (
-    moe_sorting_opus_fwd,
-    moe_sorting_opus_get_workspace_size,
-)
-from aiter.ops.topk_softmax import topk_softmax
+from aiter.moe_types import ActivationType, QuantType
+from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from aiter.torch_ops import fused_topk_moe_sorting_fwd, moe_sorting_opus_fwd, topk_softmax
 
 __all__ = [
+    "ActivationType",
+    "QuantType",
     "__version__",
     "dtypes",
     "fused_topk_moe_sorting_fwd",

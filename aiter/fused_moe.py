@@ -1,271 +1,232 @@
-"""Where MoE layers get their routing: allocates the outputs, picks the path, calls the ops.
+"""What does a MoE layer call? Routing alone, or the whole layer, by the names of ROCm's aiter.
 
-The names, argument orders and defaults are those of ROCm's aiter. `last_path()` tells which path
-the calling thread's last call took; a failure in a path is raised, never answered by another path.
+`fused_moe_from_logits` goes from router logits to the layer's output: one fused launch for the
+routing where one can do it, then the experts. `fused_moe` starts from ready top-k ids. The routing
+by itself (`topk_softmax_sorting`, `moe_sorting`, `fused_topk`) is for engines with expert GEMMs of
+their own. Names, argument orders and defaults are those of ROCm's aiter; extras are keyword-only.
+
+One module per question: `moe_routing` which launches route, `moe_experts` how the experts are
+applied and on which backend, `moe_arguments` what is refused.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from aiter import dispatch
-from aiter.ops.fused_topk_moe_sorting import (
-    fused_topk_moe_sorting_fwd,
-    fused_topk_moe_sorting_max_tokens,
+from aiter.moe_arguments import check_knobs, check_layer, check_routing, check_unsupported
+from aiter.moe_experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
+from aiter.moe_routing import (
+    SortedBuffers,
+    fused_topk,
+    last_path,
+    moe_sorting,
+    topk_softmax_sorting,
 )
-from aiter.ops.moe_sorting_opus import (
-    moe_sorting_opus_check,
-    moe_sorting_opus_fwd,
-    moe_sorting_opus_get_workspace_size,
-)
-from aiter.ops.topk_softmax import topk_softmax
+from aiter.moe_types import ActivationType, QuantType
 
-SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class _Last(threading.local):
-    path: dispatch.Path | None = None
-
-
-_last = _Last()
-_max_tokens: dict[tuple[torch.device, int, int], int] = {}
+__all__ = [
+    "ActivationType",
+    "QuantType",
+    "SortedBuffers",
+    "expert_backend",
+    "fused_moe",
+    "fused_moe_from_logits",
+    "fused_topk",
+    "last_path",
+    "moe_sorting",
+    "topk_softmax_sorting",
+]
 
 
-def last_path() -> dispatch.Path | None:
-    """Which path this thread's last routing took: "fused", "oneshot", "multiphase"; None for none."""
-    return _last.path
+def fused_moe(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weight: Tensor,
+    topk_ids: Tensor,
+    expert_mask: Tensor | None = None,
+    activation: ActivationType = ActivationType.Silu,
+    quant_type: QuantType = QuantType.No,
+    doweight_stage1: bool = False,
+    w1_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    a1_scale: Tensor | None = None,
+    a2_scale: Tensor | None = None,
+    block_size_M: int | None = None,  # noqa: N803
+    num_local_tokens: Tensor | None = None,
+    moe_sorting_dispatch_policy: int = 0,
+    dtype: torch.dtype | None = None,
+    hidden_pad: int = 0,
+    intermediate_pad: int = 0,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
+    *,
+    gate_up_interleaved: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The output of a MoE layer for ready top-k ids.
+
+    For token t with experts e_k of weight r_k, everything in `hidden_states`' dtype but the last
+    product and the sum over k, which are float32:
+
+        h_k = x_t @ w1[e_k].T + bias1[e_k]
+        g, u = halves of h_k                        (w1 with 2*inter rows)
+        a_k = silu(g) * u                           Silu
+              gelu(g) * u                           Gelu (exact, by erf)
+              g * sigmoid(1.702 * g) * (u + 1)      Swiglu, g clamped to at most 7, u to -7..7
+              silu(h_k) or gelu(h_k)                (w1 with inter rows)
+        out_t = sum over k of r_k * (a_k @ w2[e_k].T + bias2[e_k])
+
+    With `doweight_stage1`, r_k multiplies x_t @ w1[e_k].T instead, before the bias.
+
+    Args:
+        hidden_states: [M, D] float32, float16 or bfloat16.
+        w1: [E', 2*inter, D] (gate, then up) or [E', inter, D], same dtype, any strides; E' the
+            experts of this rank.
+        w2: [E', D, inter], same dtype, any strides.
+        topk_weight: [M, K] float32, contiguous.
+        topk_ids: [M, K] int32, contiguous, distinct in a row; global ids. Ids outside [0, E)
+            contribute nothing.
+        expert_mask: int32 [E] of 0 and 1, with E' ones, in the order of w1; None for E' = E.
+        activation: Silu, Gelu or Swiglu.
+        quant_type: QuantType.No.
+        doweight_stage1: see above.
+        w1_scale, w2_scale, a1_scale, a2_scale: None.
+        block_size_M: slots per block of the sort; None for the backend's own.
+        num_local_tokens: int32 [1] on the device: rows from there on are ignored and come out zero.
+        moe_sorting_dispatch_policy: 0, 1 or 2, as in `moe_sorting`. The result is the same.
+        dtype: of the output: float32, float16 or bfloat16; None for `hidden_states`'.
+        hidden_pad, intermediate_pad: 0.
+        bias1: [E', 2*inter] or [E', inter], as w1; rounded to `hidden_states`' dtype.
+        bias2: [E', D]; rounded likewise.
+        gate_up_interleaved: gate and up take turns along w1's and bias1's rows (g0, u0, g1, ...).
+        backend: of the expert products; None for `expert_backend(w1, w2)`.
+
+    Returns:
+        [M, D] of `dtype`. The same call gives the same bits.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit or asks for what is not supported; nothing
+            was launched.
+        aiter.jit.JitError: a module could not be built or loaded (first call on a device).
+    """
+    check_unsupported(
+        quant_type,
+        w1_scale=w1_scale,
+        w2_scale=w2_scale,
+        a1_scale=a1_scale,
+        a2_scale=a2_scale,
+        hidden_pad=hidden_pad,
+        intermediate_pad=intermediate_pad,
+    )
+    experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
+    check_layer(hidden_states, experts, dtype)
+    check_knobs(block_size_M, backend)
+    _check_rows("topk_ids", topk_ids, hidden_states)
+    check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
+    num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
+    chosen = backend or expert_backend(w1, w2)
+    block_size = block_size_M or BLOCK_SIZES[chosen]
+    buffers = moe_sorting(
+        topk_ids,
+        topk_weight,
+        num_experts,
+        w2.shape[1],
+        dtype or hidden_states.dtype,
+        block_size,
+        expert_mask,
+        num_local_tokens,
+        moe_sorting_dispatch_policy,
+    )
+    return run_experts(
+        hidden_states,
+        experts,
+        buffers,
+        topk_ids.shape[1],
+        block_size,
+        chosen,
+        all_routed=False,
+        weight_first=doweight_stage1,
+    )
 
 
-def topk_softmax_sorting(
+def fused_moe_from_logits(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
     gating_output: Tensor,
     topk: int,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    need_renorm: bool = True,
-    block_size: int = 32,
+    renormalize: bool = True,
     expert_mask: Tensor | None = None,
+    activation: ActivationType = ActivationType.Silu,
+    doweight_stage1: bool = False,
+    block_size_M: int | None = None,  # noqa: N803
     num_local_tokens: Tensor | None = None,
-    dispatch_policy: int = 0,
-) -> SortedBuffers:
-    """From router logits to what the expert GEMMs read, in one launch where one can do it.
+    moe_sorting_dispatch_policy: int = 0,
+    dtype: torch.dtype | None = None,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
+    *,
+    gate_up_interleaved: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The output of a MoE layer for router logits: one launch routes, where one can.
+
+    Equal to `fused_moe` with the weights and ids of `fused_topk`; see there for the formula and for
+    the arguments that are not below.
 
     Args:
         gating_output: [M, E] float32, float16 or bfloat16 logits; inner stride 1, any row stride.
         topk: K, 1 to min(E, 255).
-        num_experts: E, the global number of experts.
-        model_dim: D, the width of `moe_buf`.
-        moebuf_dtype: dtype of `moe_buf`.
-        need_renorm: weights sum to 1 over the chosen experts (True) or over all (False).
-        block_size: B, slots per block.
-        expert_mask: int32 [E] of 0 and 1, the experts of this rank; None for all.
-        num_local_tokens: int32 [1] on the device, the rows that count; None for all.
-        dispatch_policy: 0 automatic, 1 the chain with the oneshot sort, 2 the chain with the
-            multi-phase sort. The result is the same.
+        renormalize: weights sum to 1 over the chosen experts (True) or over all (False).
+        moe_sorting_dispatch_policy: 0 automatic, 1 and 2 the separate chain, as in
+            `topk_softmax_sorting`; `last_path()` tells which path ran.
 
     Returns:
-        sorted_ids int32 [S], sorted_weights float32 [S], sorted_expert_ids int32 [ceil(S / B)],
-        num_valid_ids int32 [2], moe_buf [M, D], with S = M*K + E*B - K; see
-        `fused_topk_moe_sorting_fwd` for their contents.
+        [M, D] of `dtype`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
-    dispatch.check_policy(dispatch_policy)
-    _check_matrix("gating_output", gating_output)
-    tokens, width = gating_output.shape
-    if width != num_experts:
-        raise ValueError(
-            f"gating_output: expected shape [any, num_experts = {num_experts}], got"
-            f" {list(gating_output.shape)}"
-        )
-    buffers = _allocate(
-        gating_output, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size
+    experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
+    check_layer(hidden_states, experts, dtype)
+    check_knobs(block_size_M, backend)
+    _check_rows("gating_output", gating_output, hidden_states)
+    num_experts = gating_output.shape[1]
+    check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
+    chosen = backend or expert_backend(w1, w2)
+    block_size = block_size_M or BLOCK_SIZES[chosen]
+    buffers = topk_softmax_sorting(
+        gating_output,
+        topk,
+        num_experts,
+        w2.shape[1],
+        dtype or hidden_states.dtype,
+        renormalize,
+        block_size,
+        expert_mask,
+        num_local_tokens,
+        moe_sorting_dispatch_policy,
     )
-    if dispatch_policy == dispatch.AUTOMATIC:
-        key = (gating_output.device, num_experts, topk)
-        most = _max_tokens.get(key)
-        if most is None:
-            most = fused_topk_moe_sorting_max_tokens(num_experts, topk, device=gating_output.device)
-            _max_tokens[key] = most
-        if dispatch.takes_fused(dispatch_policy, tokens, most):
-            fused_topk_moe_sorting_fwd(
-                gating_output,
-                *buffers,
-                num_experts,
-                topk,
-                block_size,
-                need_renorm,
-                local_expert_mask=expert_mask,
-                num_local_tokens=num_local_tokens,
-            )
-            _last.path = "fused"
-            return buffers
-    weights, ids, token_expert_ids = _allocate_topk(gating_output, topk)
-    sort = _sort_call(
-        ids, weights, buffers, num_experts, block_size, expert_mask, num_local_tokens,
-        dispatch_policy,
-    )  # fmt: skip
-    # NOTE: nothing may be launched before every argument is known to be good.
-    sort(moe_sorting_opus_check)
-    topk_softmax(weights, ids, token_expert_ids, gating_output, need_renorm)
-    _last.path = sort(moe_sorting_opus_fwd)
-    return buffers
+    return run_experts(
+        hidden_states,
+        experts,
+        buffers,
+        topk,
+        block_size,
+        chosen,
+        all_routed=expert_mask is None and num_local_tokens is None,
+        weight_first=doweight_stage1,
+    )
 
 
-def moe_sorting(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    block_size: int = 32,
-    expert_mask: Tensor | None = None,
-    num_local_tokens: Tensor | None = None,
-    dispatch_policy: int = 0,
-) -> SortedBuffers:
-    """Sorts ready top-k ids by expert.
-
-    Args:
-        topk_ids: [M, K] int32, contiguous, distinct in a row.
-        topk_weights: [M, K] float32, contiguous.
-        The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
-    """
-    dispatch.check_policy(dispatch_policy)
-    _check_matrix("topk_ids", topk_ids)
-    tokens, topk = topk_ids.shape
-    buffers = _allocate(topk_ids, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    sort = _sort_call(
-        topk_ids, topk_weights, buffers, num_experts, block_size, expert_mask, num_local_tokens,
-        dispatch_policy,
-    )  # fmt: skip
-    _last.path = sort(moe_sorting_opus_fwd)
-    return buffers
-
-
-def fused_topk(
-    hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """The weights float32 [M, K] and ids int32 [M, K] of the K best experts of every row.
-
-    Args:
-        hidden_states: [M, ...], only its number of rows is looked at.
-        gating_output: [M, E] float32, float16 or bfloat16 logits; inner stride 1, any row stride.
-        topk: K, 1 to min(E, 255).
-        renormalize: weights sum to 1 over the chosen experts (True) or over all (False).
-
-    Raises:
-        ValueError, TypeError: an argument does not fit; nothing was launched.
-        aiter.jit.JitError: the module could not be built or loaded (first call on a device).
-    """
-    _check_matrix("gating_output", gating_output)
-    if not isinstance(hidden_states, Tensor):
-        raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
-    if hidden_states.shape[0] != gating_output.shape[0]:
-        raise ValueError(
-            f"hidden_states: expected {gating_output.shape[0]} rows, as gating_output, got shape"
-            f" {list(hidden_states.shape)}"
-        )
-    _check_positive("topk", topk)
-    weights, ids, token_expert_ids = _allocate_topk(gating_output, topk)
-    topk_softmax(weights, ids, token_expert_ids, gating_output, renormalize)
-    return weights, ids
-
-
-def _check_matrix(name: str, tensor: Tensor) -> None:
+def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dim() != 2:
-        raise ValueError(f"{name}: expected a tensor of rank 2, got shape {list(tensor.shape)}")
-
-
-def _check_positive(name: str, value: int, low: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value < 2**31:
-        raise ValueError(f"{name}: expected a value from {low} to {2**31 - 1}, got {value}")
-
-
-def _allocate(
-    like: Tensor,
-    tokens: int,
-    topk: int,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    block_size: int,
-) -> SortedBuffers:
-    """The five outputs, uninitialised. Checks only what their sizes are computed from."""
-    _check_positive("topk", topk)
-    _check_positive("num_experts", num_experts)
-    _check_positive("block_size", block_size)
-    _check_positive("model_dim", model_dim, low=0)
-    if topk > num_experts:
-        raise ValueError(f"topk: expected at most num_experts = {num_experts}, got {topk}")
-    if not isinstance(moebuf_dtype, torch.dtype):
-        raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
-    device = like.device
-    slots = tokens * topk + num_experts * block_size - topk
-    if slots >= 2**31:
+    if tensor.dim() != 2 or tensor.shape[0] != hidden_states.shape[0]:
         raise ValueError(
-            f"block_size: expected M*topk + num_experts*block_size - topk below {2**31}, got {slots}"
+            f"{name}: expected a tensor of rank 2 with {hidden_states.shape[0]} rows, as"
+            f" hidden_states, got shape {list(tensor.shape)}"
         )
-    blocks = -(-slots // block_size)
-    return (
-        torch.empty(slots, dtype=torch.int32, device=device),
-        torch.empty(slots, dtype=torch.float32, device=device),
-        torch.empty(blocks, dtype=torch.int32, device=device),
-        torch.empty(2, dtype=torch.int32, device=device),
-        torch.empty((tokens, model_dim), dtype=moebuf_dtype, device=device),
-    )
-
-
-def _allocate_topk(gating_output: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (gating_output.shape[0], topk)
-    device = gating_output.device
-    return (
-        torch.empty(shape, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.int32, device=device),
-        torch.empty(shape, dtype=torch.int32, device=device),
-    )
-
-
-def _sort_call(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    buffers: SortedBuffers,
-    num_experts: int,
-    block_size: int,
-    expert_mask: Tensor | None,
-    num_local_tokens: Tensor | None,
-    dispatch_policy: int,
-) -> Callable[[Callable[..., None]], dispatch.Path]:
-    """A call of the sort or of its check, workspace included; tells which path it is."""
-    tokens, topk = topk_ids.shape
-    workspace_bytes = moe_sorting_opus_get_workspace_size(
-        tokens, num_experts, topk, dispatch_policy, device=topk_ids.device
-    )
-    workspace = None
-    if workspace_bytes:
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=topk_ids.device)
-
-    def call(op: Callable[..., None]) -> dispatch.Path:
-        op(
-            topk_ids,
-            topk_weights,
-            *buffers,
-            num_experts,
-            block_size,
-            expert_mask,
-            num_local_tokens,
-            workspace,
-            dispatch_policy,
-        )
-        return dispatch.chain_path(workspace_bytes)
-
-    return call

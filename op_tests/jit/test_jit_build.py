@@ -132,7 +132,8 @@ def test_sixteen_processes_compile_once(counted: Toy) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(PROCESSES), context.Queue()
     children = [
-        context.Process(target=_load_in_child, args=(counted, barrier, results)) for _ in range(PROCESSES)
+        context.Process(target=_load_in_child, args=(counted, barrier, results))
+        for _ in range(PROCESSES)
     ]
     for child in children:
         child.start()

@@ -1,0 +1,1 @@
+"""Other people's models on these ops, one module per library; none is imported by `import aiter`."""

@@ -1,0 +1,227 @@
+"""How do sorted buffers become the output of the experts? Two grouped products, all on the device.
+
+With (e, t, k) the expert, token and slot of a sorted entry of weight r:
+
+    h = hidden_states[t] @ w1[e].T + bias1[e]        [N1]: gate and up, or one projection
+    y = activation(h) @ w2[e].T + bias2[e]           [D]
+    out[t] = sum over k of r * y                     in float32, then rounded once
+
+Nothing is read back to the host, every shape follows from the arguments' shapes, and no float is
+added atomically: each entry is written to its own row [k, t] of a float32 buffer that is then summed
+over k. So a layer can be captured in a graph, and the same call gives the same bits.
+
+Two backends for the products; `expert_backend` says which one a pair of weights gets:
+
+- "grouped_mm": `torch.nn.functional.grouped_mm` over the entries of all experts at once. The sort
+  is asked for blocks of one slot, which leaves no padding between experts: M*K rows are multiplied,
+  whatever the number of experts, and `sorted_expert_ids` is the expert of every row. With blocks of
+  32, a step of 8 tokens over 128 experts would gather and activate up to 1024 rows instead of 64.
+- "block_bmm": one batched product over the sort's blocks, each with a copy of its expert's weights.
+  It takes any dtype, stride and device, at the cost of that copy: at most min(M*K, S / B) experts,
+  in chunks of at most CHUNK_BYTES.
+
+Where PyTorch has a grouped product but would serve it by a host loop that waits for the device (on
+GPUs, anything but bfloat16 on compute capability 9.x), "block_bmm" is chosen: waiting would break
+graph capture. A product over all experts with M rows each was rejected: it reads every expert's
+weights for a single token. `torch._grouped_mm`, the older name, was rejected too: PyTorch 2.8 has it
+for one GPU generation only and without a CPU kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aiter.moe_routing import SortedBuffers
+from aiter.moe_types import ActivationType
+
+Backend = Literal["grouped_mm", "block_bmm"]
+BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm")
+
+BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
+"""The block size that the sort is asked for, unless the caller names one."""
+
+CHUNK_BYTES = 256 << 20
+"""How much of the experts' weights "block_bmm" copies at once."""
+
+TOKEN_BITS = 24
+ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
+SWIGLU_LIMIT = 7.0
+SWIGLU_ALPHA = 1.702
+
+
+class Experts(NamedTuple):
+    """The weights of E local experts and what lies between the two products.
+
+    w1 [E, N1, D] with N1 = 2*inter (gate and up) or inter, w2 [E, D, inter]; any strides.
+    bias1 [E, N1] and bias2 [E, D], or None. `interleaved`: gate and up take turns along N1 instead
+    of one after the other.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    bias1: Tensor | None
+    bias2: Tensor | None
+    activation: ActivationType
+    interleaved: bool
+
+
+def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
+    """Which backend multiplies with these weights: "grouped_mm" or "block_bmm"."""
+    if not hasattr(F, "grouped_mm"):
+        return "block_bmm"
+    if not (_rows_aligned(w1) and _rows_aligned(w2)):
+        return "block_bmm"
+    inner_bytes = (w1.shape[2] * w1.element_size(), w2.shape[2] * w2.element_size())
+    if inner_bytes[0] % ALIGNMENT or inner_bytes[1] % ALIGNMENT:
+        return "block_bmm"
+    if w1.device.type == "cpu":
+        return "grouped_mm"
+    if w1.dtype is not torch.bfloat16 or torch.version.hip is not None:
+        return "block_bmm"
+    major: int = torch.cuda.get_device_properties(w1.device).major
+    return "grouped_mm" if major == 9 else "block_bmm"
+
+
+def run_experts(
+    hidden_states: Tensor,
+    experts: Experts,
+    buffers: SortedBuffers,
+    topk: int,
+    block_size: int,
+    backend: Backend,
+    *,
+    all_routed: bool,
+    weight_first: bool,
+) -> Tensor:
+    """Applies the experts to the sorted entries; returns the buffers' moe_buf [M, D].
+
+    Args:
+        hidden_states: [M, D].
+        experts: the local experts.
+        buffers: what a sort with `block_size` and `topk` slots per token returned.
+        all_routed: every (token, slot) is known to have an entry: no mask, no `num_local_tokens`,
+            and ids from our own top-k. Saves the launches that set absent entries apart.
+        weight_first: multiply by the routing weight before bias1 and the activation, not at the end.
+    """
+    sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = buffers
+    tokens = hidden_states.shape[0]
+    if tokens == 0:
+        return moe_buf
+    num_experts = experts.w1.shape[0]
+    # NOTE: an expert without a token has no block, so there are no more blocks than entries.
+    blocks = min(sorted_ids.shape[0] // block_size, tokens * topk)
+    rows = blocks * block_size
+    entries = sorted_ids[:rows]
+    token = entries & ((1 << TOKEN_BITS) - 1)
+    slot = (entries >> TOKEN_BITS) & 0xFF
+    row_of_entry = token + slot.long() * tokens
+    block_experts = sorted_expert_ids[:blocks]
+    complete = all_routed and block_size == 1
+    if not complete:
+        used = (torch.arange(rows, device=entries.device) < num_valid_ids[0]) & (slot < topk)
+        token = torch.where(used, token, 0)
+        row_of_entry = torch.where(used, row_of_entry, tokens * topk)
+        block_used = used.view(blocks, block_size)[:, 0]
+        block_experts = torch.where(block_used, block_experts, num_experts)
+    weights = sorted_weights[:rows].unsqueeze(1)
+
+    product = _Product(block_experts, block_size, num_experts, backend)
+    hidden = product(hidden_states.index_select(0, token), experts.w1)
+    if weight_first:
+        hidden = (hidden * weights).to(hidden_states.dtype)
+    if experts.bias1 is not None:
+        hidden = hidden + product.per_row(experts.bias1).to(hidden.dtype)
+    out = product(activate(hidden, experts), experts.w2)
+    if experts.bias2 is not None:
+        out = out + product.per_row(experts.bias2).to(out.dtype)
+    out = out.float() if weight_first else out * weights
+    return _combine(out, row_of_entry, moe_buf, topk, complete)
+
+
+def activate(hidden: Tensor, experts: Experts) -> Tensor:
+    """The activation of hidden [R, N1], in its dtype; returns [R, inter]."""
+    kind = experts.activation
+    if hidden.shape[-1] == experts.w2.shape[2]:
+        return F.silu(hidden) if kind == ActivationType.Silu else F.gelu(hidden)
+    if experts.interleaved:
+        gate, up = hidden[:, 0::2], hidden[:, 1::2]
+    else:
+        gate, up = hidden.chunk(2, dim=-1)
+    if kind == ActivationType.Swiglu:
+        gate = gate.clamp(max=SWIGLU_LIMIT)
+        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+    return (F.silu(gate) if kind == ActivationType.Silu else F.gelu(gate)) * up
+
+
+class _Product:
+    """rows [R, X] of sorted entries times weight [E, Y, X] of each row's expert, transposed.
+
+    `block_experts` int32 [blocks] ascends; rows of blocks with expert E come out undefined.
+    """
+
+    def __init__(
+        self, block_experts: Tensor, block_size: int, num_experts: int, backend: Backend
+    ) -> None:
+        self.backend = backend
+        self.block_size = block_size
+        self.known_experts = block_experts.clamp(max=num_experts - 1)
+        if backend == "grouped_mm":
+            every = torch.arange(num_experts, dtype=torch.int32, device=block_experts.device)
+            ends = torch.searchsorted(block_experts, every, right=True, out_int32=True)
+            self.ends = ends * block_size if block_size > 1 else ends
+
+    def __call__(self, rows: Tensor, weight: Tensor) -> Tensor:
+        if self.backend == "grouped_mm":
+            # NOTE: rows behind the last end are left as they were allocated; nothing reads them.
+            return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.ends)
+        blocks = rows.view(-1, self.block_size, rows.shape[1])
+        bytes_of_one = weight[0].numel() * weight.element_size()
+        step = max(1, CHUNK_BYTES // max(1, bytes_of_one))
+        parts = [
+            torch.bmm(
+                blocks[first : first + step],
+                weight.index_select(0, self.known_experts[first : first + step]).transpose(1, 2),
+            )
+            for first in range(0, blocks.shape[0], step)
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.view(rows.shape[0], -1)
+
+    def per_row(self, bias: Tensor) -> Tensor:
+        """bias [E, Y] of each row's expert, [R, Y]."""
+        picked = bias.index_select(0, self.known_experts)
+        return picked if self.block_size == 1 else picked.repeat_interleave(self.block_size, dim=0)
+
+
+def _combine(
+    out: Tensor, row_of_entry: Tensor, moe_buf: Tensor, topk: int, complete: bool
+) -> Tensor:
+    """Sums the entries of every token in float32 into moe_buf; absent entries count as 0.
+
+    Args:
+        out: float32 [R, D], weighted.
+        row_of_entry: int64 [R], slot * M + token; K * M for rows that are no entry.
+        complete: every one of the K * M rows has an entry.
+    """
+    tokens, model_dim = moe_buf.shape
+    if complete:
+        entries = out.new_empty((topk * tokens, model_dim))
+    else:
+        entries = out.new_zeros((topk * tokens + 1, model_dim))
+    entries.index_copy_(0, row_of_entry, out)
+    total = entries[: topk * tokens].view(topk, tokens, model_dim).sum(dim=0)
+    return moe_buf.copy_(total)
+
+
+def _rows_aligned(weight: Tensor) -> bool:
+    """One of the two inner dimensions is dense, and the other's stride is a multiple of 16 bytes."""
+    size = weight.element_size()
+    _, second, third = weight.stride()
+    if third == 1:
+        return second * size % ALIGNMENT == 0 and second >= weight.shape[2]
+    return second == 1 and third * size % ALIGNMENT == 0 and third >= weight.shape[1]

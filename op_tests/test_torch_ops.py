@@ -1,0 +1,245 @@
+"""Are the ops good citizens of PyTorch: schemas, fakes, tracers, compiled and fake calls?
+
+`torch.library.opcheck` judges schema, mutation and fake of every op. It compares whole outputs, so
+the sorted buffers here have no undefined tail: blocks of one slot, as many slots as experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import _checkout  # noqa: F401
+import pytest
+import torch
+from targets import Target
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import aiter
+from aiter import fused_moe, torch_ops
+
+M, E, K, D = 6, 4, 4, 16
+LAUNCHERS = ("topk_softmax", "moe_sorting_opus_fwd", "fused_topk_moe_sorting_fwd")
+
+
+def buffers(device: str) -> tuple[Tensor, ...]:
+    """The five outputs of a sort, zeroed."""
+    like = torch.empty(M, E, device=device)
+    return tuple(t.zero_() for t in torch_ops.empty_sorted(like, K, E, D, torch.bfloat16, 1))
+
+
+def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the registered op `name` that define every element of its outputs."""
+    logits = torch.randn(M, E, generator=torch.Generator().manual_seed(0)).to(device)
+    weights, ids = torch_ops.empty_topk(logits, K)
+    weights.uniform_()
+    ids.copy_(torch.stack([torch.randperm(E) for _ in range(M)])[:, :K])
+    mask = torch.ones(E, dtype=torch.int32, device=device)
+    count = torch.tensor([M], dtype=torch.int32, device=device)
+    routing = (E, D, torch.bfloat16)
+    by_name: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "topk_softmax": ((weights, ids, torch.empty_like(ids), logits, True), {}),
+        "moe_sorting_opus_fwd": (
+            (ids, weights, *buffers(device), E, 1, mask, count, None, 1),
+            {},
+        ),
+        "fused_topk_moe_sorting_fwd": (
+            (logits, *buffers(device), E, K, 1, True),
+            {"local_expert_mask": mask, "num_local_tokens": count},
+        ),
+        "topk_softmax_sorting": ((logits, K, *routing, True, 1, mask, count), {}),
+        "moe_sorting": ((ids, weights, *routing, 1, mask, count, 2), {}),
+        "fused_topk": ((logits, logits, K, False), {}),
+    }
+    return by_name[name]
+
+
+def test_every_schema_is_covered() -> None:
+    for name in torch_ops.SCHEMAS:
+        arguments_of(name, "cpu")
+        assert hasattr(torch.ops.aiter, name)
+
+
+@pytest.mark.parametrize("name", torch_ops.SCHEMAS)
+def test_opcheck(target: Target, name: str) -> None:
+    op = getattr(torch.ops.aiter, name).default
+    arguments, options = arguments_of(name, target.device)
+    with target.active():
+        torch.library.opcheck(op, arguments, options)
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_opcheck_can_fail(written: int) -> None:
+    """A schema that leaves out what is written is noticed."""
+    library = torch.library.Library("aiter_op_tests", "FRAGMENT")
+    outputs = ", ".join(f"Tensor{'(a!)' if i != written else ''} t{i}" for i in range(3))
+    outputs = outputs.replace("(a!)", "(a!)", 1).replace("(a!) t2", "(b!) t2")
+    library.define(f"planted{written}({outputs}, Tensor gating, bool renorm) -> ()")
+    library.impl(f"planted{written}", aiter.topk_softmax, "CompositeExplicitAutograd")
+    op = getattr(torch.ops.aiter_op_tests, f"planted{written}").default
+    arguments, _ = arguments_of("topk_softmax", "cpu")
+    with pytest.raises(Exception, match="mutated|mutable"):
+        torch.library.opcheck(op, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("name", torch_ops.SCHEMAS)
+def test_fake_tells_the_shapes(name: str) -> None:
+    """Fake tensors run nothing and come back with the real outputs' shapes, dtypes and devices."""
+    op = getattr(torch.ops.aiter, name)
+    arguments, options = arguments_of(name, "cpu")
+    real = op(*arguments, **options)
+    with FakeTensorMode() as mode:
+
+        def fake(value: Any) -> Any:
+            return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        made = op(*map(fake, arguments), **{k: fake(v) for k, v in options.items()})
+    if name in LAUNCHERS:
+        assert made is None and real is None
+        return
+    for got, want in zip(made, real, strict=True):
+        assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device)
+
+
+def no_module(*args: object, **kwargs: object) -> None:
+    raise AssertionError("the compiled module was called while tracing")
+
+
+def layer_inputs(device: str, tokens: int = M) -> tuple[Tensor, ...]:
+    """hidden, logits, w1, w2."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((tokens, D), (tokens, E), (E, 2 * 8, D), (E, D, 8))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    scaled = [*tensors[:2], tensors[2] / D**0.5, tensors[3] / 8**0.5]
+    return tuple(tensor.to(device, torch.bfloat16) for tensor in scaled)
+
+
+def whole_layer(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    return fused_moe.fused_moe_from_logits(hidden, w1, w2, logits, 2)
+
+
+def chain_layer(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    weights, ids = fused_moe.fused_topk(hidden, logits, 2, True)
+    return fused_moe.fused_moe(hidden, w1, w2, weights, ids, backend="block_bmm")
+
+
+def raw_ops(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    outputs = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    aiter.fused_topk_moe_sorting_fwd(logits, *outputs, E, K, 1, True)
+    weights, ids = torch_ops.empty_topk(logits, K)
+    aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)
+    again = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    aiter.moe_sorting_opus_fwd(ids, weights, *again, E, 1, dispatch_policy=1)
+    return outputs[1] + again[1] + outputs[0] - again[0]
+
+
+GRAPHS: list[Callable[..., Tensor]] = [whole_layer, chain_layer, raw_ops]
+# Inductor computes a fused chain of bfloat16 steps in float32 and rounds once.
+COMPILED_TOLERANCE = 3e-2
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("function", GRAPHS)
+def test_compile_without_a_break(
+    target: Target, function: Callable[..., Tensor], dynamic: bool
+) -> None:
+    torch.compiler.reset()
+    backend = "inductor" if target.device != "cpu" or function is whole_layer else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    for tokens in (M, M, 9) if dynamic else (M,):
+        inputs = layer_inputs(target.device, tokens)
+        with target.active(), torch.no_grad():
+            torch.testing.assert_close(
+                compiled(*inputs), function(*inputs), rtol=0, atol=COMPILED_TOLERANCE
+            )
+
+
+def test_a_compiled_layer_contains_the_routing_op() -> None:
+    """The tracer records one routing node, and the experts' products around it."""
+    torch.compiler.reset()
+    seen: list[torch.fx.GraphModule] = []
+
+    def capture(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph.forward
+
+    torch.compile(whole_layer, fullgraph=True, backend=capture)(*layer_inputs("cpu"))
+    targets = [str(node.target) for node in seen[0].graph.nodes if node.op == "call_function"]
+    assert len(seen) == 1 and sum("aiter.topk_softmax_sorting" in t for t in targets) == 1
+    assert sum("grouped_mm" in t for t in targets) == 2
+
+
+def test_make_fx_records_the_op() -> None:
+    """Tracing with real tensors goes through the dispatcher, too."""
+    graph = make_fx(whole_layer)(*layer_inputs("cpu"))
+    assert "torch.ops.aiter.topk_softmax_sorting" in graph.code
+    inputs = layer_inputs("cpu")
+    assert torch.equal(graph(*inputs), whole_layer(*inputs))
+
+
+def test_export_and_load(tmp_path: Any) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+            return whole_layer(hidden, logits, w1, w2)
+
+    inputs = layer_inputs("cpu")
+    path = tmp_path / "layer.pt2"
+    torch.export.save(torch.export.export(Layer(), inputs), path)
+    loaded = torch.export.load(path).module()
+    assert torch.equal(loaded(*inputs), whole_layer(*inputs))
+
+
+def test_eager_calls_pass_the_dispatcher_by() -> None:
+    """The registered op is not called outside a tracer, and the module not inside one."""
+    logits = layer_inputs("cpu")[1]
+    weights, ids = torch_ops.empty_topk(logits, 2)
+    with torch.profiler.profile() as profile:
+        aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)
+    assert not any("aiter::" in event.key for event in profile.key_averages())
+    with torch.profiler.profile() as profile:
+        torch.ops.aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)
+    assert any("aiter::topk_softmax" in event.key for event in profile.key_averages())
+    traced = torch_ops.graph_op(named("topk_softmax"))
+    real = (weights, ids, torch.empty_like(ids), logits)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in real]
+        traced(*fakes, True)
+    traced(*fakes, True)  # outside the mode, the tensors' type tells
+    with pytest.raises(AssertionError, match="while tracing"):
+        traced(*real, True)
+
+
+def named(name: str) -> Callable[..., None]:
+    """`no_module` under an op's name."""
+
+    def stub(*args: object, **kwargs: object) -> None:
+        no_module(*args, **kwargs)
+
+    stub.__name__ = name
+    return stub
+
+
+def test_inference_mode(target: Target) -> None:
+    inputs = layer_inputs(target.device)
+    with target.active():
+        plain = [function(*inputs) for function in GRAPHS]
+        with torch.inference_mode():
+            for function, want in zip(GRAPHS, plain, strict=True):
+                got = function(*inputs)
+                assert got.is_inference() and torch.equal(got, want)
+
+
+def test_compiled_layer_in_a_graph(target: Target) -> None:
+    """`reduce-overhead` captures the layer and replays it with new logits."""
+    if not target.device.startswith("cuda"):
+        pytest.skip("CUDA graphs need a GPU")
+    torch.compiler.reset()
+    compiled = torch.compile(whole_layer, fullgraph=True, mode="reduce-overhead")
+    for shift in range(5):
+        hidden, logits, w1, w2 = layer_inputs(target.device)
+        inputs = (hidden, logits.roll(shift, 1), w1, w2)
+        with torch.no_grad():
+            got = compiled(*inputs).clone()
+            torch.testing.assert_close(got, whole_layer(*inputs), rtol=0, atol=COMPILED_TOLERANCE)
