@@ -26,6 +26,7 @@ def fused_topk_moe_sorting_fwd(
     *,
     local_expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
+    cluster_size: int | None = None,
 ) -> None:
     """Routes M tokens to `topk` of `num_experts` experts and sorts them into blocks, in one launch.
 
@@ -48,6 +49,9 @@ def fused_topk_moe_sorting_fwd(
         local_expert_mask: int32 [E] of 0 and 1. Experts with 0 get nothing, and
             `sorted_expert_ids` counts only those with 1.
         num_local_tokens: int32 [1] on the device: n, the rows that count. None for n = M.
+        cluster_size: workgroups that share the routing, 1, 2, 4 or 8 where the device has clusters
+            (compute capability 9.0, and the cpu target), else 1. None to choose. The result is the
+            same.
 
     What lies behind slot `num_valid_ids[0]` is not written. Runs on PyTorch's current stream of the
     tensors' device, allocates nothing and does not synchronise.

@@ -59,14 +59,21 @@ std::string describe(LaneMask lanes) {
 
 // One launch, shared by the OS threads that work on it.
 struct Launch {
-  Launch(unsigned grid_, unsigned block_, size_t lds_bytes_, BodyFn body_, const void* closure_)
-      : grid(grid_), block(block_), lds_bytes(lds_bytes_), body(body_), closure(closure_) {}
+  Launch(unsigned grid_, unsigned block_, size_t lds_bytes_, unsigned cluster_, BodyFn body_,
+         const void* closure_)
+      : grid(grid_),
+        block(block_),
+        lds_bytes(lds_bytes_),
+        cluster(cluster_),
+        body(body_),
+        closure(closure_) {}
 
   unsigned grid, block;
   size_t lds_bytes;
+  unsigned cluster;
   BodyFn body;
   const void* closure;
-  std::atomic<unsigned> next_block{0};
+  std::atomic<unsigned> next_cluster{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
   std::string error;
@@ -78,27 +85,35 @@ struct Launch {
   }
 };
 
-// Stacks and bookkeeping of one workgroup; every OS thread that runs workgroups owns one.
+// Stacks and bookkeeping of one cluster; every OS thread that runs workgroups owns one.
 class Machine {
  public:
   ~Machine() { release_stacks(); }
 
   void run(Launch& launch) {
     launch_ = &launch;
-    reserve(launch.block);
-    Workgroup workgroup{0, launch.block, launch.grid, lds_, launch.lds_bytes, 0};
-    current_workgroup = &workgroup;
-    const size_t behind = sizeof(lds_) - launch.lds_bytes;
-    address_check::forbid(lds_ + launch.lds_bytes, behind);
+    reserve(launch.cluster * launch.block);
+    forbid_behind_lds(true);
     while (!launch.failed) {
-      workgroup.block_idx = launch.next_block.fetch_add(1, std::memory_order_relaxed);
-      if (workgroup.block_idx >= launch.grid) break;
-      workgroup.barriers_passed = 0;
-      std::memset(lds_, kLdsPoison, launch.lds_bytes);
-      if (observer != nullptr) observer->workgroup_begins(workgroup);
-      run_workgroup();
+      const unsigned cluster = launch.next_cluster.fetch_add(1, std::memory_order_relaxed);
+      if (cluster >= launch.grid / launch.cluster) break;
+      for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+        Workgroup& workgroup = workgroups_[rank];
+        workgroup = {cluster * launch.cluster + rank,
+                     launch.block,
+                     launch.grid,
+                     lds_[rank],
+                     launch.lds_bytes,
+                     rank,
+                     0,
+                     0};
+        std::memset(workgroup.lds, kLdsPoison, launch.lds_bytes);
+        if (observer != nullptr) observer->workgroup_begins(workgroup);
+        prepare_lanes(workgroup);
+      }
+      run_cluster();
     }
-    address_check::allow(lds_ + launch.lds_bytes, behind);
+    forbid_behind_lds(false);
     current_workgroup = nullptr;
     current_lane = nullptr;
   }
@@ -133,6 +148,16 @@ class Machine {
     address_check::after_switch(fake_stack);
   }
 
+  char* lds(unsigned rank) { return rank < launch_->cluster ? lds_[rank] : nullptr; }
+
+  const Workgroup* owner_of_lds(const void* address) const {
+    const auto offset = static_cast<const char*>(address) - &lds_[0][0];
+    if (offset < 0 || offset >= static_cast<ptrdiff_t>(launch_->cluster * sizeof(lds_[0]))) {
+      return nullptr;
+    }
+    return &workgroups_[offset / sizeof(lds_[0])];
+  }
+
   [[noreturn]] void abandon(const std::string& error) {
     launch_->record_error(error);
     void* never;
@@ -142,7 +167,16 @@ class Machine {
 
  private:
   address_check::Stack lane_stack(const Lane& lane) const {
-    return {stacks_ + lane.thread_idx * kStackBytes + kPageBytes, kStackBytes - kPageBytes};
+    const auto index = static_cast<size_t>(&lane - lanes_.data());
+    return {stacks_ + index * kStackBytes + kPageBytes, kStackBytes - kPageBytes};
+  }
+
+  void forbid_behind_lds(bool forbids) {
+    for (unsigned rank = 0; rank < launch_->cluster; ++rank) {
+      char* const behind = lds_[rank] + launch_->lds_bytes;
+      const size_t size = sizeof(lds_[rank]) - launch_->lds_bytes;
+      forbids ? address_check::forbid(behind, size) : address_check::allow(behind, size);
+    }
   }
 
   void release_stacks() {
@@ -153,81 +187,130 @@ class Machine {
     num_stacks_ = 0;
   }
 
-  void reserve(unsigned block) {
-    if (block <= num_stacks_) return;
+  void reserve(unsigned num_lanes) {
+    if (num_lanes <= num_stacks_) return;
     release_stacks();
-    void* memory = mmap(nullptr, block * kStackBytes, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, num_lanes * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stacks_ = static_cast<char*>(memory);
-    num_stacks_ = block;
-    for (unsigned i = 0; i < block; ++i) mprotect(stacks_ + i * kStackBytes, kPageBytes, PROT_NONE);
-    lanes_.resize(block);
-    fibers_.resize(block);
-    waves_.resize((block + kWaveSize - 1) / kWaveSize);
+    num_stacks_ = num_lanes;
+    for (unsigned i = 0; i < num_lanes; ++i) {
+      mprotect(stacks_ + i * kStackBytes, kPageBytes, PROT_NONE);
+    }
+    lanes_.resize(num_lanes);
+    fibers_.resize(num_lanes);
+    waves_.resize(num_lanes);  // a workgroup's last wave may have as few as one lane
   }
 
-  void run_workgroup() {
+  unsigned waves_per_workgroup() const { return (launch_->block + kWaveSize - 1) / kWaveSize; }
+  Wave* waves_of(const Workgroup& workgroup) {
+    return &waves_[workgroup.rank * waves_per_workgroup()];
+  }
+
+  void prepare_lanes(Workgroup& workgroup) {
     const unsigned block = launch_->block;
-    const unsigned num_waves = (block + kWaveSize - 1) / kWaveSize;
+    Lane* const lanes = &lanes_[workgroup.rank * block];
     for (unsigned t = 0; t < block; ++t) {
-      Lane& lane = lanes_[t];
-      lane.wave = &waves_[t / kWaveSize];
+      Lane& lane = lanes[t];
+      lane.wave = &waves_of(workgroup)[t / kWaveSize];
       lane.index = t % kWaveSize;
       lane.thread_idx = t;
-      address_check::allow(lane_stack(lane).bottom, lane_stack(lane).size);
+      const address_check::Stack stack = lane_stack(lane);
+      address_check::allow(stack.bottom, stack.size);
       const size_t colour = (lane.index * kColourBytes) % kPageBytes & ~size_t{63};
-      char* const stack_top = stacks_ + (t + 1) * kStackBytes - colour;
-      lane.stack_pointer = prepare_fiber(fibers_[t], lane_main, stack_top, kUsableStackBytes);
+      const auto index = static_cast<size_t>(&lane - lanes_.data());
+      char* const stack_top = stacks_ + (index + 1) * kStackBytes - colour;
+      lane.stack_pointer = prepare_fiber(fibers_[index], lane_main, stack_top, kUsableStackBytes);
     }
-    for (unsigned w = 0; w < num_waves; ++w) {
-      Wave& wave = waves_[w];
+    for (unsigned w = 0; w < waves_per_workgroup(); ++w) {
+      Wave& wave = waves_of(workgroup)[w];
       const unsigned num_lanes = std::min<unsigned>(kWaveSize, block - w * kWaveSize);
       wave.live = num_lanes == 64 ? ~LaneMask{0} : bit(num_lanes) - 1;
       wave.ready = wave.live;
       wave.arrived = wave.at_barrier = 0;
       wave.generation = 0;
-      wave.lanes = &lanes_[w * kWaveSize];
+      wave.lanes = lanes + w * kWaveSize;
+      wave.workgroup = &workgroup;
     }
+  }
+
+  void run_cluster() {
     while (true) {
-      for (unsigned w = 0; w < num_waves; ++w) {
-        if (waves_[w].ready != 0) run_wave(waves_[w]);
+      bool any_passed = false;
+      for (unsigned rank = 0; rank < launch_->cluster; ++rank) {
+        Workgroup& workgroup = workgroups_[rank];
+        for (unsigned w = 0; w < waves_per_workgroup(); ++w) {
+          if (waves_of(workgroup)[w].ready != 0) run_wave(waves_of(workgroup)[w]);
+          if (launch_->failed) return;
+        }
+        const Wave* const waiting = check_waiting(workgroup);
         if (launch_->failed) return;
+        if (waiting == nullptr || waiting->waits_for_cluster) continue;
+        ++workgroup.barriers_passed;
+        make_ready(workgroup);
+        any_passed = true;
       }
-      if (!release_barrier(num_waves)) return;
+      if (!any_passed && !release_cluster()) return;
     }
   }
 
   void run_wave(Wave& wave) {
+    current_workgroup = wave.workgroup;
     current_lane = &wave.lanes[__builtin_ctzll(wave.ready)];
     switch_to(&scheduler_, current_lane);
   }
 
-  // Every wave is blocked or done: lets the workgroup pass its barrier. False: nobody is left.
-  bool release_barrier(unsigned num_waves) {
-    const Site* site = nullptr;
-    for (unsigned w = 0; w < num_waves; ++w) {
-      Wave& wave = waves_[w];
+  void make_ready(Workgroup& workgroup) {
+    for (unsigned w = 0; w < waves_per_workgroup(); ++w) {
+      Wave& wave = waves_of(workgroup)[w];
+      wave.ready = wave.live;
+      wave.at_barrier = 0;
+    }
+  }
+
+  // Every wave of the workgroup is blocked or done: one that waits at its barrier, null if none does.
+  const Wave* check_waiting(Workgroup& workgroup) {
+    const Wave* waiting = nullptr;
+    for (unsigned w = 0; w < waves_per_workgroup(); ++w) {
+      const Wave& wave = waves_of(workgroup)[w];
       if (wave.arrived != 0) {
         launch_->record_error("lanes " + describe(wave.arrived) + " of wave " + std::to_string(w) +
                               " wait at " + describe(wave.site) + " for lanes " +
                               describe(wave.live & ~wave.arrived) + ", which wait at " +
                               describe(wave.barrier_site));
-        return false;
+        return nullptr;
       }
       if (wave.live == 0) continue;
-      if (site == nullptr) site = &wave.barrier_site;
-      if (!(wave.barrier_site == *site)) {
+      if (waiting == nullptr) waiting = &wave;
+      if (!(wave.barrier_site == waiting->barrier_site)) {
         launch_->record_error("waves of one workgroup wait at different barriers: " +
-                              describe(*site) + " and " + describe(wave.barrier_site));
+                              describe(waiting->barrier_site) + " and " +
+                              describe(wave.barrier_site));
+        return nullptr;
+      }
+    }
+    return waiting;
+  }
+
+  // Every workgroup waits for the cluster or is done: lets them pass. False: nobody is left.
+  bool release_cluster() {
+    const Wave* first = nullptr;
+    for (unsigned rank = 0; rank < launch_->cluster; ++rank) {
+      const Wave* const waiting = check_waiting(workgroups_[rank]);
+      if (waiting == nullptr) continue;
+      if (first == nullptr) first = waiting;
+      if (!(waiting->barrier_site == first->barrier_site)) {
+        launch_->record_error("workgroups of one cluster wait at different barriers: " +
+                              describe(first->barrier_site) + " and " +
+                              describe(waiting->barrier_site));
         return false;
       }
     }
-    if (site == nullptr) return false;
-    ++current_workgroup->barriers_passed;
-    for (unsigned w = 0; w < num_waves; ++w) {
-      waves_[w].ready = waves_[w].live;
-      waves_[w].at_barrier = 0;
+    if (first == nullptr) return false;
+    for (unsigned rank = 0; rank < launch_->cluster; ++rank) {
+      ++workgroups_[rank].cluster_barriers_passed;
+      make_ready(workgroups_[rank]);
     }
     return true;
   }
@@ -240,7 +323,8 @@ class Machine {
   std::vector<Lane> lanes_;
   std::vector<FiberContext> fibers_;
   std::vector<Wave> waves_;
-  alignas(64) char lds_[kLdsBytesPerBlock + kLdsGuardBytes];
+  Workgroup workgroups_[kMaxClusterSize];
+  alignas(64) char lds_[kMaxClusterSize][kLdsBytesPerBlock + kLdsGuardBytes];
 };
 
 Machine& this_machine() {
@@ -356,11 +440,14 @@ void complete_collective(Wave& wave) {
   ++wave.generation;
 }
 
-void barrier(const Site& site) {
+namespace {
+
+void wait_at_barrier(const Site& site, bool waits_for_cluster) {
   Lane* lane = current_lane;
   Wave& wave = *lane->wave;
   if (wave.at_barrier == 0) {
     wave.barrier_site = site;
+    wave.waits_for_cluster = waits_for_cluster;
   } else if (!(wave.barrier_site == site)) {
     fail(site, "lanes of one wave wait at different barriers");
   }
@@ -369,7 +456,23 @@ void barrier(const Site& site) {
   yield_lane();
 }
 
+}  // namespace
+
+void barrier(const Site& site) { wait_at_barrier(site, false); }
+void cluster_barrier(const Site& site) { wait_at_barrier(site, true); }
+
+void* in_workgroup_lds(void* address, int rank) {
+  char* const lds = this_machine().lds(rank);
+  if (lds == nullptr) fail("LDS of workgroup " + std::to_string(rank) + ", not in the cluster");
+  if (current_workgroup->cluster_barriers_passed == 0 && lds != current_workgroup->lds) {
+    fail("LDS of workgroup " + std::to_string(rank) + ", which may not have started yet");
+  }
+  return lds + (static_cast<char*>(address) - current_workgroup->lds);
+}
+
 bool is_internal(const void* address) { return this_machine().owns(address); }
+
+const Workgroup* owner_of_lds(const void* address) { return this_machine().owner_of_lds(address); }
 
 void fail(const std::string& error) { this_machine().abandon(error); }
 
@@ -387,13 +490,19 @@ unsigned num_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-void launch(unsigned grid, unsigned block, size_t lds_bytes, BodyFn body, const void* closure) {
+void launch(unsigned grid, unsigned block, size_t lds_bytes, unsigned cluster, BodyFn body,
+            const void* closure) {
   if (block == 0 || block > kMaxThreadsPerBlock || lds_bytes > kLdsBytesPerBlock) {
     throw std::runtime_error("hip_cpu: a launch of " + std::to_string(block) + " threads with " +
                              std::to_string(lds_bytes) + " bytes of LDS is out of range");
   }
-  Launch state(grid, block, lds_bytes, body, closure);
-  const unsigned workers = observer != nullptr ? 1 : std::min(grid, num_cores());
+  if (cluster == 0 || cluster > kMaxClusterSize || grid % cluster != 0) {
+    throw std::runtime_error("hip_cpu: a launch of " + std::to_string(grid) +
+                             " workgroups in clusters of " + std::to_string(cluster) +
+                             " is out of range");
+  }
+  Launch state(grid, block, lds_bytes, cluster, body, closure);
+  const unsigned workers = observer != nullptr ? 1 : std::min(grid / cluster, num_cores());
   if (observer != nullptr) observer->launch_begins();
   if (workers <= 1) {
     Helpers::run_here(state);

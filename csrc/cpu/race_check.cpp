@@ -5,7 +5,8 @@
 // have to know about lanes, waves and workgroups. Two accesses to one byte by different lanes, one
 // of them a write, at most one of them atomic, are a race unless they are ordered:
 //
-//   lanes of different workgroups   never, within a launch
+//   lanes of different clusters     never, within a launch
+//   workgroups of one cluster       by a barrier of the cluster between them
 //   waves of one workgroup          by a barrier between them
 //   lanes of one wave               by a barrier or a wave operation between them
 //
@@ -37,7 +38,7 @@ enum class Kind : uint16_t { none, plain, atomic };
 struct Access {
   Kind kind = Kind::none;
   uint16_t thread = 0;
-  unsigned block = 0, barriers = 0, wave_operations = 0;
+  unsigned block = 0, cluster = 0, barriers = 0, cluster_barriers = 0, wave_operations = 0;
   const void* pc = nullptr;
 };
 static_assert(kMaxThreadsPerBlock <= 1 << 16, "a thread index fits");
@@ -47,7 +48,7 @@ struct Shadow {
 };
 
 // By byte: of LDS from its start, of all other memory by address.
-Shadow lds_shadow[kLdsBytesPerBlock];
+Shadow lds_shadow[kMaxClusterSize][kLdsBytesPerBlock];
 
 class GlobalShadow {
  public:
@@ -89,6 +90,8 @@ bool same_lane(const Access& a, const Access& b) {
 
 bool ordered(const Access& earlier, const Access& later) {
   if (same_lane(earlier, later)) return true;
+  if (earlier.cluster != later.cluster) return false;
+  if (earlier.cluster_barriers != later.cluster_barriers) return true;
   if (earlier.block != later.block) return false;
   if (earlier.barriers != later.barriers) return true;
   const bool same_wave = earlier.thread / kWaveSize == later.thread / kWaveSize;
@@ -143,19 +146,22 @@ void check(const void* pointer, size_t size, bool is_write, Kind kind, const voi
   const Access access{kind,
                       static_cast<uint16_t>(lane.thread_idx),
                       workgroup.block_idx,
+                      workgroup.block_idx - workgroup.rank,
                       workgroup.barriers_passed,
+                      workgroup.cluster_barriers_passed,
                       lane.wave->generation,
                       pc};
   const uintptr_t first = reinterpret_cast<uintptr_t>(pointer);
-  const uintptr_t lds = reinterpret_cast<uintptr_t>(workgroup.lds);
-  const bool in_lds = first >= lds && first < lds + kLdsBytesPerBlock;
-  if (in_lds && first + size > lds + workgroup.lds_bytes) {
-    fail("access behind the " + std::to_string(workgroup.lds_bytes) + " bytes of LDS: offset " +
+  const Workgroup* const owner = owner_of_lds(pointer);
+  const bool in_lds = owner != nullptr;
+  const uintptr_t lds = in_lds ? reinterpret_cast<uintptr_t>(owner->lds) : 0;
+  if (in_lds && first + size > lds + owner->lds_bytes) {
+    fail("access behind the " + std::to_string(owner->lds_bytes) + " bytes of LDS: offset " +
          std::to_string(first - lds) + ", " + describe(access, is_write ? "write" : "read"));
   }
   for (uintptr_t address = first; address < first + size; ++address) {
-    const uintptr_t shown = in_lds ? address - lds : address;
-    Shadow& shadow = in_lds ? lds_shadow[shown] : global_shadow.at(address);
+    const uintptr_t shown = address - lds;
+    Shadow& shadow = in_lds ? lds_shadow[owner->rank][shown] : global_shadow.at(address);
     const char* space = in_lds ? "LDS offset" : "address";
     const char* action = is_write ? "write" : "read";
     if (in_lds && !is_write && shadow.write.kind == Kind::none) {
@@ -178,7 +184,8 @@ void check(const void* pointer, size_t size, bool is_write, Kind kind, const voi
 const Observer kObserver = {
     [] { global_shadow.forget(); },
     [](const Workgroup& workgroup) {
-      std::fill(lds_shadow, lds_shadow + workgroup.lds_bytes, Shadow{});
+      Shadow* const shadow = lds_shadow[workgroup.rank];
+      std::fill(shadow, shadow + workgroup.lds_bytes, Shadow{});
     },
 };
 

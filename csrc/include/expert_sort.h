@@ -10,8 +10,14 @@
 // stable by construction, and no entry waits for another. Words are stored [word][expert], so that
 // lanes that walk over experts hit different LDS banks.
 //
-// Rejected: a token x expert table of words (32 times the LDS); atomic counters for ranks (their
-// order is the order of arrival, not the token order that the format asks for).
+// A thread per expert assigns the blocks. While no expert can have more than one block (n <= B, most
+// of decode), a ballot takes the place of the prefix sum. It leaves a list of tails, the places where
+// padding begins; all threads then write padding together, four slots per store, without a division
+// by a size that is not a power of two. Rejected: a thread per slot of all E*B, which divides by B
+// for each and looks at 4096 slots where a token's 4 experts have 124 to pad (E=128, K=4, B=32).
+//
+// Rejected as well: a token x expert table of words (32 times the LDS); atomic counters for ranks
+// (their order is the order of arrival, not the token order that the format asks for).
 #pragma once
 
 #include "device/numeric.h"
@@ -20,8 +26,8 @@
 namespace aiter {
 
 constexpr int kTokensPerWord = 32;
-constexpr int kSlotShift = 24;           // sorted_ids: token in the bits below, slot above
-constexpr uint32_t kNoExpert = 0xffffu;  // an entry that expert_mask drops
+constexpr int kSlotShift = 24;  // sorted_ids: token in the bits below, slot above
+constexpr uint32_t kNoSlot = 0xffffffffu;
 
 // The arguments that every sort kernel has.
 struct SortParams {
@@ -36,10 +42,17 @@ struct SortParams {
 };
 
 struct SortShape {
-  int num_tokens;   // M
-  int num_experts;  // E
-  int topk;         // K
-  int block_size;   // B
+  int num_tokens;    // M
+  int num_experts;   // E
+  int topk;          // K
+  int block_size;    // B
+  int topk_shift;    // the least s with K <= 2^s
+  int block_shift;   // log2 B; -1 if B is not a power of two
+  bool wide_stores;  // four slots may be stored at once: B % 4 == 0, buffers on 16-byte boundaries
+
+  __device__ __forceinline__ uint32_t blocks_of(uint32_t slots) const {
+    return block_shift >= 0 ? slots >> block_shift : slots / static_cast<uint32_t>(block_size);
+  }
 };
 
 // M, or what the device says in num_local_tokens.
@@ -81,59 +94,116 @@ struct HitMask {
   }
 };
 
-__device__ __forceinline__ bool is_local(const int32_t* expert_mask, int expert_idx) {
+__device__ __forceinline__ bool is_local(const int32_t* expert_mask, uint32_t expert_idx) {
   return expert_mask == nullptr || expert_mask[expert_idx] != 0;
 }
 
-// Gives every expert its blocks. Turns lds_count[e] (entries of expert e) into lds_start[e] (its
-// first slot), writes sorted_expert_ids and num_valid_ids. Needs a barrier before and after.
-__device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
-                                              const uint32_t* lds_count, uint32_t* lds_start,
-                                              uint32_t* lds_scratch, const SortParams& out) {
+// Where a workgroup keeps what it knows of every expert, in LDS.
+struct SortLds {
+  uint32_t* starts;  // [E] slot of its first entry of the expert; kNoSlot if expert_mask drops it
+  uint32_t* tails;   // [E] slots where padding begins, up to the end of the block; kNoSlot: none
+  uint32_t* totals;  // [2][kMaxWavesPerBlock]
+};
+
+// Entries of an expert, in all and before the workgroup's first.
+struct ExpertCount {
+  uint32_t total, before;
+};
+
+// Waves of the workgroup that have a thread among the first `num_threads`.
+__device__ __forceinline__ int active_waves(int num_threads) {
+  const int wanted = (num_threads + kWaveSize - 1) / kWaveSize;
+  const int present = static_cast<int>(blockDim.x) / kWaveSize;
+  return wanted < present ? wanted : present;
+}
+
+// Gives every expert its blocks: fills lds.starts and lds.tails, and writes sorted_expert_ids and
+// num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
+// e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early.
+// Returns the number of tails; with `compact` there is one per block, which wants n <= B, else one
+// per expert. Needs a barrier before and after.
+template <typename CountOf>
+__device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int num_local,
+                                                  bool is_first_local, bool compact, bool writes,
+                                                  const SortLds& lds, const SortParams& out,
+                                                  CountOf count_of) {
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
   for (int first = 0; first < shape.num_experts; first += blockDim.x) {
     const int e = first + static_cast<int>(threadIdx.x);
     const bool exists = e < shape.num_experts;
-    const uint32_t count = exists ? lds_count[e] : 0;
-    const uint32_t num_blocks = (count + shape.block_size - 1) / shape.block_size;
-    uint32_t total;
-    const uint32_t first_block =
-        blocks_before + block_exclusive_sum(num_blocks, lds_scratch, total);
-    blocks_before += total;
-    uint32_t local_id = e;
+    const bool local = exists && (first == 0 ? is_first_local
+                                             : is_local(out.expert_mask, static_cast<uint32_t>(e)));
+    ExpertCount count{0, 0};
+    if (local) count = count_of(e);
+    uint32_t num_blocks = count.total != 0 ? 1 : 0;
+    if (!compact) num_blocks = shape.blocks_of(count.total + shape.block_size - 1);
+
+    WavePrefix blocks = compact ? wave_rank(num_blocks != 0) : wave_prefix_sum(num_blocks);
+    WavePrefix locals{static_cast<uint32_t>(e - first), 0};
+    uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
+    if (first != 0) __syncthreads();
+    post_total(lds.totals, blocks);
     if (out.expert_mask != nullptr) {
-      const uint32_t local = exists && is_local(out.expert_mask, e) ? 1 : 0;
-      local_id = local_before + block_exclusive_sum(local, lds_scratch, total);
-      local_before += total;
+      locals = wave_rank(local);
+      post_total(local_totals, locals);
     }
-    if (exists) lds_start[e] = first_block * shape.block_size;
-    for (uint32_t b = 0; b < num_blocks; ++b) {
-      out.sorted_expert_ids[first_block + b] = static_cast<int32_t>(local_id);
+    __syncthreads();
+    const int num_waves = active_waves(shape.num_experts - first);
+    blocks = over_workgroup(lds.totals, num_waves, blocks);
+    if (out.expert_mask != nullptr) locals = over_workgroup(local_totals, num_waves, locals);
+
+    const uint32_t first_block = blocks_before + blocks.below;
+    const uint32_t start = first_block * shape.block_size;
+    const uint32_t end = start + count.total;
+    const uint32_t tail = count.total != num_blocks * shape.block_size ? end : kNoSlot;
+    if (exists) lds.starts[e] = local ? start + count.before : kNoSlot;
+    if (exists && !compact) lds.tails[e] = tail;
+    if (exists && compact && num_blocks != 0) lds.tails[first_block] = tail;
+    if (writes) {
+      const uint32_t local_id =
+          out.expert_mask != nullptr ? local_before + locals.below : static_cast<uint32_t>(e);
+      for (uint32_t b = 0; b < num_blocks; ++b) {
+        out.sorted_expert_ids[first_block + b] = static_cast<int32_t>(local_id);
+      }
     }
+    blocks_before += blocks.total;
+    local_before += locals.total;
   }
-  if (threadIdx.x == 0) {
+  if (writes && threadIdx.x == 0) {
     out.num_valid_ids[0] = static_cast<int32_t>(blocks_before * shape.block_size);
     out.num_valid_ids[1] = num_local;
   }
+  return compact ? blocks_before : shape.num_experts;
 }
 
-// Fills the unused slots of every expert's last block.
+struct alignas(16) FourWords {
+  uint32_t word[4];
+};
+
+// Writes the padding behind every tail, worker `worker` of `num_workers`.
 __device__ __forceinline__ void write_padding(const SortShape& shape, int num_local,
-                                              const uint32_t* lds_count, const uint32_t* lds_start,
-                                              const SortParams& out, int first_thread,
-                                              int num_threads) {
-  const int32_t padding_id = static_cast<int32_t>(static_cast<uint32_t>(shape.topk) << kSlotShift |
-                                                  static_cast<uint32_t>(num_local));
+                                              const uint32_t* lds_tails, uint32_t num_tails,
+                                              const SortParams& out, uint32_t worker,
+                                              uint32_t num_workers) {
+  const uint32_t id =
+      static_cast<uint32_t>(shape.topk) << kSlotShift | static_cast<uint32_t>(num_local);
   const uint32_t block_size = shape.block_size;
-  for (uint32_t i = first_thread; i < shape.num_experts * block_size; i += num_threads) {
-    const uint32_t e = i / block_size;
-    const uint32_t used = lds_count[e] % block_size;
-    const uint32_t slot_in_block = i % block_size;
-    if (used == 0 || slot_in_block < used) continue;
-    const uint32_t slot = lds_start[e] + lds_count[e] - used + slot_in_block;
-    out.sorted_ids[slot] = padding_id;
-    out.sorted_weights[slot] = 0.0f;
+  const uint32_t width = shape.wide_stores ? 4 : 1;
+  for (uint32_t i = worker * width; i < num_tails * block_size; i += num_workers * width) {
+    const uint32_t tail_idx = shape.blocks_of(i);
+    const uint32_t tail = lds_tails[tail_idx];
+    if (tail == kNoSlot) continue;
+    const uint32_t slot = (shape.blocks_of(tail) - tail_idx) * block_size + i;
+    if (slot >= tail && shape.wide_stores) {
+      *reinterpret_cast<FourWords*>(out.sorted_ids + slot) = {{id, id, id, id}};
+      *reinterpret_cast<FourWords*>(out.sorted_weights + slot) = FourWords{};
+    } else {
+      for (uint32_t s = slot < tail ? tail : slot; s < slot + width; ++s) {
+        out.sorted_ids[s] = static_cast<int32_t>(id);
+        out.sorted_weights[s] = 0.0f;
+      }
+    }
   }
 }
 
@@ -144,10 +214,6 @@ __device__ __forceinline__ void write_entry(const SortParams& out, uint32_t slot
   out.sorted_weights[slot] = weight;
 }
 
-struct alignas(16) Zero16 {
-  uint32_t word[4];
-};
-
 // Zeroes `num_bytes` from `data` on, worker `worker` of `num_workers`; any alignment, any length.
 __device__ __forceinline__ void zero_bytes(unsigned char* data, uint64_t num_bytes, uint64_t worker,
                                            uint64_t num_workers) {
@@ -155,8 +221,8 @@ __device__ __forceinline__ void zero_bytes(unsigned char* data, uint64_t num_byt
   const uint64_t head = to_boundary < num_bytes ? to_boundary : num_bytes;
   const uint64_t num_vectors = (num_bytes - head) / 16;
   const uint64_t tail = (num_bytes - head) % 16;
-  Zero16* vectors = reinterpret_cast<Zero16*>(data + head);
-  for (uint64_t i = worker; i < num_vectors; i += num_workers) vectors[i] = Zero16{};
+  FourWords* vectors = reinterpret_cast<FourWords*>(data + head);
+  for (uint64_t i = worker; i < num_vectors; i += num_workers) vectors[i] = FourWords{};
   if (worker < head) data[worker] = 0;
   if (worker < tail) data[num_bytes - 1 - worker] = 0;
 }

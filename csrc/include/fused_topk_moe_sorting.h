@@ -4,17 +4,26 @@
 //   sorted_ids, sorted_weights [M*K + E*B - K], sorted_expert_ids [that / B], num_valid_ids [2]
 //   moe_buf [n * D] items, rows below n zeroed
 //
-// Workgroup 0 routes, all others zero moe_buf. Routing, in phases with a barrier between them:
-//   1 clear    all threads     the token x expert bitmask
+// The first workgroups route, all others zero moe_buf. On targets that have clusters (cluster.h) up
+// to 8 workgroups route, each a range of rows of its own; elsewhere it is one. Phases of a routing
+// workgroup, with a barrier between them:
+//   1 load     a wave per row  the logits of its first row set off; all threads clear the bitmask
 //   2 top-k    a wave per row  row_topk.h; slot k: expert, weight and hit bit into LDS
-//   3 count    a thread per expert   popcounts of its column of the bitmask
-//   4 assign   a thread per expert   scan over padded counts: first slot, expert id of its blocks
-//   5 write    all threads     entries to start + rank, padding behind every expert's last entry
+//   3 assign   a thread per expert   popcounts of its column; in a cluster, the counts go to all its
+//                              workgroups; blocks for the experts, by all workgroups alike
+//   4 write    all threads     own entries to start + rank; its share of the padding
 //
-// LDS: bitmask 4*E*ceil(M/32), weights 4*M*K, counts and starts 8*E, scan 128, experts 2*M*K bytes.
-// For E=128, K=4 and 64 KiB that is M up to 1600; max_tokens() tells.
+// Five barriers in all, the first of which is passed while logits are on their way; in a cluster two
+// of the cluster's, the first of which is passed during top-k. What workgroups tell each other is one
+// count per expert, through LDS: nothing in global memory is shared, so launches on several streams
+// and graphs that are replayed at the same time do not meet.
+//
+// LDS of a workgroup with m rows: bitmask 4*E*ceil(m/32), weights 4*m*K, starts and tails 8*E, totals
+// 256, experts 2*m*K bytes, and in a cluster of C 4*C*E. For E=128, K=4, 64 KiB and one workgroup that
+// is M up to 1600; max_tokens() tells.
 #pragma once
 
+#include "device/cluster.h"
 #include "expert_sort.h"
 #include "row_topk.h"
 
@@ -22,10 +31,9 @@ namespace aiter {
 
 // Everything the launch choice depends on, and the choice.
 struct FusedConfig {
-  int row_values;        // registers of logits per lane; 0: rows are read from memory
-  unsigned num_threads;  // of a workgroup
-  unsigned num_blocks;   // workgroups
-  size_t lds_bytes;
+  int row_values;  // registers of logits per lane; 0: rows are read from memory
+  int tokens_per_block;
+  LaunchShape launch;
 };
 
 struct FusedParams {
@@ -33,22 +41,27 @@ struct FusedParams {
   int64_t row_stride;  // in items
   SortShape shape;
   SortParams sort;
+  int cluster_size;      // workgroups that route
+  int tokens_per_block;  // of each of them
   bool need_renorm;
 };
 
 struct FusedLds {
-  size_t hits, weights, counts, starts, scan, experts, total;  // byte offsets
+  size_t hits, weights, starts, tails, totals, counts, experts, total;  // byte offsets
 };
 
-__host__ __device__ inline FusedLds fused_lds(const SortShape& shape) {
-  const size_t num_entries = static_cast<size_t>(shape.num_tokens) * shape.topk;
+__host__ __device__ inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk,
+                                              int cluster_size) {
+  const size_t num_entries = static_cast<size_t>(tokens_per_block) * topk;
+  const size_t per_expert = sizeof(uint32_t) * num_experts;
   FusedLds lds;
   lds.hits = 0;
-  lds.weights = lds.hits + sizeof(uint32_t) * hit_words(shape.num_tokens) * shape.num_experts;
-  lds.counts = lds.weights + sizeof(float) * num_entries;
-  lds.starts = lds.counts + sizeof(uint32_t) * shape.num_experts;
-  lds.scan = lds.starts + sizeof(uint32_t) * shape.num_experts;
-  lds.experts = lds.scan + sizeof(uint32_t) * kMaxWavesPerBlock;
+  lds.weights = lds.hits + per_expert * hit_words(tokens_per_block);
+  lds.starts = lds.weights + sizeof(float) * num_entries;
+  lds.tails = lds.starts + per_expert;
+  lds.totals = lds.tails + per_expert;
+  lds.counts = lds.totals + sizeof(uint32_t) * 2 * kMaxWavesPerBlock;
+  lds.experts = lds.counts + (cluster_size > 1 ? per_expert * cluster_size : 0);
   lds.total = (lds.experts + sizeof(uint16_t) * num_entries + 15) / 16 * 16;
   return lds;
 }
@@ -58,56 +71,105 @@ struct FusedSink {
   uint16_t* experts;  // [K] of this row
   float* weights;
   HitMask hits;
-  const int32_t* expert_mask;
-  int token;
+  int row;  // of the workgroup's
 
   __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
-    const bool local = is_local(expert_mask, expert_idx);
-    experts[k] = static_cast<uint16_t>(local ? expert_idx : kNoExpert);
+    experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
-    if (local) hits.set(token, expert_idx);
+    hits.set(row, expert_idx);
   }
   __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };
 
+// The counts [C][E] that a cluster's workgroups send each other; one workgroup keeps its own.
+struct ClusterCounts {
+  uint32_t* lds_counts;
+  int num_experts, rank, size;
+
+  __device__ __forceinline__ void send(int e, uint32_t count) const {
+    for (int to = 0; to < size; ++to) {
+      cluster_store(lds_counts + rank * num_experts + e, to, count);
+    }
+  }
+  __device__ __forceinline__ ExpertCount of(int e) const {
+    ExpertCount sum{0, 0};
+    for (int from = 0; from < size; ++from) {
+      const uint32_t count = lds_counts[from * num_experts + e];
+      if (from < rank) sum.before += count;
+      sum.total += count;
+    }
+    return sum;
+  }
+};
+
 template <typename T, int kValues>
 __device__ __forceinline__ void route(const FusedParams& p, int num_local, char* lds_base) {
+  const int cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
+  const int rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
   const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
   const int topk = p.shape.topk;
-  const FusedLds lds = fused_lds(p.shape);
-  const HitMask hits{reinterpret_cast<uint32_t*>(lds_base + lds.hits), p.shape.num_experts,
-                     hit_words(num_local)};
-  float* const lds_weights = reinterpret_cast<float*>(lds_base + lds.weights);
-  uint32_t* const lds_counts = reinterpret_cast<uint32_t*>(lds_base + lds.counts);
-  uint32_t* const lds_starts = reinterpret_cast<uint32_t*>(lds_base + lds.starts);
-  uint32_t* const lds_scan = reinterpret_cast<uint32_t*>(lds_base + lds.scan);
-  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + lds.experts);
+  const int first_token = rank * p.tokens_per_block;
+  const int rows_left = num_local - first_token;
+  const int num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
 
+  const FusedLds lds = fused_lds(p.tokens_per_block, p.shape.num_experts, topk, cluster_size);
+  const HitMask hits{reinterpret_cast<uint32_t*>(lds_base + lds.hits), p.shape.num_experts,
+                     hit_words(num_rows > 0 ? num_rows : 0)};
+  float* const lds_weights = reinterpret_cast<float*>(lds_base + lds.weights);
+  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + lds.experts);
+  const SortLds sort_lds{reinterpret_cast<uint32_t*>(lds_base + lds.starts),
+                         reinterpret_cast<uint32_t*>(lds_base + lds.tails),
+                         reinterpret_cast<uint32_t*>(lds_base + lds.totals)};
+  const ClusterCounts counts{reinterpret_cast<uint32_t*>(lds_base + lds.counts),
+                             p.shape.num_experts, rank, cluster_size};
+  if (cluster_size > 1) cluster_arrive();
+
+  const T* const rows = static_cast<const T*>(p.gating) + first_token * p.row_stride;
+  WaveRow<T, kValues> logits;
+  int row = wave_idx();
+  // NOTE: rows behind num_local may be loaded, so that loading need not wait to know it.
+  if (row < p.tokens_per_block && first_token + row < p.shape.num_tokens) {
+    logits.load(rows + row * p.row_stride, p.shape.num_experts);
+  }
+  const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
+                              is_local(p.sort.expert_mask, threadIdx.x);
   hits.clear();
   __syncthreads();
 
-  for (int token = wave_idx(); token < num_local; token += num_waves) {
-    FusedSink sink{lds_experts + token * topk, lds_weights + token * topk, hits, p.sort.expert_mask,
-                   token};
-    wave_topk<T, kValues>(static_cast<const T*>(p.gating) + token * p.row_stride,
-                          p.shape.num_experts, topk, p.need_renorm, sink);
+  while (row < num_rows) {
+    FusedSink sink{lds_experts + row * topk, lds_weights + row * topk, hits, row};
+    wave_topk(logits, topk, p.need_renorm, sink);
+    row += num_waves;
+    if (row < num_rows) logits.load(rows + row * p.row_stride, p.shape.num_experts);
   }
   __syncthreads();
 
-  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) lds_counts[e] = hits.count(e);
-  __syncthreads();
-
-  assign_blocks(p.shape, num_local, lds_counts, lds_starts, lds_scan, p.sort);
-  __syncthreads();
-
-  for (int i = threadIdx.x; i < num_local * topk; i += blockDim.x) {
-    const uint32_t expert_idx = lds_experts[i];
-    if (expert_idx == kNoExpert) continue;
-    const int token = i / topk;
-    const uint32_t slot = lds_starts[expert_idx] + hits.rank(token, expert_idx);
-    write_entry(p.sort, slot, token, i % topk, lds_weights[i]);
+  if (cluster_size > 1) {
+    cluster_wait();  // all workgroups have started
+    for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
+      counts.send(e, hits.count(e));
+    }
+    cluster_arrive();
+    cluster_wait();
   }
-  write_padding(p.shape, num_local, lds_counts, lds_starts, p.sort, threadIdx.x, blockDim.x);
+  const bool compact = num_local <= p.shape.block_size;
+  const uint32_t num_tails = assign_blocks(
+      p.shape, num_local, is_first_local, compact, rank == 0, sort_lds, p.sort,
+      [&](int e) { return cluster_size > 1 ? counts.of(e) : ExpertCount{hits.count(e), 0}; });
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < num_rows << p.shape.topk_shift; i += blockDim.x) {
+    const int entry_row = i >> p.shape.topk_shift;
+    const int k = i - (entry_row << p.shape.topk_shift);
+    if (k >= topk) continue;
+    const uint32_t expert_idx = lds_experts[entry_row * topk + k];
+    const uint32_t start = sort_lds.starts[expert_idx];
+    if (start == kNoSlot) continue;
+    write_entry(p.sort, start + hits.rank(entry_row, expert_idx), first_token + entry_row, k,
+                lds_weights[entry_row * topk + k]);
+  }
+  write_padding(p.shape, num_local, sort_lds.tails, num_tails, p.sort,
+                rank * blockDim.x + threadIdx.x, cluster_size * blockDim.x);
 }
 
 // Long rows want more registers than a lane of the largest workgroup gets.
@@ -119,11 +181,14 @@ template <typename T, int kValues>
 __global__ void __launch_bounds__(fused_max_threads(kValues))
     fused_topk_moe_sorting_kernel(FusedParams p) {
   AITER_DYNAMIC_LDS(lds_base);
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  if (blockIdx.x == 0) {
+  const unsigned num_routing = kMaxClusterSize > 1 ? p.cluster_size : 1;
+  if (blockIdx.x < num_routing) {
     if constexpr (kRowIsUsed<kValues>) route<T, kValues>(p, num_local, lds_base);
   } else {
-    zero_moe_buf(p.sort, num_local, 1);
+    zero_moe_buf(p.sort, num_local, num_routing);
   }
 }
 

@@ -10,6 +10,7 @@ struct FusedTopkMoeSortingArgs {
   SortTensors sort;
   int64_t num_experts, topk, unit_size;
   bool need_renorm;
+  int64_t cluster_size;  // workgroups that route; 0 to choose
 };
 
 // Throws std::invalid_argument before anything is launched.

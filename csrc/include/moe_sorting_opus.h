@@ -15,6 +15,7 @@
 //   3 scatter   a workgroup per tile: bits of the tile, entries to start + tile's offset + rank
 #pragma once
 
+#include "device/cluster.h"
 #include "expert_sort.h"
 
 namespace aiter {
@@ -36,24 +37,29 @@ struct OpusParams {
   int num_tiles;
 };
 
-// LDS: counts [E], starts [E], scan [kMaxWavesPerBlock], bitmask [tile_words][E].
+// LDS: counts [E], starts [E], totals [2][kMaxWavesPerBlock], bitmask [tile_words][E]. An expert's
+// tail takes the place of its count.
 struct OpusLds {
-  uint32_t *counts, *starts, *scan;
+  uint32_t* counts;
+  SortLds sort;
   HitMask hits;
 };
 
 __host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
   return sizeof(uint32_t) *
-         (static_cast<size_t>(num_experts) * (2 + tile_words) + kMaxWavesPerBlock);
+         (static_cast<size_t>(num_experts) * (2 + tile_words) + 2 * kMaxWavesPerBlock);
 }
 
 __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
   uint32_t* const words = reinterpret_cast<uint32_t*>(lds_base);
   uint32_t* const starts = words + p.shape.num_experts;
-  uint32_t* const scan = starts + p.shape.num_experts;
-  return {words, starts, scan,
-          HitMask{scan + kMaxWavesPerBlock, p.shape.num_experts, p.tile_words}};
+  uint32_t* const totals = starts + p.shape.num_experts;
+  return {words,
+          {starts, words, totals},
+          HitMask{totals + 2 * kMaxWavesPerBlock, p.shape.num_experts, p.tile_words}};
 }
+
+constexpr uint32_t kNoExpert = 0xffffu;  // an entry that is left out
 
 __device__ __forceinline__ uint32_t entry_expert(const OpusParams& p, uint32_t entry) {
   const uint32_t expert_idx = static_cast<uint32_t>(p.topk_ids[entry]);
@@ -104,6 +110,18 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
   }
 }
 
+// From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
+__device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
+                                               const OpusLds& lds) {
+  const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
+                              is_local(p.sort.expert_mask, threadIdx.x);
+  const uint32_t num_tails =
+      assign_blocks(p.shape, num_local, is_first_local, false, true, lds.sort, p.sort,
+                    [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+  __syncthreads();
+  write_padding(p.shape, num_local, lds.sort.tails, num_tails, p.sort, threadIdx.x, blockDim.x);
+}
+
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
                                                   char* lds_base) {
   const OpusLds lds = opus_lds(p, lds_base);
@@ -111,25 +129,25 @@ __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_l
   __syncthreads();
   count_entries(p, {0, num_local}, lds.counts);
   __syncthreads();
-  assign_blocks(p.shape, num_local, lds.counts, lds.starts, lds.scan, p.sort);
-  __syncthreads();
-  write_padding(p.shape, num_local, lds.counts, lds.starts, p.sort, threadIdx.x, blockDim.x);
+  assign_and_pad(p, num_local, lds);
   for (int tile = 0; tile < p.num_tiles; ++tile) {
     if (tile > 0) {
       for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
-        lds.starts[e] += lds.hits.count(e);
+        lds.sort.starts[e] += lds.hits.count(e);
       }
     }
     __syncthreads();
     lds.hits.clear();
     __syncthreads();
-    scatter_tile(p, tile_tokens(p, tile, num_local), lds.hits, lds.starts);
+    scatter_tile(p, tile_tokens(p, tile, num_local), lds.hits, lds.sort.starts);
     __syncthreads();
   }
 }
 
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_oneshot_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   if (blockIdx.x == 0) {
     sort_in_one_block(p, num_local, lds_base);
@@ -140,6 +158,8 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_oneshot_kernel(OpusP
 
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   if (blockIdx.x >= static_cast<unsigned>(p.num_tiles)) {
     zero_moe_buf(p.sort, num_local, p.num_tiles);
@@ -158,6 +178,8 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusPar
 
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const OpusLds lds = opus_lds(p, lds_base);
   const int num_experts = p.shape.num_experts;
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
@@ -172,26 +194,26 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusPa
   }
   __syncthreads();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  assign_blocks(p.shape, num_local, lds.counts, lds.starts, lds.scan, p.sort);
-  __syncthreads();
+  assign_and_pad(p, num_local, lds);
   uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) starts[e] = lds.starts[e];
-  write_padding(p.shape, num_local, lds.counts, lds.starts, p.sort, threadIdx.x, blockDim.x);
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) starts[e] = lds.sort.starts[e];
 }
 
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const OpusLds lds = opus_lds(p, lds_base);
   const int num_experts = p.shape.num_experts;
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   const uint32_t* const offsets = p.workspace + static_cast<int64_t>(blockIdx.x) * num_experts;
   const uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    lds.starts[e] = starts[e] + offsets[e];
+    lds.sort.starts[e] = starts[e] + offsets[e];
   }
   lds.hits.clear();
   __syncthreads();
-  scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds.hits, lds.starts);
+  scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds.hits, lds.sort.starts);
 }
 
 }  // namespace aiter

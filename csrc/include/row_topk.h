@@ -4,19 +4,25 @@
 //   winners the K largest (x_e, -e) in descending order
 //   w_k     exp(x_k - x_0) / Z;  Z = sum over winners in slot order (need_renorm), or over all E
 //
-// Lane l of a wave of W holds the logits of experts l, W + l, 2W + l, ... in kValues registers. A
-// step of the selection takes the maximum over the lane's registers, then over the wave, and zeroes
-// the winner's register. 16-bit logits carry the complemented expert index in the low half of the
-// register, so that one reduction finds both; f32 logits need a second one, for the lowest index
-// among the equal. Lane k keeps winner k, so exp and the division are done once for all winners and
-// not once for each. With kValues = 0 the row stays in memory and is read again in every step,
-// below the last winner: any E, slowly.
+// Lane l of a wave of W holds the logits of experts l, W + l, 2W + l, ... in kValues registers.
+//
+// 16-bit logits carry the complemented expert index in the low half of the register: all registers of
+// the row differ, one reduction finds logit and index, and the winner is known by its value. So the
+// registers are sorted first, in groups of up to four; a step of the selection takes the maximum over
+// the groups' heads, then over the wave, and shifts the one group whose head has won.
+// f32 logits fill their registers: a step takes the maximum over all of them, then over the wave,
+// asks for the lowest index among the equal by a second reduction, and zeroes the winner's register.
+//
+// Lane k keeps winner k, so exp and the division are done once for all winners and not once for each.
+// With kValues = 0 the row stays in memory and is read again in every step, below the last winner: any
+// E, slowly.
 //
 // Z over all E is summed by halves of the index range (wave_sum_by_halves, and the same over the
 // registers), so that its last bit does not depend on the wave width nor on kValues > 0.
 //
 // Rejected: 64-bit (key, index) candidates for f32 in registers: with kValues = 32 they spilled 94
-// VGPRs on gfx942, and all kValues >= 16 instances spilled scalar registers.
+// VGPRs on gfx942, and all kValues >= 16 instances spilled scalar registers. Rejected: unsorted
+// registers for 16-bit logits: a step looked at every register twice.
 #pragma once
 
 #include "device/numeric.h"
@@ -40,14 +46,29 @@ template <int kValues>
 constexpr bool kRowIsUsed = kValues * kWaveSize <= kMaxRowExperts;
 
 struct Winner {
-  uint32_t key;  // of the logit, ordered as the logits are
-  uint32_t expert_idx;
+  uint32_t stored;      // as Logit<T> stores it
+  uint32_t expert_idx;  // where `stored` does not tell
 };
 
+template <typename T>
+__device__ __forceinline__ uint32_t expert_of(const Winner& winner) {
+  if constexpr (Logit<T>::kHoldsExpert) {
+    return Logit<T>::expert(winner.stored);
+  } else {
+    return winner.expert_idx;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float logit_of(const Winner& winner) {
+  return Logit<T>::value(Logit<T>::key(winner.stored));
+}
+
+// Calls: load, sum_numerators if it is needed, prepare, then best and take by turns.
 template <typename T, int kValues>
 class WaveRow {
  public:
-  __device__ __forceinline__ WaveRow(const T* row, int num_experts) {
+  __device__ __forceinline__ void load(const T* row, int num_experts) {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       const int expert_idx = i * kWaveSize + lane_idx();
@@ -58,44 +79,84 @@ class WaveRow {
     }
   }
 
+  __device__ __forceinline__ void prepare() {
+    if constexpr (!Logit<T>::kHoldsExpert) return;
+    AITER_UNROLL
+    for (int first = 0; first < kValues; first += kGroup) {
+      if constexpr (kGroup == 4) {
+        order(first, first + 1);
+        order(first + 2, first + 3);
+        order(first, first + 2);
+        order(first + 1, first + 3);
+        order(first + 1, first + 2);
+      } else {
+        order(first, first + 1);
+      }
+    }
+  }
+
   // The best candidate that was not taken yet, the same in every lane.
   __device__ __forceinline__ Winner best() const {
-    const uint32_t stored = wave_max(max_over<0, kValues>());
-    uint32_t expert_idx;
     if constexpr (Logit<T>::kHoldsExpert) {
-      expert_idx = Logit<T>::expert(stored);
+      return {wave_max(max_over<0, kValues / kGroup, kGroup>()), 0};
     } else {
+      const uint32_t stored = wave_max(max_over<0, kValues, 1>());
       uint32_t complement = 0;  // of the lane's lowest index with this key; 0 for none
       AITER_UNROLL
       for (int i = kValues - 1; i >= 0; --i) {
         if (stored_[i] == stored) complement = ~static_cast<uint32_t>(i * kWaveSize + lane_idx());
       }
-      expert_idx = ~wave_max(complement);
+      return {stored, ~wave_max(complement)};
     }
-    return {Logit<T>::key(stored), expert_idx};
   }
 
   __device__ __forceinline__ void take(const Winner& winner) {
-    AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      const bool taken = static_cast<int>(winner.expert_idx) - i * kWaveSize == lane_idx();
-      stored_[i] = taken ? 0 : stored_[i];
+    if constexpr (Logit<T>::kHoldsExpert) {
+      AITER_UNROLL
+      for (int first = 0; first < kValues; first += kGroup) {
+        const bool taken = stored_[first] == winner.stored;
+        AITER_UNROLL
+        for (int i = first; i < first + kGroup - 1; ++i) {
+          stored_[i] = taken ? stored_[i + 1] : stored_[i];
+        }
+        stored_[first + kGroup - 1] = taken ? 0 : stored_[first + kGroup - 1];
+      }
+    } else {
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        const bool taken = static_cast<int>(winner.expert_idx) - i * kWaveSize == lane_idx();
+        stored_[i] = taken ? 0 : stored_[i];
+      }
     }
   }
 
-  // Sum of exp(x - max) over the row, to be asked before anything was taken.
+  // Before prepare().
+  __device__ __forceinline__ float max() const {
+    return Logit<T>::value(Logit<T>::key(wave_max(max_over<0, kValues, 1>())));
+  }
+
+  // Sum of exp(x - max) over the row, before prepare().
   __device__ __forceinline__ float sum_numerators(float max) const {
     return wave_sum_by_halves(sum_by_halves<0, 1>(max));
   }
 
  private:
-  template <int kFirst, int kCount>
+  static constexpr int kGroup = kValues < 4 ? kValues : 4;
+
+  __device__ __forceinline__ void order(int i, int j) {
+    const uint32_t x = stored_[i], y = stored_[j];
+    stored_[i] = x > y ? x : y;
+    stored_[j] = x > y ? y : x;
+  }
+
+  // Over the kCount registers kFirst, kFirst + kStep, ...
+  template <int kFirst, int kCount, int kStep>
   __device__ __forceinline__ uint32_t max_over() const {
     if constexpr (kCount == 1) {
       return stored_[kFirst];
     } else {
-      const uint32_t x = max_over<kFirst, kCount / 2>();
-      const uint32_t y = max_over<kFirst + kCount / 2, kCount / 2>();
+      const uint32_t x = max_over<kFirst, kCount / 2, kStep>();
+      const uint32_t y = max_over<kFirst + kCount / 2 * kStep, kCount / 2, kStep>();
       return x > y ? x : y;
     }
   }
@@ -117,64 +178,86 @@ class WaveRow {
 template <typename T>
 class WaveRow<T, 0> {
  public:
-  __device__ __forceinline__ WaveRow(const T* row, int num_experts)
-      : row_(row), num_experts_(num_experts) {}
+  __device__ __forceinline__ void load(const T* row, int num_experts) {
+    row_ = row;
+    num_experts_ = num_experts;
+  }
+
+  __device__ __forceinline__ void prepare() { last_ = ~uint64_t{0}; }
 
   __device__ __forceinline__ Winner best() const {
     uint64_t best = 0;
     for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
-      const uint64_t key = Logit<T>::key(Logit<T>::store(row_[e], e));
-      const uint64_t candidate = key << 32 | static_cast<uint32_t>(~e);
+      const uint64_t candidate = ordered(stored(e), e);
       if (candidate < last_ && candidate > best) best = candidate;
     }
     best = wave_max(best);
-    return {static_cast<uint32_t>(best >> 32), ~static_cast<uint32_t>(best)};
+    const uint32_t expert_idx = ~static_cast<uint32_t>(best);
+    return {stored(expert_idx), expert_idx};
   }
 
   __device__ __forceinline__ void take(const Winner& winner) {
-    last_ = static_cast<uint64_t>(winner.key) << 32 | static_cast<uint32_t>(~winner.expert_idx);
+    last_ = ordered(winner.stored, winner.expert_idx);
+  }
+
+  __device__ __forceinline__ float max() const {
+    uint32_t best = 0;
+    for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
+      const uint32_t key = Logit<T>::key(stored(e));
+      best = key > best ? key : best;
+    }
+    return Logit<T>::value(wave_max(best));
   }
 
   __device__ __forceinline__ float sum_numerators(float max) const {
     float sum = 0.0f;
     for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
-      sum += softmax_numerator(Logit<T>::value(Logit<T>::key(Logit<T>::store(row_[e], e))), max);
+      sum += softmax_numerator(Logit<T>::value(Logit<T>::key(stored(e))), max);
     }
     return wave_sum_by_halves(sum);
   }
 
  private:
+  __device__ __forceinline__ uint32_t stored(uint32_t expert_idx) const {
+    return Logit<T>::store(row_[expert_idx], expert_idx);
+  }
+  static __device__ __forceinline__ uint64_t ordered(uint32_t stored, uint32_t expert_idx) {
+    return static_cast<uint64_t>(Logit<T>::key(stored)) << 32 | static_cast<uint32_t>(~expert_idx);
+  }
+
   const T* row_;
   int num_experts_;
-  uint64_t last_ = ~uint64_t{0};
+  uint64_t last_;
 };
 
-// Runs the selection for one row. Sink: put(k, expert_idx, weight) is called once per slot, each
+// Runs the selection for a loaded row. Sink: put(k, expert_idx, weight) is called once per slot, each
 // by one lane; when K exceeds the wave, weights arrive undivided and divide(k, Z) follows, called
 // by the same lane.
 template <typename T, int kValues, typename Sink>
-__device__ __forceinline__ void wave_topk(const T* row, int num_experts, int topk, bool need_renorm,
+__device__ __forceinline__ void wave_topk(WaveRow<T, kValues>& row, int topk, bool need_renorm,
                                           Sink& sink) {
-  WaveRow<T, kValues> values(row, num_experts);
   const bool one_pass = topk <= kWaveSize;
   float max = 0.0f;
   float denominator = 0.0f;
+  if (!need_renorm) {
+    max = row.max();
+    denominator = row.sum_numerators(max);
+  }
+  row.prepare();
   for (int first = 0; first < topk; first += kWaveSize) {
     const int num_winners = topk - first < kWaveSize ? topk - first : kWaveSize;
     Winner mine{};
     for (int k = 0; k < num_winners; ++k) {
-      const Winner winner = values.best();
-      if (first + k == 0) {
-        max = Logit<T>::value(winner.key);
-        if (!need_renorm) denominator = values.sum_numerators(max);
-      }
-      values.take(winner);
-      if (k == lane_idx()) mine = winner;
+      const Winner winner = row.best();
+      if (first + k == 0) max = logit_of<T>(winner);
+      row.take(winner);
+      mine.stored = wave_write_lane(mine.stored, winner.stored, k);
+      mine.expert_idx = wave_write_lane(mine.expert_idx, winner.expert_idx, k);
     }
-    float weight = softmax_numerator(Logit<T>::value(mine.key), max);
+    float weight = softmax_numerator(logit_of<T>(mine), max);
     if (need_renorm) denominator = wave_sum_in_order(weight, num_winners, denominator);
     if (one_pass) weight = weight / denominator;
-    if (lane_idx() < num_winners) sink.put(first + lane_idx(), mine.expert_idx, weight);
+    if (lane_idx() < num_winners) sink.put(first + lane_idx(), expert_of<T>(mine), weight);
   }
   if (one_pass) return;
   for (int k = lane_idx(); k < topk; k += kWaveSize) sink.divide(k, denominator);

@@ -7,6 +7,7 @@
 // no LDS and no barrier.
 #pragma once
 
+#include "device/cluster.h"
 #include "row_topk.h"
 
 namespace aiter {
@@ -41,12 +42,15 @@ struct TopkSoftmaxSink {
 template <typename T, int kValues>
 __global__ void __launch_bounds__(kRowsPerBlock* kMaxWaveSize)
     topk_softmax_kernel(TopkSoftmaxParams p) {
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + wave_idx();
   if (row >= p.num_tokens) return;
   TopkSoftmaxSink sink{p, row};
   if constexpr (kRowIsUsed<kValues>) {
-    wave_topk<T, kValues>(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts,
-                          p.topk, p.need_renorm, sink);
+    WaveRow<T, kValues> logits;
+    logits.load(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts);
+    wave_topk(logits, p.topk, p.need_renorm, sink);
   }
 }
 

@@ -23,7 +23,8 @@ void expert_load(const TensorView& topk_ids, const TensorView& load, void* strea
   const ExpertLoadParams params{static_cast<const int32_t*>(topk_ids.data),
                                 static_cast<uint32_t>(topk_ids.numel()),
                                 static_cast<int>(load.numel()), static_cast<int32_t*>(load.data)};
-  launch(expert_load_kernel, 1, kExpertLoadThreads, sizeof(uint32_t) * params.num_experts,
+  launch(expert_load_kernel, device_limits(topk_ids.device_index),
+         {1, kExpertLoadThreads, sizeof(uint32_t) * params.num_experts},
          static_cast<hipStream_t>(stream), params);
 }
 

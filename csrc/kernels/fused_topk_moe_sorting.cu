@@ -8,12 +8,13 @@
 namespace aiter {
 namespace {
 
-int max_tokens(int num_experts, int topk, const DeviceLimits& limits) {
-  const auto fits = [&](int num_tokens) {
-    return fused_lds({num_tokens, num_experts, topk, 1}).total <=
+// Rows that one of `cluster_size` routing workgroups has LDS for.
+int max_tokens_per_block(int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
+  const auto fits = [&](int num_rows) {
+    return fused_lds(num_rows, num_experts, topk, cluster_size).total <=
            static_cast<size_t>(limits.lds_bytes);
   };
-  int low = 0, high = limits.lds_bytes;  // a token takes more than one byte
+  int low = 0, high = limits.lds_bytes;  // a row takes more than one byte
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
     if (fits(middle)) {
@@ -25,19 +26,66 @@ int max_tokens(int num_experts, int topk, const DeviceLimits& limits) {
   return low;
 }
 
-FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, const DeviceLimits& limits) {
+int max_tokens(int num_experts, int topk, const DeviceLimits& limits) {
+  int most = 0;
+  for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
+    most = std::max(most, size * max_tokens_per_block(num_experts, topk, size, limits));
+  }
+  return static_cast<int>(std::min<int64_t>(most, kMaxTokens));
+}
+
+// The fewest workgroups that have a wave per row, as far as there are so many and LDS suffices.
+int choose_cluster_size(const SortShape& shape, int max_waves, const DeviceLimits& limits) {
+  const auto fits = [&](int size) {
+    return shape.num_tokens <=
+           size * max_tokens_per_block(shape.num_experts, shape.topk, size, limits);
+  };
+  int chosen = 1;
+  for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
+    if (!fits(size)) continue;
+    chosen = size;
+    if (size * max_waves >= shape.num_tokens) break;
+  }
+  return chosen;
+}
+
+FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int64_t cluster_size,
+                          const DeviceLimits& limits) {
   FusedConfig config;
   config.row_values = row_values(shape.num_experts, limits.wave_size);
-  // A wave per row while there are waves; never fewer than a thread per expert would use well.
   const int max_waves =
       std::min(limits.max_threads_per_block, fused_max_threads(config.row_values)) /
       limits.wave_size;
+  const int size = cluster_size != 0 ? static_cast<int>(cluster_size)
+                                     : choose_cluster_size(shape, max_waves, limits);
+  config.tokens_per_block = (shape.num_tokens + size - 1) / size;
+  // A wave per row while there are waves; never fewer than a thread per expert would use well.
   const int expert_waves = (shape.num_experts + limits.wave_size - 1) / limits.wave_size;
-  const int num_waves = std::min(max_waves, std::max({4, shape.num_tokens, expert_waves}));
-  config.num_threads = num_waves * limits.wave_size;
-  config.num_blocks = 1 + zeroing_blocks(zero_bytes, limits);
-  config.lds_bytes = fused_lds(shape).total;
+  const int num_waves = std::min(max_waves, std::max({4, config.tokens_per_block, expert_waves}));
+  config.launch.num_threads = num_waves * limits.wave_size;
+  config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
+  config.launch.lds_bytes =
+      fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size).total;
+  config.launch.cluster_size = size;
+  config.launch.waits_itself = true;
   return config;
+}
+
+// Whether the routing workgroups have LDS for all rows.
+void check_capacity(const SortShape& shape, int64_t cluster_size, const DeviceLimits& limits) {
+  if (cluster_size != 0) check_range("cluster_size", cluster_size, 1, limits.max_cluster_size);
+  const int size = static_cast<int>(cluster_size);
+  const int most = size == 0
+                       ? max_tokens(shape.num_experts, shape.topk, limits)
+                       : size * max_tokens_per_block(shape.num_experts, shape.topk, size, limits);
+  if (shape.num_tokens <= most) return;
+  fail_argument("gating_output",
+                "at most " + std::to_string(most) + " rows, which is what fits in " +
+                    std::to_string(limits.lds_bytes) + " bytes of LDS " +
+                    (size > 1 ? "in each of " + std::to_string(size) + " workgroups " : "") +
+                    "for num_experts " + std::to_string(shape.num_experts) + " and topk " +
+                    std::to_string(shape.topk),
+                std::to_string(shape.num_tokens));
 }
 
 }  // namespace
@@ -57,15 +105,9 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
 
   const DeviceGuard guard(args.gating_output.device_index);
   const DeviceLimits limits = device_limits(args.gating_output.device_index);
-  const SortShape shape = sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size);
-  const int most = max_tokens(shape.num_experts, shape.topk, limits);
-  if (shape.num_tokens > most) {
-    fail_argument("gating_output",
-                  "at most " + std::to_string(most) + " rows, which is what fits in " +
-                      std::to_string(limits.lds_bytes) + " bytes of LDS for num_experts " +
-                      std::to_string(shape.num_experts) + " and topk " + std::to_string(shape.topk),
-                  std::to_string(shape.num_tokens));
-  }
+  const SortShape shape =
+      sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
+  check_capacity(shape, args.cluster_size, limits);
 
   FusedParams params;
   params.gating = args.gating_output.data;
@@ -73,10 +115,13 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   params.shape = shape;
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
-  const FusedConfig config = choose_config(shape, params.sort.row_bytes * shape.num_tokens, limits);
+  const FusedConfig config =
+      choose_config(shape, params.sort.row_bytes * shape.num_tokens, args.cluster_size, limits);
+  params.cluster_size = static_cast<int>(config.launch.cluster_size);
+  params.tokens_per_block = config.tokens_per_block;
   dispatch_row(args.gating_output.dtype, config.row_values, [&](auto logit, auto values) {
-    launch(fused_topk_moe_sorting_kernel<decltype(logit), values()>, config.num_blocks,
-           config.num_threads, config.lds_bytes, static_cast<hipStream_t>(stream), params);
+    launch(fused_topk_moe_sorting_kernel<decltype(logit), values()>, limits, config.launch,
+           static_cast<hipStream_t>(stream), params);
   });
 }
 

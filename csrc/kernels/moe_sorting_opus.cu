@@ -77,22 +77,27 @@ Tiling check(const MoeSortingOpusArgs& args) {
 
 void launch_oneshot(const OpusParams& p, const DeviceLimits& limits, unsigned num_zeroing,
                     hipStream_t stream) {
-  const int threads = std::min(kSortThreads, limits.max_threads_per_block);
-  launch(moe_sorting_oneshot_kernel, 1 + num_zeroing, threads,
-         opus_lds_bytes(p.shape.num_experts, p.tile_words), stream, p);
+  const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
+  launch(moe_sorting_oneshot_kernel, limits,
+         {1 + num_zeroing, threads, opus_lds_bytes(p.shape.num_experts, p.tile_words), 1, true},
+         stream, p);
 }
 
 void launch_multiphase(const OpusParams& p, const DeviceLimits& limits, unsigned num_zeroing,
                        hipStream_t stream) {
-  const int threads = std::min(kSortThreads, limits.max_threads_per_block);
-  if (p.num_tiles > 0) {
-    launch(moe_sorting_count_kernel, p.num_tiles + num_zeroing, threads,
-           sizeof(uint32_t) * p.shape.num_experts, stream, p);
+  const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
+  const unsigned num_tiles = p.num_tiles;
+  if (num_tiles > 0) {
+    launch(moe_sorting_count_kernel, limits,
+           {num_tiles + num_zeroing, threads, sizeof(uint32_t) * p.shape.num_experts, 1, true},
+           stream, p);
   }
-  launch(moe_sorting_assign_kernel, 1, threads, opus_lds_bytes(p.shape.num_experts, 0), stream, p);
-  if (p.num_tiles > 0) {
-    launch(moe_sorting_scatter_kernel, p.num_tiles, threads,
-           opus_lds_bytes(p.shape.num_experts, p.tile_words), stream, p);
+  launch(moe_sorting_assign_kernel, limits,
+         {1, threads, opus_lds_bytes(p.shape.num_experts, 0), 1, true}, stream, p);
+  if (num_tiles > 0) {
+    launch(moe_sorting_scatter_kernel, limits,
+           {num_tiles, threads, opus_lds_bytes(p.shape.num_experts, p.tile_words), 1, true}, stream,
+           p);
   }
 }
 
@@ -116,8 +121,8 @@ void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   OpusParams params;
   params.topk_ids = static_cast<const int32_t*>(args.topk_ids.data);
   params.topk_weights = static_cast<const float*>(args.topk_weights.data);
-  params.shape =
-      sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1], args.unit_size);
+  params.shape = sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1],
+                            args.unit_size, args.sort);
   params.sort = sort_params(args.sort);
   params.workspace = args.workspace ? static_cast<uint32_t*>(args.workspace->data) : nullptr;
   params.tile_words = tiling.tile_words;

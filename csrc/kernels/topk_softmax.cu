@@ -33,7 +33,7 @@ void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
   const TensorView& gating = args.gating_output;
   if (gating.shape[0] == 0) return;
   const DeviceGuard guard(gating.device_index);
-  const int wave_size = device_limits(gating.device_index).wave_size;
+  const DeviceLimits limits = device_limits(gating.device_index);
   const TopkSoftmaxParams params{gating.data,
                                  gating.stride[0],
                                  static_cast<int>(gating.shape[0]),
@@ -44,11 +44,12 @@ void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
                                  static_cast<int32_t*>(args.topk_indices.data),
                                  static_cast<int32_t*>(args.token_expert_indices.data)};
   const unsigned num_blocks = (params.num_tokens + kRowsPerBlock - 1) / kRowsPerBlock;
-  dispatch_row(gating.dtype, row_values(params.num_experts, wave_size),
-               [&](auto logit, auto values) {
-                 launch(topk_softmax_kernel<decltype(logit), values()>, num_blocks,
-                        kRowsPerBlock * wave_size, 0, static_cast<hipStream_t>(stream), params);
-               });
+  const unsigned num_threads = kRowsPerBlock * limits.wave_size;
+  dispatch_row(
+      gating.dtype, row_values(params.num_experts, limits.wave_size), [&](auto logit, auto values) {
+        launch(topk_softmax_kernel<decltype(logit), values()>, limits,
+               {num_blocks, num_threads, 0, 1, true}, static_cast<hipStream_t>(stream), params);
+      });
 }
 
 }  // namespace aiter

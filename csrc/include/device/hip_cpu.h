@@ -6,8 +6,8 @@
 // a wave operation until every live lane of its wave has arrived, and at __syncthreads() until every
 // live lane of the workgroup has, LDS really is private to a workgroup and holds garbage at its start.
 //
-//   launch(grid, block, lds_bytes, body)
-//     OS threads   take workgroups from a shared counter, one at a time
+//   launch(grid, block, lds_bytes, cluster, body)
+//     OS threads   take clusters from a shared counter, one at a time
 //     workgroup    runs its waves in turn, each until all its lanes are blocked or done
 //     wave         a ring of lanes; a lane that blocks switches straight to the next ready lane
 //
@@ -49,6 +49,7 @@ constexpr int kWaveSize = AITER_WAVE_SIZE;
 static_assert(kWaveSize == 32 || kWaveSize == 64, "wave width is 32 or 64");
 constexpr int kMaxThreadsPerBlock = 1024;
 constexpr int kLdsBytesPerBlock = 64 * 1024;  // what gfx90a and gfx942 give a workgroup
+constexpr int kMaxClusterSize = 8;            // workgroups, as on sm_90
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -77,16 +78,20 @@ struct Lane {
   unsigned thread_idx;
 };
 
+struct Workgroup;
+
 struct Wave {
   LaneMask live;        // lanes that have not returned from the kernel
   LaneMask ready;       // live lanes that can run
   LaneMask arrived;     // lanes that wait at the current wave operation
-  LaneMask at_barrier;  // lanes that wait at __syncthreads
+  LaneMask at_barrier;  // lanes that wait at __syncthreads, or at a barrier of the cluster
   unsigned generation;  // wave operations completed
   CombineFn combine;
   Site site;
   Site barrier_site;
+  bool waits_for_cluster;  // at its barrier
   Lane* lanes;
+  Workgroup* workgroup;
   LaneMask participants[2];
   uint64_t result[2];
   alignas(64) uint64_t slot[2][kWaveSize];
@@ -96,7 +101,8 @@ struct Workgroup {
   unsigned block_idx, block_dim, grid_dim;
   char* lds;
   size_t lds_bytes;
-  unsigned barriers_passed;
+  unsigned rank;  // in its cluster
+  unsigned barriers_passed, cluster_barriers_passed;
 };
 
 // The running lane and its workgroup. initial-exec: one load, no call into the dynamic linker.
@@ -109,6 +115,14 @@ void yield_lane();
 [[noreturn]] void fail(const Site& site, const char* what);
 void complete_collective(Wave& wave);
 void barrier(const Site& site);
+void cluster_barrier(const Site& site);
+// The place in the LDS of the cluster's workgroup `rank` that `address` is in the running one's.
+void* in_workgroup_lds(void* address, int rank);
+
+template <typename T>
+T* in_workgroup(T* address, int rank) {
+  return static_cast<T*>(in_workgroup_lds(address, rank));
+}
 
 inline LaneMask bit(unsigned lane) { return LaneMask{1} << lane; }
 
@@ -172,8 +186,10 @@ struct GridDim {
 
 using BodyFn = void (*)(const void* closure);
 
-// Runs `grid` workgroups of `block` lanes to the end; throws std::runtime_error on a kernel's fault.
-void launch(unsigned grid, unsigned block, size_t lds_bytes, BodyFn body, const void* closure);
+// Runs `grid` workgroups of `block` lanes, `cluster` of them at a time, to the end; throws
+// std::runtime_error on a kernel's fault.
+void launch(unsigned grid, unsigned block, size_t lds_bytes, unsigned cluster, BodyFn body,
+            const void* closure);
 
 // What a checker of memory accesses is told; see cpu/race_check.cpp. With one, a launch stays on the
 // calling thread.
@@ -185,6 +201,8 @@ extern const Observer* observer;  // null, or set before the first launch
 
 // Whether an address belongs to the execution layer itself: lanes' stacks and bookkeeping.
 bool is_internal(const void* address);
+// The workgroup of the running cluster whose LDS the address lies in; null for other memory.
+const Workgroup* owner_of_lds(const void* address);
 [[noreturn]] void fail(const std::string& error);
 
 // Number of OS threads that a launch may use: the cores this process may run on.

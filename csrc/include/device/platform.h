@@ -60,13 +60,30 @@ struct DeviceLimits {
   int num_compute_units;
   int lds_bytes;              // dynamic LDS that one workgroup can get
   int max_threads_per_block;  // of the launches that this project makes
+  int max_cluster_size;       // workgroups; 1: no clusters
+  int default_cluster_size;   // the most that launchers choose unasked
+  bool overlaps_launches;     // a launch may start up while the one before it ends (cluster.h)
+};
+
+struct LaunchShape {
+  unsigned num_blocks;        // workgroups
+  unsigned num_threads;       // of a workgroup
+  size_t lds_bytes;           // of a workgroup, dynamic
+  unsigned cluster_size = 1;  // workgroups; divides num_blocks
+  bool waits_itself =
+      false;  // the kernel calls wait_for_earlier_launch(), so it may start up early
 };
 
 #if defined(AITER_TARGET_CPU)
 
 inline DeviceLimits query_device_limits(int) {
-  return {hip_cpu::kWaveSize, static_cast<int>(hip_cpu::num_cores()), hip_cpu::kLdsBytesPerBlock,
-          256};  // fewer lanes, fewer switches at a barrier; a wave's lanes share a core anyway
+  return {hip_cpu::kWaveSize,
+          static_cast<int>(hip_cpu::num_cores()),
+          hip_cpu::kLdsBytesPerBlock,
+          256,  // fewer lanes, fewer switches at a barrier; a wave's lanes share a core anyway
+          hip_cpu::kMaxClusterSize,
+          1,
+          false};
 }
 
 struct DeviceGuard {
@@ -74,11 +91,11 @@ struct DeviceGuard {
 };
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds_bytes, hipStream_t,
+void launch(void (*kernel)(Params...), const DeviceLimits&, const LaunchShape& shape, hipStream_t,
             Args... args) {
   auto body = [&] { kernel(args...); };
   hip_cpu::launch(
-      grid, block, lds_bytes,
+      shape.num_blocks, shape.num_threads, shape.lds_bytes, shape.cluster_size,
       [](const void* closure) { (*static_cast<const decltype(body)*>(closure))(); }, &body);
 }
 
@@ -109,13 +126,20 @@ inline int device_attribute(int device, decltype(hipDeviceAttributeWarpSize) att
 inline DeviceLimits query_device_limits(int device) {
 #if defined(AITER_TARGET_ROCM)
   constexpr auto lds_attribute = hipDeviceAttributeMaxSharedMemoryPerBlock;
+  const bool has_clusters = false;
 #else
   constexpr auto lds_attribute = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  const bool has_clusters = device_attribute(device, cudaDevAttrComputeCapabilityMajor,
+                                             "querying the compute capability") >= 9;
 #endif
   return {device_attribute(device, hipDeviceAttributeWarpSize, "querying the wave width"),
           device_attribute(device, hipDeviceAttributeMultiprocessorCount,
                            "querying the number of compute units"),
-          device_attribute(device, lds_attribute, "querying the LDS of a workgroup"), 1024};
+          device_attribute(device, lds_attribute, "querying the LDS of a workgroup"),
+          1024,
+          has_clusters ? 8 : 1,
+          has_clusters ? 8 : 1,
+          has_clusters};
 }
 
 // Makes `device` current, and restores the caller's at the end.
@@ -143,21 +167,44 @@ class DeviceGuard {
 // wants more LDS than a workgroup gets unasked has to be allowed to, once per kernel and device;
 // asking again costs about as much as remembering.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), unsigned grid, unsigned block, size_t lds_bytes,
+void launch(void (*kernel)(Params...), const DeviceLimits& limits, const LaunchShape& shape,
             hipStream_t stream, Args... args) {
 #if defined(AITER_TARGET_CUDA)
   constexpr size_t kUnaskedLdsBytes = 48 * 1024;
-  if (lds_bytes > kUnaskedLdsBytes) {
+  if (shape.lds_bytes > kUnaskedLdsBytes) {
     check_runtime(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        hipFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(lds_bytes)),
+                                       static_cast<int>(shape.lds_bytes)),
                   "raising the LDS limit of a kernel");
   }
-#endif
+  cudaLaunchAttribute attributes[2];
+  unsigned num_attributes = 0;
+  if (limits.overlaps_launches && shape.waits_itself) {
+    cudaLaunchAttribute& overlap = attributes[num_attributes++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster_size > 1) {
+    cudaLaunchAttribute& cluster = attributes[num_attributes++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster_size;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.num_blocks;
+  config.blockDim = shape.num_threads;
+  config.dynamicSmemBytes = shape.lds_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = num_attributes;
+  check_runtime(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
+#else
+  (void)limits;
   // clang-format off
-  kernel<<<grid, block, lds_bytes, stream>>>(args...);
+  kernel<<<shape.num_blocks, shape.num_threads, shape.lds_bytes, stream>>>(args...);
   // clang-format on
   check_runtime(hipGetLastError(), "launching a kernel");
+#endif
 }
 
 #endif

@@ -9,7 +9,9 @@
 //                                   it the last bit, follows from the indices alone
 //   wave_sum_in_order(x, n, init)   ((init + x of lane 0) + x of lane 1) + ... n terms, in every lane
 //   wave_inclusive_sum(x)           uint32_t prefix sum, own lane included
+//   wave_rank(flag)                 {below, total}: lanes below, and lanes in all, whose flag is set
 //   wave_read_lane(x, lane)         x of one lane, the same for all; uint32_t or float
+//   wave_write_lane(x, y, lane)     y in the one lane, x in the others; uint32_t
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
@@ -18,7 +20,9 @@
 //   wave_max (64 bit)    shuffle tree                          2 redux.sync          1 switch
 //   wave_sum_by_halves   shuffle tree                          shfl.bfly tree        1 switch
 //   wave_inclusive_sum   shuffle scan                          shfl.up scan          1 switch
+//   wave_rank            v_mbcnt, s_bcnt1                      vote.ballot, popc     1 switch
 //   wave_read_lane       v_readlane                            shfl.idx              1 switch
+//   wave_write_lane      v_writelane                           select                select
 #pragma once
 
 #include <cstdint>
@@ -39,6 +43,10 @@ constexpr int kWaveSize = 32;
 __device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x) % kWaveSize; }
 __device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x) / kWaveSize; }
 
+struct WavePrefix {
+  uint32_t below, total;  // over the lanes below, over all lanes
+};
+
 }  // namespace aiter
 
 #if defined(AITER_TARGET_CPU)
@@ -54,22 +62,26 @@ namespace aiter {
 constexpr int kMaxWaveSize = 64;
 constexpr int kMaxWavesPerBlock = 32;  // 1024 threads of wave32
 
-// Exclusive prefix sum over the workgroup in thread order; `total` is the sum over all threads.
-// `lds_scratch` holds kMaxWavesPerBlock words. Ends with a barrier, so that it can be called again.
-__device__ __forceinline__ uint32_t block_exclusive_sum(uint32_t value, uint32_t* lds_scratch,
-                                                        uint32_t& total) {
-  const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
-  const uint32_t inclusive = wave_inclusive_sum(value);
-  if (lane_idx() == kWaveSize - 1) lds_scratch[wave_idx()] = inclusive;
-  __syncthreads();
-  uint32_t before = 0;
-  total = 0;
+__device__ __forceinline__ WavePrefix wave_prefix_sum(uint32_t x) {
+  const uint32_t inclusive = wave_inclusive_sum(x);
+  return {inclusive - x, wave_read_lane(inclusive, kWaveSize - 1)};
+}
+
+// A prefix over the workgroup is one over its waves, whose totals the first `num_waves` waves post;
+// behind a barrier everyone adds those of the waves before. `lds_totals` holds kMaxWavesPerBlock.
+__device__ __forceinline__ void post_total(uint32_t* lds_totals, const WavePrefix& prefix) {
+  if (lane_idx() == 0) lds_totals[wave_idx()] = prefix.total;
+}
+
+__device__ __forceinline__ WavePrefix over_workgroup(const uint32_t* lds_totals, int num_waves,
+                                                     const WavePrefix& prefix) {
+  WavePrefix all{prefix.below, 0};
   for (int w = 0; w < num_waves; ++w) {
-    if (w == wave_idx()) before = total;
-    total += lds_scratch[w];
+    const uint32_t total = lds_totals[w];
+    if (w < wave_idx()) all.below += total;
+    all.total += total;
   }
-  __syncthreads();
-  return before + inclusive - value;
+  return all;
 }
 
 }  // namespace aiter

@@ -37,6 +37,16 @@ inline void combine_inclusive_sum(hip_cpu::Wave& wave, unsigned parity, hip_cpu:
   }
 }
 
+inline void combine_rank(hip_cpu::Wave& wave, unsigned parity, hip_cpu::LaneMask lanes) {
+  uint64_t below = 0;
+  for (int l = 0; l < kWaveSize; ++l) {
+    const bool flag = (lanes >> l & 1) && wave.slot[parity][l] != 0;
+    wave.slot[parity][l] = below;
+    below += flag ? 1 : 0;
+  }
+  wave.result[parity] = below;
+}
+
 template <typename T>
 inline T read_slot(unsigned parity, int lane, const hip_cpu::Site& site) {
   const hip_cpu::Wave& wave = *hip_cpu::current_lane->wave;
@@ -71,6 +81,18 @@ inline uint32_t wave_inclusive_sum(uint32_t x, AITER_CALL_SITE) {
                                               AITER_SITE_OF("wave_inclusive_sum"));
   const hip_cpu::Lane& lane = *hip_cpu::current_lane;
   return hip_cpu::from_word<uint32_t>(lane.wave->slot[parity][lane.index]);
+}
+
+inline WavePrefix wave_rank(bool flag, AITER_CALL_SITE) {
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(flag), wave_cpu::combine_rank,
+                                              AITER_SITE_OF("wave_rank"));
+  const hip_cpu::Lane& lane = *hip_cpu::current_lane;
+  return {hip_cpu::from_word<uint32_t>(lane.wave->slot[parity][lane.index]),
+          hip_cpu::from_word<uint32_t>(lane.wave->result[parity])};
+}
+
+inline uint32_t wave_write_lane(uint32_t x, uint32_t y, int lane) {
+  return lane_idx() == lane ? y : x;
 }
 
 template <typename T>

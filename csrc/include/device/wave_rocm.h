@@ -96,6 +96,23 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
   return init;
 }
 
+__device__ __forceinline__ WavePrefix wave_rank(bool flag) {
+#if defined(__GFX9__)
+  const uint64_t set = __builtin_amdgcn_ballot_w64(flag);
+  const uint32_t low = static_cast<uint32_t>(set), high = static_cast<uint32_t>(set >> 32);
+  const uint32_t below = __builtin_amdgcn_mbcnt_hi(high, __builtin_amdgcn_mbcnt_lo(low, 0));
+  return {below, static_cast<uint32_t>(__builtin_popcountll(set))};
+#else
+  const uint32_t set = __builtin_amdgcn_ballot_w32(flag);
+  return {__builtin_amdgcn_mbcnt_lo(set, 0), static_cast<uint32_t>(__builtin_popcount(set))};
+#endif
+}
+
+__device__ __forceinline__ uint32_t wave_write_lane(uint32_t x, uint32_t y, int lane) {
+  return static_cast<uint32_t>(
+      __builtin_amdgcn_writelane(static_cast<int>(y), lane, static_cast<int>(x)));
+}
+
 __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
   x += dpp::move<dpp::kRowShr + 1>(x);
   x += dpp::move<dpp::kRowShr + 2>(x);

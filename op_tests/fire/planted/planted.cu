@@ -142,7 +142,8 @@ void run_planted(const std::string& name, int* data, int n) {
   };
   for (const auto& entry : kernels) {
     if (name != entry.name) continue;
-    aiter::launch(entry.kernel, entry.num_blocks, kThreads, kThreads * sizeof(int),
+    aiter::launch(entry.kernel, aiter::device_limits(0),
+                  {entry.num_blocks, kThreads, kThreads * sizeof(int)},
                   static_cast<hipStream_t>(nullptr), data, n);
     return;
   }
