@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import _checkout  # noqa: F401
 import pytest
@@ -110,6 +111,45 @@ def test_max_tokens(target: Target, num_experts: int, topk: int) -> None:
     assert 1 <= limit < 1 << 24
     assert run_or_refuse(Case(limit, num_experts, topk, torch.bfloat16), target)
     assert not run_or_refuse(Case(limit + 1, num_experts, topk, torch.bfloat16), target)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_cluster_sizes(target: Target, size: int) -> None:
+    """Workgroups that share the routing write what one writes; some of them may have no row."""
+    clustered = partial(FUSED, cluster_size=size)
+    base = Case(8, 128, 4, torch.bfloat16)
+    if size > 1 and not has_clusters(target):
+        with pytest.raises(Mismatch, match="cluster_size: expected a value from 1 to 1, got"):
+            run_fused(base, target, clustered)
+        return
+    cases = [replace(base, num_tokens=count) for count in (0, 1, 3, 8, 33, 100, 257)]
+    cases += [replace(case, mask="random", num_local=case.num_tokens // 3) for case in cases]
+    cases += [
+        replace(base, num_tokens=70, dtype=torch.float32, num_experts=896, topk=16),
+        replace(base, num_tokens=70, block_size=33, need_renorm=False),
+        replace(base, num_tokens=129, logits="ties", num_experts=300, topk=8, block_size=4),
+        replace(base, num_tokens=40, num_experts=1100, topk=2),
+    ]
+    for case in cases:
+        run_fused(case, target, clustered)
+
+
+def has_clusters(target: Target) -> bool:
+    """Whether workgroups of the target can form clusters: the cpu, and NVIDIA GPUs from sm_90 on."""
+    if target.device == "cpu":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(target.device)[0] >= 9
+
+
+@pytest.mark.parametrize("size", [-1, 3, 9, "2"])
+def test_bad_cluster_sizes(target: Target, size: int) -> None:
+    case = Case(8, 16, 2)
+    with pytest.raises((ValueError, TypeError), match="cluster_size: expected .*, got"):
+        call = fused_arguments(
+            case, make_inputs(case, target.device), SortedOutputs.allocate(case, target.device)
+        )
+        with target.active():
+            FUSED(**call, cluster_size=size)
 
 
 @pytest.mark.parametrize("num_experts", EXPERT_COUNTS)

@@ -461,11 +461,11 @@ void wait_at_barrier(const Site& site, bool waits_for_cluster) {
 void barrier(const Site& site) { wait_at_barrier(site, false); }
 void cluster_barrier(const Site& site) { wait_at_barrier(site, true); }
 
-void* in_workgroup_lds(void* address, int rank) {
+void* in_workgroup(void* address, int rank, const Site& site) {
   char* const lds = this_machine().lds(rank);
-  if (lds == nullptr) fail("LDS of workgroup " + std::to_string(rank) + ", not in the cluster");
-  if (current_workgroup->cluster_barriers_passed == 0 && lds != current_workgroup->lds) {
-    fail("LDS of workgroup " + std::to_string(rank) + ", which may not have started yet");
+  if (lds == nullptr) fail(site, "reaches for a workgroup outside the cluster");
+  if (lds != current_workgroup->lds && current_workgroup->cluster_barriers_passed == 0) {
+    fail(site, "reaches for a workgroup that may not have started");
   }
   return lds + (static_cast<char*>(address) - current_workgroup->lds);
 }

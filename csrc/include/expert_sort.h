@@ -73,6 +73,7 @@ struct HitMask {
   int num_words;
 
   __device__ __forceinline__ void clear() const {
+    AITER_LOOP
     for (int i = threadIdx.x; i < num_experts * num_words; i += blockDim.x) words[i] = 0;
   }
   __device__ __forceinline__ void set(int token, uint32_t expert_idx) const {
@@ -81,6 +82,7 @@ struct HitMask {
   }
   __device__ __forceinline__ uint32_t count(int expert_idx) const {
     uint32_t sum = 0;
+    AITER_LOOP
     for (int w = 0; w < num_words; ++w) sum += __popc(words[w * num_experts + expert_idx]);
     return sum;
   }
@@ -88,6 +90,7 @@ struct HitMask {
   __device__ __forceinline__ uint32_t rank(int token, uint32_t expert_idx) const {
     const uint32_t* column = words + expert_idx;
     uint32_t sum = 0;
+    AITER_LOOP
     for (int w = 0; w < token / kTokensPerWord; ++w) sum += __popc(column[w * num_experts]);
     const uint32_t below = (1u << (token % kTokensPerWord)) - 1;
     return sum + __popc(column[token / kTokensPerWord * num_experts] & below);
@@ -110,9 +113,11 @@ struct ExpertCount {
   uint32_t total, before;
 };
 
-// Waves of the workgroup that have a thread among the first `num_threads`.
+// Waves of the workgroup up to the last that has one of the first `num_threads` threads, and a multiple
+// of what over_workgroup() takes at once, as the workgroup's own number of waves is.
 __device__ __forceinline__ int active_waves(int num_threads) {
-  const int wanted = (num_threads + kWaveSize - 1) / kWaveSize;
+  constexpr int kThreadsAtOnce = kTotalsAtOnce * kWaveSize;
+  const int wanted = (num_threads + kThreadsAtOnce - 1) / kThreadsAtOnce * kTotalsAtOnce;
   const int present = static_cast<int>(blockDim.x) / kWaveSize;
   return wanted < present ? wanted : present;
 }
@@ -129,6 +134,7 @@ __device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int nu
                                                   CountOf count_of) {
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
+  AITER_LOOP
   for (int first = 0; first < shape.num_experts; first += blockDim.x) {
     const int e = first + static_cast<int>(threadIdx.x);
     const bool exists = e < shape.num_experts;
@@ -163,6 +169,7 @@ __device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int nu
     if (writes) {
       const uint32_t local_id =
           out.expert_mask != nullptr ? local_before + locals.below : static_cast<uint32_t>(e);
+      AITER_LOOP
       for (uint32_t b = 0; b < num_blocks; ++b) {
         out.sorted_expert_ids[first_block + b] = static_cast<int32_t>(local_id);
       }
@@ -190,6 +197,7 @@ __device__ __forceinline__ void write_padding(const SortShape& shape, int num_lo
       static_cast<uint32_t>(shape.topk) << kSlotShift | static_cast<uint32_t>(num_local);
   const uint32_t block_size = shape.block_size;
   const uint32_t width = shape.wide_stores ? 4 : 1;
+  AITER_LOOP
   for (uint32_t i = worker * width; i < num_tails * block_size; i += num_workers * width) {
     const uint32_t tail_idx = shape.blocks_of(i);
     const uint32_t tail = lds_tails[tail_idx];
@@ -199,6 +207,7 @@ __device__ __forceinline__ void write_padding(const SortShape& shape, int num_lo
       *reinterpret_cast<FourWords*>(out.sorted_ids + slot) = {{id, id, id, id}};
       *reinterpret_cast<FourWords*>(out.sorted_weights + slot) = FourWords{};
     } else {
+      AITER_LOOP
       for (uint32_t s = slot < tail ? tail : slot; s < slot + width; ++s) {
         out.sorted_ids[s] = static_cast<int32_t>(id);
         out.sorted_weights[s] = 0.0f;

@@ -18,8 +18,8 @@
 // count per expert, through LDS: nothing in global memory is shared, so launches on several streams
 // and graphs that are replayed at the same time do not meet.
 //
-// LDS of a workgroup with m rows: bitmask 4*E*ceil(m/32), weights 4*m*K, starts and tails 8*E, totals
-// 256, experts 2*m*K bytes, and in a cluster of C 4*C*E. For E=128, K=4, 64 KiB and one workgroup that
+// LDS of a workgroup with m rows: totals 256, bitmask 4*E*ceil(m/32), weights 4*m*K, starts and tails
+// 8*E, in a cluster of C 4*C*E for counts, experts 2*m*K bytes. For E=128, K=4, 64 KiB and one workgroup that
 // is M up to 1600; max_tokens() tells.
 #pragma once
 
@@ -29,10 +29,17 @@
 
 namespace aiter {
 
+// Where a routing workgroup keeps what; the end of the last part is `total`.
+struct FusedLds {
+  uint32_t totals, hits, weights, starts, tails, counts, experts;  // byte offsets
+  size_t total;
+};
+
 // Everything the launch choice depends on, and the choice.
 struct FusedConfig {
   int row_values;  // registers of logits per lane; 0: rows are read from memory
   int tokens_per_block;
+  FusedLds lds;
   LaunchShape launch;
 };
 
@@ -41,28 +48,30 @@ struct FusedParams {
   int64_t row_stride;  // in items
   SortShape shape;
   SortParams sort;
+  FusedLds lds;
   int cluster_size;      // workgroups that route
   int tokens_per_block;  // of each of them
   bool need_renorm;
 };
 
-struct FusedLds {
-  size_t hits, weights, starts, tails, totals, counts, experts, total;  // byte offsets
-};
-
-__host__ __device__ inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk,
-                                              int cluster_size) {
+inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int cluster_size) {
   const size_t num_entries = static_cast<size_t>(tokens_per_block) * topk;
   const size_t per_expert = sizeof(uint32_t) * num_experts;
+  size_t end = 0;
+  const auto take = [&end](size_t bytes) {
+    const size_t begin = end;
+    end += bytes;
+    return static_cast<uint32_t>(begin);
+  };
   FusedLds lds;
-  lds.hits = 0;
-  lds.weights = lds.hits + per_expert * hit_words(tokens_per_block);
-  lds.starts = lds.weights + sizeof(float) * num_entries;
-  lds.tails = lds.starts + per_expert;
-  lds.totals = lds.tails + per_expert;
-  lds.counts = lds.totals + sizeof(uint32_t) * 2 * kMaxWavesPerBlock;
-  lds.experts = lds.counts + (cluster_size > 1 ? per_expert * cluster_size : 0);
-  lds.total = (lds.experts + sizeof(uint16_t) * num_entries + 15) / 16 * 16;
+  lds.totals = take(sizeof(uint32_t) * 2 * kMaxWavesPerBlock);
+  lds.hits = take(per_expert * hit_words(tokens_per_block));
+  lds.weights = take(sizeof(float) * num_entries);
+  lds.starts = take(per_expert);
+  lds.tails = take(per_expert);
+  lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
+  lds.experts = take(sizeof(uint16_t) * num_entries);
+  lds.total = (end + 15) / 16 * 16;
   return lds;
 }
 
@@ -87,12 +96,14 @@ struct ClusterCounts {
   int num_experts, rank, size;
 
   __device__ __forceinline__ void send(int e, uint32_t count) const {
+    AITER_LOOP
     for (int to = 0; to < size; ++to) {
       cluster_store(lds_counts + rank * num_experts + e, to, count);
     }
   }
   __device__ __forceinline__ ExpertCount of(int e) const {
     ExpertCount sum{0, 0};
+    AITER_LOOP
     for (int from = 0; from < size; ++from) {
       const uint32_t count = lds_counts[from * num_experts + e];
       if (from < rank) sum.before += count;
@@ -103,42 +114,43 @@ struct ClusterCounts {
 };
 
 template <typename T, int kValues>
-__device__ __forceinline__ void route(const FusedParams& p, int num_local, char* lds_base) {
+__device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   const int cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
   const int rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
   const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
   const int topk = p.shape.topk;
   const int first_token = rank * p.tokens_per_block;
-  const int rows_left = num_local - first_token;
-  const int num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
-
-  const FusedLds lds = fused_lds(p.tokens_per_block, p.shape.num_experts, topk, cluster_size);
-  const HitMask hits{reinterpret_cast<uint32_t*>(lds_base + lds.hits), p.shape.num_experts,
-                     hit_words(num_rows > 0 ? num_rows : 0)};
-  float* const lds_weights = reinterpret_cast<float*>(lds_base + lds.weights);
-  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + lds.experts);
-  const SortLds sort_lds{reinterpret_cast<uint32_t*>(lds_base + lds.starts),
-                         reinterpret_cast<uint32_t*>(lds_base + lds.tails),
-                         reinterpret_cast<uint32_t*>(lds_base + lds.totals)};
-  const ClusterCounts counts{reinterpret_cast<uint32_t*>(lds_base + lds.counts),
-                             p.shape.num_experts, rank, cluster_size};
   if (cluster_size > 1) cluster_arrive();
 
+  // What comes from memory sets off first; rows that turn out not to count are loaded in vain.
   const T* const rows = static_cast<const T*>(p.gating) + first_token * p.row_stride;
   WaveRow<T, kValues> logits;
   int row = wave_idx();
-  // NOTE: rows behind num_local may be loaded, so that loading need not wait to know it.
   if (row < p.tokens_per_block && first_token + row < p.shape.num_tokens) {
     logits.load(rows + row * p.row_stride, p.shape.num_experts);
   }
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
                               is_local(p.sort.expert_mask, threadIdx.x);
+  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+
+  const HitMask hits{reinterpret_cast<uint32_t*>(lds_base + p.lds.hits), p.shape.num_experts,
+                     hit_words(p.tokens_per_block)};
+  float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
+  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
+  const SortLds sort_lds{reinterpret_cast<uint32_t*>(lds_base + p.lds.starts),
+                         reinterpret_cast<uint32_t*>(lds_base + p.lds.tails),
+                         reinterpret_cast<uint32_t*>(lds_base + p.lds.totals)};
+  const ClusterCounts counts{reinterpret_cast<uint32_t*>(lds_base + p.lds.counts),
+                             p.shape.num_experts, rank, cluster_size};
   hits.clear();
   __syncthreads();
 
+  const int rows_left = num_local > first_token ? num_local - first_token : 0;
+  const int num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
+  AITER_LOOP
   while (row < num_rows) {
     FusedSink sink{lds_experts + row * topk, lds_weights + row * topk, hits, row};
-    wave_topk(logits, topk, p.need_renorm, sink);
+    wave_topk(logits, p.shape.num_experts, topk, p.need_renorm, sink);
     row += num_waves;
     if (row < num_rows) logits.load(rows + row * p.row_stride, p.shape.num_experts);
   }
@@ -146,6 +158,7 @@ __device__ __forceinline__ void route(const FusedParams& p, int num_local, char*
 
   if (cluster_size > 1) {
     cluster_wait();  // all workgroups have started
+    AITER_LOOP
     for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
       counts.send(e, hits.count(e));
     }
@@ -158,6 +171,7 @@ __device__ __forceinline__ void route(const FusedParams& p, int num_local, char*
       [&](int e) { return cluster_size > 1 ? counts.of(e) : ExpertCount{hits.count(e), 0}; });
   __syncthreads();
 
+  AITER_LOOP
   for (int i = threadIdx.x; i < num_rows << p.shape.topk_shift; i += blockDim.x) {
     const int entry_row = i >> p.shape.topk_shift;
     const int k = i - (entry_row << p.shape.topk_shift);
@@ -178,17 +192,16 @@ __host__ __device__ constexpr int fused_max_threads(int row_values) {
 }
 
 template <typename T, int kValues>
-__global__ void __launch_bounds__(fused_max_threads(kValues))
+__global__ void __launch_bounds__(fused_max_threads(kValues), 1)
     fused_topk_moe_sorting_kernel(FusedParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
-  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   const unsigned num_routing = kMaxClusterSize > 1 ? p.cluster_size : 1;
   if (blockIdx.x < num_routing) {
-    if constexpr (kRowIsUsed<kValues>) route<T, kValues>(p, num_local, lds_base);
+    if constexpr (kRowIsUsed<kValues>) route<T, kValues>(p, lds_base);
   } else {
-    zero_moe_buf(p.sort, num_local, num_routing);
+    zero_moe_buf(p.sort, local_tokens(p.sort.num_local_tokens, p.shape.num_tokens), num_routing);
   }
 }
 

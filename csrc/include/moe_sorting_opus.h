@@ -37,8 +37,8 @@ struct OpusParams {
   int num_tiles;
 };
 
-// LDS: counts [E], starts [E], totals [2][kMaxWavesPerBlock], bitmask [tile_words][E]. An expert's
-// tail takes the place of its count.
+// LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], bitmask [tile_words][E]. An expert's tail
+// takes the place of its count.
 struct OpusLds {
   uint32_t* counts;
   SortLds sort;
@@ -51,12 +51,12 @@ __host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words
 }
 
 __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
-  uint32_t* const words = reinterpret_cast<uint32_t*>(lds_base);
-  uint32_t* const starts = words + p.shape.num_experts;
-  uint32_t* const totals = starts + p.shape.num_experts;
-  return {words,
-          {starts, words, totals},
-          HitMask{totals + 2 * kMaxWavesPerBlock, p.shape.num_experts, p.tile_words}};
+  uint32_t* const totals = reinterpret_cast<uint32_t*>(lds_base);
+  uint32_t* const counts = totals + 2 * kMaxWavesPerBlock;
+  uint32_t* const starts = counts + p.shape.num_experts;
+  return {counts,
+          {starts, counts, totals},
+          HitMask{starts + p.shape.num_experts, p.shape.num_experts, p.tile_words}};
 }
 
 constexpr uint32_t kNoExpert = 0xffffu;  // an entry that is left out

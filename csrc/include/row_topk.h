@@ -64,7 +64,8 @@ __device__ __forceinline__ float logit_of(const Winner& winner) {
   return Logit<T>::value(Logit<T>::key(winner.stored));
 }
 
-// Calls: load, sum_numerators if it is needed, prepare, then best and take by turns.
+// Calls: load and, when the logits are there, encode; max and sum_numerators if they are needed; then
+// prepare, and best and take by turns.
 template <typename T, int kValues>
 class WaveRow {
  public:
@@ -73,9 +74,16 @@ class WaveRow {
     for (int i = 0; i < kValues; ++i) {
       const int expert_idx = i * kWaveSize + lane_idx();
       // NOTE: all lanes load, the last logit where there is none; a branch per register costs more.
-      const bool exists = expert_idx < num_experts;
-      const T x = row[exists ? expert_idx : num_experts - 1];
-      stored_[i] = exists ? Logit<T>::store(x, expert_idx) : 0;
+      stored_[i] = Logit<T>::bits(row[expert_idx < num_experts ? expert_idx : num_experts - 1]);
+    }
+  }
+
+  __device__ __forceinline__ void encode(int num_experts) {
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      const int expert_idx = i * kWaveSize + lane_idx();
+      const uint32_t stored = Logit<T>::store(stored_[i], expert_idx);
+      stored_[i] = expert_idx < num_experts ? stored : 0;
     }
   }
 
@@ -183,6 +191,8 @@ class WaveRow<T, 0> {
     num_experts_ = num_experts;
   }
 
+  __device__ __forceinline__ void encode(int) {}
+
   __device__ __forceinline__ void prepare() { last_ = ~uint64_t{0}; }
 
   __device__ __forceinline__ Winner best() const {
@@ -219,7 +229,7 @@ class WaveRow<T, 0> {
 
  private:
   __device__ __forceinline__ uint32_t stored(uint32_t expert_idx) const {
-    return Logit<T>::store(row_[expert_idx], expert_idx);
+    return Logit<T>::store(Logit<T>::bits(row_[expert_idx]), expert_idx);
   }
   static __device__ __forceinline__ uint64_t ordered(uint32_t stored, uint32_t expert_idx) {
     return static_cast<uint64_t>(Logit<T>::key(stored)) << 32 | static_cast<uint32_t>(~expert_idx);
@@ -234,32 +244,37 @@ class WaveRow<T, 0> {
 // by one lane; when K exceeds the wave, weights arrive undivided and divide(k, Z) follows, called
 // by the same lane.
 template <typename T, int kValues, typename Sink>
-__device__ __forceinline__ void wave_topk(WaveRow<T, kValues>& row, int topk, bool need_renorm,
-                                          Sink& sink) {
+__device__ __forceinline__ void wave_topk(WaveRow<T, kValues>& row, int num_experts, int topk,
+                                          bool need_renorm, Sink& sink) {
   const bool one_pass = topk <= kWaveSize;
   float max = 0.0f;
   float denominator = 0.0f;
+  row.encode(num_experts);
   if (!need_renorm) {
     max = row.max();
     denominator = row.sum_numerators(max);
   }
   row.prepare();
+  AITER_LOOP
   for (int first = 0; first < topk; first += kWaveSize) {
     const int num_winners = topk - first < kWaveSize ? topk - first : kWaveSize;
     Winner mine{};
+    AITER_LOOP
     for (int k = 0; k < num_winners; ++k) {
       const Winner winner = row.best();
-      if (first + k == 0) max = logit_of<T>(winner);
       row.take(winner);
       mine.stored = wave_write_lane(mine.stored, winner.stored, k);
       mine.expert_idx = wave_write_lane(mine.expert_idx, winner.expert_idx, k);
     }
-    float weight = softmax_numerator(logit_of<T>(mine), max);
+    const float logit = logit_of<T>(mine);
+    if (first == 0) max = wave_read_lane(logit, 0);
+    float weight = softmax_numerator(logit, max);
     if (need_renorm) denominator = wave_sum_in_order(weight, num_winners, denominator);
     if (one_pass) weight = weight / denominator;
     if (lane_idx() < num_winners) sink.put(first + lane_idx(), expert_of<T>(mine), weight);
   }
   if (one_pass) return;
+  AITER_LOOP
   for (int k = lane_idx(); k < topk; k += kWaveSize) sink.divide(k, denominator);
 }
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kRowsPerBlock* kMaxWaveSize)
   if constexpr (kRowIsUsed<kValues>) {
     WaveRow<T, kValues> logits;
     logits.load(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts);
-    wave_topk(logits, p.topk, p.need_renorm, sink);
+    wave_topk(logits, p.num_experts, p.topk, p.need_renorm, sink);
   }
 }
 

@@ -61,11 +61,13 @@ FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int64_t c
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
   // A wave per row while there are waves; never fewer than a thread per expert would use well.
   const int expert_waves = (shape.num_experts + limits.wave_size - 1) / limits.wave_size;
-  const int num_waves = std::min(max_waves, std::max({4, config.tokens_per_block, expert_waves}));
+  const int wanted_waves = std::max(config.tokens_per_block, expert_waves);
+  const int num_waves = std::clamp(
+      (wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce, max_waves);
   config.launch.num_threads = num_waves * limits.wave_size;
   config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
-  config.launch.lds_bytes =
-      fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size).total;
+  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
+  config.launch.lds_bytes = config.lds.total;
   config.launch.cluster_size = size;
   config.launch.waits_itself = true;
   return config;
@@ -73,7 +75,12 @@ FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int64_t c
 
 // Whether the routing workgroups have LDS for all rows.
 void check_capacity(const SortShape& shape, int64_t cluster_size, const DeviceLimits& limits) {
-  if (cluster_size != 0) check_range("cluster_size", cluster_size, 1, limits.max_cluster_size);
+  if (cluster_size != 0) {
+    check_range("cluster_size", cluster_size, 1, limits.max_cluster_size);
+    if ((cluster_size & (cluster_size - 1)) != 0) {
+      fail_argument("cluster_size", "a power of two", std::to_string(cluster_size));
+    }
+  }
   const int size = static_cast<int>(cluster_size);
   const int most = size == 0
                        ? max_tokens(shape.num_experts, shape.topk, limits)
@@ -119,6 +126,7 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
       choose_config(shape, params.sort.row_bytes * shape.num_tokens, args.cluster_size, limits);
   params.cluster_size = static_cast<int>(config.launch.cluster_size);
   params.tokens_per_block = config.tokens_per_block;
+  params.lds = config.lds;
   dispatch_row(args.gating_output.dtype, config.row_values, [&](auto logit, auto values) {
     launch(fused_topk_moe_sorting_kernel<decltype(logit), values()>, limits, config.launch,
            static_cast<hipStream_t>(stream), params);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from cases import GATING_DTYPES, LOGITS, MASKS, Case
@@ -23,6 +24,10 @@ Run = Callable[[Case, Target], object]
 
 def _fused(case: Case, target: Target) -> object:
     return run_fused(case, target, aiter.fused_topk_moe_sorting_fwd)
+
+
+def _fused_cluster(case: Case, target: Target) -> object:
+    return run_fused(case, target, partial(aiter.fused_topk_moe_sorting_fwd, cluster_size=4))
 
 
 def _topk_softmax(case: Case, target: Target) -> object:
@@ -47,6 +52,7 @@ MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_s
 # exact bounds; the others have guards around theirs, and workspaces of exactly the size asked for.
 RUNS: dict[str, Run] = {
     "fused": _fused,
+    "fused, 4 workgroups": _fused_cluster,
     "topk_softmax": _topk_softmax,
     "sorting oneshot": _sorting(1),
     "sorting multiphase": _sorting(2),

@@ -25,11 +25,14 @@ ALWAYS = {
     "divergent_barrier": "lanes of one wave wait at different barriers: thread 1 of workgroup 0",
     "collective_beside_barrier": "lanes 0xa{8,16} of wave 0 wait at wave_max .* for lanes 0x5+",
     "exited_lane": r"reads a lane that has left: thread \d+ of workgroup 0 at wave_read_lane",
+    "early_workgroup": "reaches for a workgroup that may not have started: thread 0 of workgroup 0",
+    "divergent_cluster": "workgroups of one cluster wait at different barriers: cluster_wait",
 }
 RACE = {
     **ALWAYS,
     "unordered_waves": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
     "unordered_lanes": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
+    "unordered_workgroups": r"data race on LDS offset 0x0: read by thread 0 of workgroup 1 at",
     "shared_address": r"data race on address 0x[0-9a-f]+: write by thread 0 of workgroup 1 at",
     "unwritten_lds": "read of LDS that nobody wrote: offset 12, read by thread 3 of workgroup 0",
     "behind_lds": "access behind the 512 bytes of LDS: offset 512, write by thread 127",
@@ -98,10 +101,11 @@ def check_report(bug: str, words: str, report: str) -> None:
 
 @pytest.mark.parametrize("wave", [64, 32])
 def test_race_check(wave: int) -> None:
-    done = run("race", wave, ["sound", *RACE])
+    done = run("race", wave, ["sound", "sound_cluster", *RACE])
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
     assert reports.pop("sound") is None
+    assert reports.pop("sound_cluster") is None
     for bug, report in reports.items():
         assert report is not None, f"{bug}: expected a report, got none"
         check_report(bug, RACE[bug], report)

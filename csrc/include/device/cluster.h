@@ -40,8 +40,10 @@ inline void cluster_wait(const char* file = __builtin_FILE(), int line = __built
   hip_cpu::cluster_barrier(hip_cpu::Site{"cluster_wait", file, line});
 }
 
-inline void cluster_store(uint32_t* word, int rank, uint32_t x) {
-  *hip_cpu::in_workgroup(word, rank) = x;
+inline void cluster_store(uint32_t* word, int rank, uint32_t x, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+  const hip_cpu::Site site{"cluster_store", file, line};
+  *static_cast<uint32_t*>(hip_cpu::in_workgroup(word, rank, site)) = x;
 }
 
 inline void wait_for_earlier_launch() {}

@@ -117,12 +117,7 @@ void complete_collective(Wave& wave);
 void barrier(const Site& site);
 void cluster_barrier(const Site& site);
 // The place in the LDS of the cluster's workgroup `rank` that `address` is in the running one's.
-void* in_workgroup_lds(void* address, int rank);
-
-template <typename T>
-T* in_workgroup(T* address, int rank) {
-  return static_cast<T*>(in_workgroup_lds(address, rank));
-}
+void* in_workgroup(void* address, int rank, const Site& site);
 
 inline LaneMask bit(unsigned lane) { return LaneMask{1} << lane; }
 

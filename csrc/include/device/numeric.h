@@ -1,6 +1,6 @@
 // Logits, order-preserving keys and exp: the arithmetic that has to be the same on every target.
 //
-// A logit is read once into a key, an unsigned integer that orders like the logit and is never 0:
+// A logit is read once, as its bits, and turned into a key, an unsigned integer that orders like the logit and is never 0:
 //   key(x) = x >= 0 ? bits(x) | sign : ~bits(x)      (NaN as -inf, -0 as +0)
 // What a lane stores of it is one 32-bit register: the key of an f32 logit; for a 16-bit one the
 // key above the complemented expert index (so E < 65536), which makes all stored values of a row
@@ -67,8 +67,9 @@ template <>
 struct Logit<float> {
   using Key = OrderedKey<uint32_t, 0x7f800000u, 0x80000000u>;
   static constexpr bool kHoldsExpert = false;
-  static __device__ __forceinline__ uint32_t store(float x, uint32_t) {
-    return Key::encode(bit_cast<uint32_t>(x));
+  static __device__ __forceinline__ uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
+  static __device__ __forceinline__ uint32_t store(uint32_t bits, uint32_t) {
+    return Key::encode(bits);
   }
   static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored; }
   static __device__ __forceinline__ float value(uint32_t key) {
@@ -80,8 +81,10 @@ template <typename T, uint16_t Inf>
 struct Logit16 {
   using Key = OrderedKey<uint16_t, Inf, 0x8000u>;
   static constexpr bool kHoldsExpert = true;
-  static __device__ __forceinline__ uint32_t store(T x, uint32_t expert_idx) {
-    return static_cast<uint32_t>(Key::encode(x.bits)) << 16 | (0xffffu - expert_idx);
+  static __device__ __forceinline__ uint32_t bits(T x) { return x.bits; }
+  static __device__ __forceinline__ uint32_t store(uint32_t bits, uint32_t expert_idx) {
+    const uint32_t key = Key::encode(static_cast<uint16_t>(bits));
+    return key << 16 | (0xffffu - expert_idx);
   }
   static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored >> 16; }
   static __device__ __forceinline__ uint32_t expert(uint32_t stored) {

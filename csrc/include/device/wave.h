@@ -67,8 +67,15 @@ __device__ __forceinline__ WavePrefix wave_prefix_sum(uint32_t x) {
   return {inclusive - x, wave_read_lane(inclusive, kWaveSize - 1)};
 }
 
-// A prefix over the workgroup is one over its waves, whose totals the first `num_waves` waves post;
-// behind a barrier everyone adds those of the waves before. `lds_totals` holds kMaxWavesPerBlock.
+// A prefix over the workgroup is one over its waves. All waves post their totals; behind a barrier
+// everyone adds those of the waves before, of the first `num_waves` ones, a multiple of kTotalsAtOnce.
+// `lds_totals` holds kMaxWavesPerBlock, on a 16-byte boundary.
+constexpr int kTotalsAtOnce = 4;
+
+struct alignas(16) Totals {
+  uint32_t of_wave[kTotalsAtOnce];
+};
+
 __device__ __forceinline__ void post_total(uint32_t* lds_totals, const WavePrefix& prefix) {
   if (lane_idx() == 0) lds_totals[wave_idx()] = prefix.total;
 }
@@ -76,10 +83,14 @@ __device__ __forceinline__ void post_total(uint32_t* lds_totals, const WavePrefi
 __device__ __forceinline__ WavePrefix over_workgroup(const uint32_t* lds_totals, int num_waves,
                                                      const WavePrefix& prefix) {
   WavePrefix all{prefix.below, 0};
-  for (int w = 0; w < num_waves; ++w) {
-    const uint32_t total = lds_totals[w];
-    if (w < wave_idx()) all.below += total;
-    all.total += total;
+  AITER_LOOP
+  for (int first = 0; first < num_waves; first += kTotalsAtOnce) {
+    const Totals totals = *reinterpret_cast<const Totals*>(lds_totals + first);
+    AITER_UNROLL
+    for (int i = 0; i < kTotalsAtOnce; ++i) {
+      if (first + i < wave_idx()) all.below += totals.of_wave[i];
+      all.total += totals.of_wave[i];
+    }
   }
   return all;
 }

@@ -27,6 +27,7 @@ __device__ __forceinline__ float wave_sum_by_halves(float x) {
 
 __device__ __forceinline__ float wave_sum_in_order(float x, int count, float init) {
   constexpr int kAtOnce = 4;  // shuffles take 6 times as long as additions, but need not wait
+  AITER_LOOP
   for (int first = 0; first < count; first += kAtOnce) {
     float term[kAtOnce];
     AITER_UNROLL

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "device/cluster.h"
 #include "device/wave.h"
 
 namespace {
@@ -115,6 +116,55 @@ __global__ void exited_lane(int* data, int n) {
   if (t < n) data[t] = static_cast<int>(x);
 }
 
+// Those below run as a cluster of two workgroups, each of which sends the other a word per lane.
+__device__ __forceinline__ uint32_t* cluster_word(char* lds_base) {
+  return reinterpret_cast<uint32_t*>(lds_base) + threadIdx.x;
+}
+
+__global__ void sound_cluster(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  aiter::cluster_arrive();
+  aiter::cluster_wait();
+  aiter::cluster_store(cluster_word(lds_base), 1 - blockIdx.x, threadIdx.x);
+  aiter::cluster_arrive();
+  aiter::cluster_wait();
+  const int t = threadIdx.x;
+  if (blockIdx.x == 0 && t < n) data[t] = static_cast<int>(*cluster_word(lds_base));
+}
+
+__global__ void unordered_workgroups(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  *cluster_word(lds_base) = 0;
+  aiter::cluster_arrive();
+  aiter::cluster_wait();
+  aiter::cluster_store(cluster_word(lds_base), 1 - blockIdx.x, threadIdx.x);
+  __syncthreads();
+  const int t = threadIdx.x;
+  if (blockIdx.x == 1 && t < n) {
+    data[t] = static_cast<int>(*cluster_word(lds_base));  // BUG: unordered_workgroups
+  }
+}
+
+__global__ void early_workgroup(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  aiter::cluster_store(cluster_word(lds_base), 1 - blockIdx.x, 1);  // BUG: early_workgroup
+  aiter::cluster_arrive();
+  aiter::cluster_wait();
+  const int t = threadIdx.x;
+  if (blockIdx.x == 0 && t < n) data[t] = static_cast<int>(*cluster_word(lds_base));
+}
+
+__global__ void divergent_cluster(int* data, int n) {
+  const int t = threadIdx.x;
+  aiter::cluster_arrive();
+  if (blockIdx.x == 0) {
+    aiter::cluster_wait();
+  } else {
+    aiter::cluster_wait();  // BUG: divergent_cluster
+  }
+  if (blockIdx.x == 0 && t < n) data[t] = t;
+}
+
 }  // namespace
 
 // Runs the kernel `name` on 2 workgroups (1 where a second would be a bug of its own) of 128 lanes.
@@ -125,6 +175,7 @@ void run_planted(const std::string& name, int* data, int n) {
     const char* name;
     Kernel kernel;
     unsigned num_blocks;
+    unsigned cluster_size = 1;
   } kernels[] = {
       {"sound", sound, 1},
       {"unordered_waves", unordered_waves, 1},
@@ -139,11 +190,15 @@ void run_planted(const std::string& name, int* data, int n) {
       {"divergent_barrier", divergent_barrier, 1},
       {"collective_beside_barrier", collective_beside_barrier, 1},
       {"exited_lane", exited_lane, 1},
+      {"sound_cluster", sound_cluster, 2, 2},
+      {"unordered_workgroups", unordered_workgroups, 2, 2},
+      {"early_workgroup", early_workgroup, 2, 2},
+      {"divergent_cluster", divergent_cluster, 2, 2},
   };
   for (const auto& entry : kernels) {
     if (name != entry.name) continue;
     aiter::launch(entry.kernel, aiter::device_limits(0),
-                  {entry.num_blocks, kThreads, kThreads * sizeof(int)},
+                  {entry.num_blocks, kThreads, kThreads * sizeof(int), entry.cluster_size},
                   static_cast<hipStream_t>(nullptr), data, n);
     return;
   }
