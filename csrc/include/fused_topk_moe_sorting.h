@@ -192,7 +192,7 @@ __host__ __device__ constexpr int fused_max_threads(int row_values) {
 }
 
 template <typename T, int kValues>
-__global__ void __launch_bounds__(fused_max_threads(kValues), 1)
+__global__ void AITER_LAUNCH_BOUNDS(fused_max_threads(kValues))
     fused_topk_moe_sorting_kernel(FusedParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();

@@ -33,7 +33,8 @@ namespace aiter {
 constexpr int kMaxRowValues = 32;     // registers of a lane
 constexpr int kMaxRowExperts = 1024;  // longer rows are read from memory
 
-// Registers of a lane that hold a row, as launchers choose them: a power of two; 0 for memory.
+// Registers of a lane that hold a row, as launchers choose them: the least power of two from 2 on that
+// suffices; 0 for memory.
 __host__ __device__ constexpr int row_values(int num_experts, int wave_size) {
   if (num_experts > kMaxRowExperts) return 0;
   int values = 2;
@@ -72,9 +73,11 @@ class WaveRow {
   __device__ __forceinline__ void load(const T* row, int num_experts) {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int expert_idx = i * kWaveSize + lane_idx();
+      const uint32_t expert_idx = i * kWaveSize + lane_idx();
+      const uint32_t last = num_experts - 1;
       // NOTE: all lanes load, the last logit where there is none; a branch per register costs more.
-      stored_[i] = Logit<T>::bits(row[expert_idx < num_experts ? expert_idx : num_experts - 1]);
+      const bool exists = always_exists(i) || expert_idx < last;
+      stored_[i] = Logit<T>::bits(row[exists ? expert_idx : last]);
     }
   }
 
@@ -83,7 +86,7 @@ class WaveRow {
     for (int i = 0; i < kValues; ++i) {
       const int expert_idx = i * kWaveSize + lane_idx();
       const uint32_t stored = Logit<T>::store(stored_[i], expert_idx);
-      stored_[i] = expert_idx < num_experts ? stored : 0;
+      stored_[i] = always_exists(i) || expert_idx < num_experts ? stored : 0;
     }
   }
 
@@ -150,6 +153,9 @@ class WaveRow {
 
  private:
   static constexpr int kGroup = kValues < 4 ? kValues : 4;
+
+  // Whether register i holds a logit in every lane: row_values() leaves less than half of them empty.
+  static __device__ constexpr bool always_exists(int i) { return kValues > 2 && i < kValues / 2; }
 
   __device__ __forceinline__ void order(int i, int j) {
     const uint32_t x = stored_[i], y = stored_[j];
@@ -263,8 +269,7 @@ __device__ __forceinline__ void wave_topk(WaveRow<T, kValues>& row, int num_expe
     for (int k = 0; k < num_winners; ++k) {
       const Winner winner = row.best();
       row.take(winner);
-      mine.stored = wave_write_lane(mine.stored, winner.stored, k);
-      mine.expert_idx = wave_write_lane(mine.expert_idx, winner.expert_idx, k);
+      if (k == lane_idx()) mine = winner;
     }
     const float logit = logit_of<T>(mine);
     if (first == 0) max = wave_read_lane(logit, 0);

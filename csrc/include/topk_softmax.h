@@ -40,7 +40,7 @@ struct TopkSoftmaxSink {
 };
 
 template <typename T, int kValues>
-__global__ void __launch_bounds__(kRowsPerBlock* kMaxWaveSize)
+__global__ void AITER_LAUNCH_BOUNDS(kRowsPerBlock* kMaxWaveSize)
     topk_softmax_kernel(TopkSoftmaxParams p) {
   wait_for_earlier_launch();
   let_next_launch_begin();

@@ -9,6 +9,7 @@ right, as the kernels ask for their block size.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -32,13 +33,16 @@ ZERO_BYTES_PER_BLOCK = 32 * 1024  # sort_launch.h
 SORT_LDS_WORDS, TARGET_TILES, ONESHOT_ENTRIES = 15 * 1024, 64, 8192  # moe_sorting_opus
 
 _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_i32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64
+_i32, _u32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64
 
 
 class SortShape(ctypes.Structure):
     """expert_sort.h"""
 
-    _fields_ = [(name, _i32) for name in ("num_tokens", "num_experts", "topk", "block_size")]
+    _fields_ = [
+        ("num_tokens", _i32), ("num_experts", _i32), ("topk", _i32), ("block_size", _i32),
+        ("topk_shift", _i32), ("block_shift", _i32), ("wide_stores", ctypes.c_bool),
+    ]  # fmt: skip
 
 
 class SortParams(ctypes.Structure):
@@ -51,12 +55,22 @@ class SortParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class FusedLds(ctypes.Structure):
+    """fused_topk_moe_sorting.h"""
+
+    _fields_ = [
+        ("totals", _u32), ("hits", _u32), ("weights", _u32), ("starts", _u32), ("tails", _u32),
+        ("counts", _u32), ("experts", _u32), ("total", _u64),
+    ]  # fmt: skip
+
+
 class FusedParams(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("shape", SortShape),
-        ("sort", SortParams), ("need_renorm", ctypes.c_bool),
+        ("sort", SortParams), ("lds", FusedLds), ("cluster_size", _i32),
+        ("tokens_per_block", _i32), ("need_renorm", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -176,11 +190,15 @@ class Device:
         num_tokens = gating_output.shape[0]
         outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+        lds = fused_lds(num_tokens, num_experts, topk)
         params = FusedParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
             row_stride=gating_output.stride(0),
-            shape=SortShape(num_tokens, num_experts, topk, unit_size),
+            shape=sort_shape(num_tokens, num_experts, topk, unit_size, sort),
             sort=sort,
+            lds=lds,
+            cluster_size=1,
+            tokens_per_block=num_tokens,
             need_renorm=need_renorm,
         )
         values = row_values(num_experts, self.wave_size)
@@ -191,7 +209,7 @@ class Device:
             params,
             1 + zeroing_blocks(sort.row_bytes * num_tokens),
             fused_threads(num_tokens, num_experts, values, self.wave_size),
-            fused_lds_bytes(num_tokens, num_experts, topk),
+            lds.total,
         )
 
     def moe_sorting_opus_fwd(
@@ -225,14 +243,14 @@ class Device:
         params = OpusParams(
             topk_ids=_map(memory, "topk_ids", topk_ids, writable=False),
             topk_weights=_map(memory, "topk_weights", topk_weights, writable=False),
-            shape=SortShape(num_tokens, num_experts, topk, unit_size),
+            shape=sort_shape(num_tokens, num_experts, topk, unit_size, sort),
             sort=sort,
             workspace=0 if workspace is None else _map(memory, "workspace", workspace),
             tile_words=tile_words,
             num_tiles=num_tiles,
         )
         zeroing = zeroing_blocks(sort.row_bytes * num_tokens)
-        table = 2 * num_experts + MAX_WAVES_PER_BLOCK
+        table = 2 * (num_experts + MAX_WAVES_PER_BLOCK)
         bitmask = num_experts * tile_words
         phases = [("oneshot", 1 + zeroing, table + bitmask)]
         if multiphase:
@@ -267,15 +285,41 @@ def zeroing_blocks(num_bytes: int) -> int:
 def fused_threads(num_tokens: int, num_experts: int, values: int, wave_size: int) -> int:
     """Threads of the fused launch (fused_topk_moe_sorting.cu)."""
     max_threads = 512 if values > 16 else MAX_THREADS
-    expert_waves = (num_experts + wave_size - 1) // wave_size
-    return min(max_threads // wave_size, max(4, num_tokens, expert_waves)) * wave_size
+    wanted = max(num_tokens, (num_experts + wave_size - 1) // wave_size)
+    return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size
 
 
-def fused_lds_bytes(num_tokens: int, num_experts: int, topk: int) -> int:
-    """Dynamic LDS of the fused launch (fused_topk_moe_sorting.h)."""
+def fused_lds(num_tokens: int, num_experts: int, topk: int) -> FusedLds:
+    """Where the one routing workgroup keeps what (fused_topk_moe_sorting.h)."""
     entries = num_tokens * topk
-    words = (num_tokens + 31) // 32 * num_experts + entries + 2 * num_experts + MAX_WAVES_PER_BLOCK
-    return (4 * words + 2 * entries + 15) // 16 * 16
+    parts = {
+        "totals": 4 * 2 * MAX_WAVES_PER_BLOCK,
+        "hits": 4 * num_experts * ((num_tokens + 31) // 32),
+        "weights": 4 * entries,
+        "starts": 4 * num_experts,
+        "tails": 4 * num_experts,
+        "counts": 0,
+        "experts": 2 * entries,
+    }
+    ends = list(itertools.accumulate(parts.values()))
+    offsets = dict(zip(parts, (0, *ends), strict=False))
+    return FusedLds(**offsets, total=(ends[-1] + 15) // 16 * 16)
+
+
+def sort_shape(
+    num_tokens: int, num_experts: int, topk: int, block_size: int, sort: SortParams
+) -> SortShape:
+    """The problem, with what launchers derive from it (sort_launch.h)."""
+    on_boundary = sort.sorted_ids % 16 == 0 and sort.sorted_weights % 16 == 0
+    return SortShape(
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        topk=topk,
+        block_size=block_size,
+        topk_shift=(topk - 1).bit_length(),
+        block_shift=-1 if block_size & (block_size - 1) else block_size.bit_length() - 1,
+        wide_stores=block_size % 4 == 0 and on_boundary,
+    )
 
 
 def _map(memory: GlobalMemory, name: str, tensor: Tensor, writable: bool = True) -> int:

@@ -32,11 +32,20 @@ PRIMITIVE(read_lane) {
   out[threadIdx.x] = wave_read_lane(in[threadIdx.x], static_cast<int>(argument));
 }
 
+PRIMITIVE(rank) {
+  const WavePrefix prefix = wave_rank(in[threadIdx.x] % 2 != 0);
+  out[threadIdx.x] = prefix.below;
+  out[threadIdx.x + blockDim.x] = prefix.total;
+}
+
 PRIMITIVE(exclusive_sum_of_block) {
-  __shared__ uint32_t lds_scratch[kMaxWavesPerBlock];
-  uint32_t total;
-  out[threadIdx.x] = block_exclusive_sum(in[threadIdx.x], lds_scratch, total);
-  out[threadIdx.x + blockDim.x] = total;
+  __shared__ Totals lds_totals[kMaxWavesPerBlock / kTotalsAtOnce];
+  WavePrefix prefix = wave_prefix_sum(in[threadIdx.x]);
+  post_total(lds_totals->of_wave, prefix);
+  __syncthreads();
+  prefix = over_workgroup(lds_totals->of_wave, blockDim.x / kWaveSize, prefix);
+  out[threadIdx.x] = prefix.below;
+  out[threadIdx.x + blockDim.x] = prefix.total;
 }
 
 PRIMITIVE(exp_nonpositive_f32) {
@@ -59,7 +68,7 @@ PRIMITIVE(f16_to_f32) {
   out[threadIdx.x] = bit_cast<uint32_t>(to_float(x));
 }
 
-PRIMITIVE(f32_key) { out[threadIdx.x] = Logit<float>::store(bit_cast<float>(in[threadIdx.x]), 0); }
+PRIMITIVE(f32_key) { out[threadIdx.x] = Logit<float>::store(in[threadIdx.x], 0); }
 
 PRIMITIVE(store_past_the_end) { out[threadIdx.x + argument] = in[threadIdx.x]; }
 

@@ -88,7 +88,17 @@ def test_read_lane(arch: str) -> None:
         assert (run_primitive(arch, "read_lane", words, lane) == words[lane]).all()
 
 
-@pytest.mark.parametrize("waves", [1, 2, 5, 16])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rank(arch: str) -> None:
+    width = FACTS[arch].wave_size
+    words = random_words(2 * width)
+    got = run_primitive(arch, "rank", words, threads=width)
+    sums = np.cumsum(words[:width] % 2, dtype=np.uint32)
+    assert np.array_equal(got[:width], sums - words[:width] % 2)
+    assert (got[width:] == sums[-1]).all()
+
+
+@pytest.mark.parametrize("waves", [4, 8, 16])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_exclusive_sum_of_block(arch: str, waves: int) -> None:
     threads = waves * FACTS[arch].wave_size
@@ -169,6 +179,7 @@ PROMISES = {
     ),
     "inclusive_sum": ({"_dpp": 6}, {"v_add_nc_u32_dpp": 4, "v_readlane": 1}, "ds_"),
     "read_lane": ({"v_readlane": 1}, {"v_readlane": 1}, "ds_ _dpp"),
+    "rank": ({"v_mbcnt": 2, "s_bcnt1": 1}, {"v_mbcnt": 1, "s_bcnt1": 1}, "ds_ _dpp"),
 }
 
 

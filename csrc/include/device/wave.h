@@ -11,7 +11,6 @@
 //   wave_inclusive_sum(x)           uint32_t prefix sum, own lane included
 //   wave_rank(flag)                 {below, total}: lanes below, and lanes in all, whose flag is set
 //   wave_read_lane(x, lane)         x of one lane, the same for all; uint32_t or float
-//   wave_write_lane(x, y, lane)     y in the one lane, x in the others; uint32_t
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
@@ -22,7 +21,6 @@
 //   wave_inclusive_sum   shuffle scan                          shfl.up scan          1 switch
 //   wave_rank            v_mbcnt, s_bcnt1                      vote.ballot, popc     1 switch
 //   wave_read_lane       v_readlane                            shfl.idx              1 switch
-//   wave_write_lane      v_writelane                           select                select
 #pragma once
 
 #include <cstdint>

@@ -91,10 +91,6 @@ inline WavePrefix wave_rank(bool flag, AITER_CALL_SITE) {
           hip_cpu::from_word<uint32_t>(lane.wave->result[parity])};
 }
 
-inline uint32_t wave_write_lane(uint32_t x, uint32_t y, int lane) {
-  return lane_idx() == lane ? y : x;
-}
-
 template <typename T>
 inline T wave_read_lane(T x, int lane, AITER_CALL_SITE) {
   const hip_cpu::Site site = AITER_SITE_OF("wave_read_lane");

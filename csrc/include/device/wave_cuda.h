@@ -46,10 +46,6 @@ __device__ __forceinline__ WavePrefix wave_rank(bool flag) {
   return {static_cast<uint32_t>(__popc(below)), static_cast<uint32_t>(__popc(set))};
 }
 
-__device__ __forceinline__ uint32_t wave_write_lane(uint32_t x, uint32_t y, int lane) {
-  return lane_idx() == lane ? y : x;
-}
-
 __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
   AITER_UNROLL
   for (int distance = 1; distance < kWaveSize; distance *= 2) {

@@ -108,11 +108,6 @@ __device__ __forceinline__ WavePrefix wave_rank(bool flag) {
 #endif
 }
 
-__device__ __forceinline__ uint32_t wave_write_lane(uint32_t x, uint32_t y, int lane) {
-  return static_cast<uint32_t>(
-      __builtin_amdgcn_writelane(static_cast<int>(y), lane, static_cast<int>(x)));
-}
-
 __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
   x += dpp::move<dpp::kRowShr + 1>(x);
   x += dpp::move<dpp::kRowShr + 2>(x);
