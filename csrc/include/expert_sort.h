@@ -12,9 +12,9 @@
 //
 // A thread per expert assigns the blocks. While no expert can have more than one block (n <= B, most
 // of decode), a ballot takes the place of the prefix sum. It leaves a list of tails, the places where
-// padding begins; all threads then write padding together, four slots per store, without a division
-// by a size that is not a power of two. Rejected: a thread per slot of all E*B, which divides by B
-// for each and looks at 4096 slots where a token's 4 experts have 124 to pad (E=128, K=4, B=32).
+// padding begins; all threads then write padding together, four slots per store. Rejected: a thread per
+// slot of all E*B, which looks at 4096 slots where a token's 4 experts have 124 to pad (E=128, K=4,
+// B=32).
 //
 // Rejected as well: a token x expert table of words (32 times the LDS); atomic counters for ranks
 // (their order is the order of arrival, not the token order that the format asks for).
@@ -41,18 +41,29 @@ struct SortParams {
   const int32_t* num_local_tokens;  // may be null
 };
 
-struct SortShape {
-  int num_tokens;    // M
-  int num_experts;   // E
-  int topk;          // K
-  int block_size;    // B
-  int topk_shift;    // the least s with K <= 2^s
-  int block_shift;   // log2 B; -1 if B is not a power of two
-  bool wide_stores;  // four slots may be stored at once: B % 4 == 0, buffers on 16-byte boundaries
+// Division by a number that the host knows, for n < 2^31. With 2^s >= d > 2^(s-1) and m = 2^(31+s) / d
+// rounded up, n m / 2^(31+s) is above n / d by less than n 2^s / (d 2^(31+s)) < 1 / d.
+struct Divisor {
+  uint32_t magic;  // m
+  int shift;       // 31 + s
 
-  __device__ __forceinline__ uint32_t blocks_of(uint32_t slots) const {
-    return block_shift >= 0 ? slots >> block_shift : slots / static_cast<uint32_t>(block_size);
+  static Divisor of(uint32_t divisor) {
+    int shift = 31;
+    while ((uint64_t{1} << (shift - 31)) < divisor) ++shift;
+    return {static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor), shift};
   }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * magic >> shift);
+  }
+};
+
+struct SortShape {
+  int num_tokens;   // M
+  int num_experts;  // E
+  int topk;         // K
+  int block_size;   // B
+  Divisor by_topk, by_block_size;
+  bool wide_stores;  // four slots may be stored at once: B % 4 == 0, buffers on 16-byte boundaries
 };
 
 // M, or what the device says in num_local_tokens.
@@ -122,6 +133,28 @@ __device__ __forceinline__ int active_waves(int num_threads) {
   return wanted < present ? wanted : present;
 }
 
+// Writes the expert id of every block, each lane for its expert; the blocks of an expert that has many
+// are written by the whole wave.
+__device__ __forceinline__ void write_expert_ids(int32_t* sorted_expert_ids, uint32_t first_block,
+                                                 uint32_t num_blocks, uint32_t id,
+                                                 bool at_most_one) {
+  constexpr uint32_t kMaxOwnBlocks = 4;
+  AITER_LOOP
+  for (uint32_t b = 0; b < num_blocks && b < kMaxOwnBlocks; ++b) {
+    sorted_expert_ids[first_block + b] = static_cast<int32_t>(id);
+  }
+  if (at_most_one) return;
+  wave_for_each(num_blocks > kMaxOwnBlocks, [&](int lane) {
+    const uint32_t first = wave_read_lane(first_block, lane);
+    const uint32_t last = first + wave_read_lane(num_blocks, lane);
+    const uint32_t id_of_lane = wave_read_lane(id, lane);
+    AITER_LOOP
+    for (uint32_t b = first + kMaxOwnBlocks + lane_idx(); b < last; b += kWaveSize) {
+      sorted_expert_ids[b] = static_cast<int32_t>(id_of_lane);
+    }
+  });
+}
+
 // Gives every expert its blocks: fills lds.starts and lds.tails, and writes sorted_expert_ids and
 // num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
 // e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early.
@@ -143,7 +176,7 @@ __device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int nu
     ExpertCount count{0, 0};
     if (local) count = count_of(e);
     uint32_t num_blocks = count.total != 0 ? 1 : 0;
-    if (!compact) num_blocks = shape.blocks_of(count.total + shape.block_size - 1);
+    if (!compact) num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
 
     WavePrefix blocks = compact ? wave_rank(num_blocks != 0) : wave_prefix_sum(num_blocks);
     WavePrefix locals{static_cast<uint32_t>(e - first), 0};
@@ -167,12 +200,8 @@ __device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int nu
     if (exists && !compact) lds.tails[e] = tail;
     if (exists && compact && num_blocks != 0) lds.tails[first_block] = tail;
     if (writes) {
-      const uint32_t local_id =
-          out.expert_mask != nullptr ? local_before + locals.below : static_cast<uint32_t>(e);
-      AITER_LOOP
-      for (uint32_t b = 0; b < num_blocks; ++b) {
-        out.sorted_expert_ids[first_block + b] = static_cast<int32_t>(local_id);
-      }
+      const uint32_t local_id = out.expert_mask != nullptr ? local_before + locals.below : e;
+      write_expert_ids(out.sorted_expert_ids, first_block, num_blocks, local_id, compact);
     }
     blocks_before += blocks.total;
     local_before += locals.total;
@@ -199,10 +228,10 @@ __device__ __forceinline__ void write_padding(const SortShape& shape, int num_lo
   const uint32_t width = shape.wide_stores ? 4 : 1;
   AITER_LOOP
   for (uint32_t i = worker * width; i < num_tails * block_size; i += num_workers * width) {
-    const uint32_t tail_idx = shape.blocks_of(i);
+    const uint32_t tail_idx = shape.by_block_size.quotient(i);
     const uint32_t tail = lds_tails[tail_idx];
     if (tail == kNoSlot) continue;
-    const uint32_t slot = (shape.blocks_of(tail) - tail_idx) * block_size + i;
+    const uint32_t slot = (shape.by_block_size.quotient(tail) - tail_idx) * block_size + i;
     if (slot >= tail && shape.wide_stores) {
       *reinterpret_cast<FourWords*>(out.sorted_ids + slot) = {{id, id, id, id}};
       *reinterpret_cast<FourWords*>(out.sorted_weights + slot) = FourWords{};

@@ -113,6 +113,25 @@ struct ClusterCounts {
   }
 };
 
+// Phase 4: the workgroup's own entries and its share of the padding.
+__device__ __forceinline__ void write_slots(const FusedParams& p, int rank, int cluster_size,
+                                            int num_local, int num_rows, uint32_t num_tails,
+                                            const HitMask& hits, const SortLds& sort_lds,
+                                            const uint16_t* lds_experts, const float* lds_weights) {
+  const int topk = p.shape.topk;
+  AITER_LOOP
+  for (int i = threadIdx.x; i < num_rows * topk; i += blockDim.x) {
+    const uint32_t expert_idx = lds_experts[i];
+    const uint32_t start = sort_lds.starts[expert_idx];
+    if (start == kNoSlot) continue;
+    const int row = static_cast<int>(p.shape.by_topk.quotient(i));
+    write_entry(p.sort, start + hits.rank(row, expert_idx), rank * p.tokens_per_block + row,
+                i - row * topk, lds_weights[i]);
+  }
+  write_padding(p.shape, num_local, sort_lds.tails, num_tails, p.sort,
+                rank * blockDim.x + threadIdx.x, cluster_size * blockDim.x);
+}
+
 template <typename T, int kValues>
 __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   const int cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
@@ -171,19 +190,8 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
       [&](int e) { return cluster_size > 1 ? counts.of(e) : ExpertCount{hits.count(e), 0}; });
   __syncthreads();
 
-  AITER_LOOP
-  for (int i = threadIdx.x; i < num_rows << p.shape.topk_shift; i += blockDim.x) {
-    const int entry_row = i >> p.shape.topk_shift;
-    const int k = i - (entry_row << p.shape.topk_shift);
-    if (k >= topk) continue;
-    const uint32_t expert_idx = lds_experts[entry_row * topk + k];
-    const uint32_t start = sort_lds.starts[expert_idx];
-    if (start == kNoSlot) continue;
-    write_entry(p.sort, start + hits.rank(entry_row, expert_idx), first_token + entry_row, k,
-                lds_weights[entry_row * topk + k]);
-  }
-  write_padding(p.shape, num_local, sort_lds.tails, num_tails, p.sort,
-                rank * blockDim.x + threadIdx.x, cluster_size * blockDim.x);
+  write_slots(p, rank, cluster_size, num_local, num_rows, num_tails, hits, sort_lds, lds_experts,
+              lds_weights);
 }
 
 // Long rows want more registers than a lane of the largest workgroup gets.

@@ -59,14 +59,7 @@ __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base)
           HitMask{starts + p.shape.num_experts, p.shape.num_experts, p.tile_words}};
 }
 
-constexpr uint32_t kNoExpert = 0xffffu;  // an entry that is left out
-
-__device__ __forceinline__ uint32_t entry_expert(const OpusParams& p, uint32_t entry) {
-  const uint32_t expert_idx = static_cast<uint32_t>(p.topk_ids[entry]);
-  const bool counts = expert_idx < static_cast<uint32_t>(p.shape.num_experts) &&
-                      is_local(p.sort.expert_mask, expert_idx);
-  return counts ? expert_idx : kNoExpert;
-}
+constexpr uint32_t kNoExpert = 0xffffffffu;
 
 struct TokenRange {
   int first, last;  // last is excluded
@@ -83,31 +76,53 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
 
+// Calls f(entry, expert) for the entries of `tokens` whose id is an expert's, each by one thread. Loads
+// of several entries are on their way at once.
+template <typename F>
+__device__ __forceinline__ void for_each_entry(const OpusParams& p, TokenRange tokens, F f) {
+  constexpr uint32_t kAtOnce = 4;
+  const uint32_t last = tokens.last * p.shape.topk;
+  AITER_LOOP
+  for (uint32_t first = tokens.first * p.shape.topk + threadIdx.x; first < last;
+       first += kAtOnce * blockDim.x) {
+    uint32_t ids[kAtOnce];
+    AITER_UNROLL
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      const uint32_t i = first + j * blockDim.x;
+      ids[j] = i < last ? static_cast<uint32_t>(p.topk_ids[i]) : kNoExpert;
+    }
+    AITER_UNROLL
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      if (ids[j] < static_cast<uint32_t>(p.shape.num_experts)) f(first + j * blockDim.x, ids[j]);
+    }
+  }
+}
+
 __device__ __forceinline__ void count_entries(const OpusParams& p, TokenRange tokens,
                                               uint32_t* lds_counts) {
-  const uint32_t topk = p.shape.topk;
-  for (uint32_t i = tokens.first * topk + threadIdx.x; i < tokens.last * topk; i += blockDim.x) {
-    const uint32_t expert_idx = entry_expert(p, i);
-    if (expert_idx != kNoExpert) atomicAdd(&lds_counts[expert_idx], 1u);
-  }
+  for_each_entry(p, tokens,
+                 [&](uint32_t, uint32_t expert_idx) { atomicAdd(&lds_counts[expert_idx], 1u); });
 }
 
 // Writes the entries of a tile behind lds_starts. The bitmask must be clear, and all threads there.
 __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tokens,
                                              const HitMask& hits, const uint32_t* lds_starts) {
-  const uint32_t topk = p.shape.topk;
-  for (uint32_t i = tokens.first * topk + threadIdx.x; i < tokens.last * topk; i += blockDim.x) {
-    const uint32_t expert_idx = entry_expert(p, i);
-    if (expert_idx != kNoExpert) hits.set(static_cast<int>(i / topk) - tokens.first, expert_idx);
-  }
+  for_each_entry(p, tokens, [&](uint32_t i, uint32_t expert_idx) {
+    hits.set(static_cast<int>(p.shape.by_topk.quotient(i)) - tokens.first, expert_idx);
+  });
   __syncthreads();
-  for (int64_t i = tokens.first * topk + threadIdx.x; i < tokens.last * topk; i += blockDim.x) {
-    const uint32_t expert_idx = entry_expert(p, i);
-    if (expert_idx == kNoExpert) continue;
-    const int token = static_cast<int>(i / topk);
-    const uint32_t slot = lds_starts[expert_idx] + hits.rank(token - tokens.first, expert_idx);
-    write_entry(p.sort, slot, token, static_cast<int>(i % topk), p.topk_weights[i]);
-  }
+  for_each_entry(p, tokens, [&](uint32_t i, uint32_t expert_idx) {
+    const uint32_t start = lds_starts[expert_idx];
+    if (start == kNoSlot) return;
+    const int token = static_cast<int>(p.shape.by_topk.quotient(i));
+    const uint32_t slot = start + hits.rank(token - tokens.first, expert_idx);
+    write_entry(p.sort, slot, token, static_cast<int>(i) - token * p.shape.topk, p.topk_weights[i]);
+  });
+}
+
+// Moves an expert's first slot on by the entries before, unless expert_mask drops the expert.
+__device__ __forceinline__ uint32_t advanced(uint32_t start, uint32_t entries) {
+  return start == kNoSlot ? kNoSlot : start + entries;
 }
 
 // From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
@@ -133,7 +148,7 @@ __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_l
   for (int tile = 0; tile < p.num_tiles; ++tile) {
     if (tile > 0) {
       for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
-        lds.sort.starts[e] += lds.hits.count(e);
+        lds.sort.starts[e] = advanced(lds.sort.starts[e], lds.hits.count(e));
       }
     }
     __syncthreads();
@@ -176,6 +191,28 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusPar
     tile_counts[e] = lds_counts[e];
 }
 
+// Replaces an expert's counts in all tiles, `stride` words apart, by the sums over the tiles before;
+// returns the sum over all. Counts are loaded several at once, as each takes as long as all.
+__device__ __forceinline__ uint32_t sum_over_tiles(uint32_t* counts, int64_t stride,
+                                                   int num_tiles) {
+  constexpr int kAtOnce = 16;
+  uint32_t sum = 0;
+  AITER_LOOP
+  for (int first = 0; first < num_tiles; first += kAtOnce) {
+    uint32_t loaded[kAtOnce];
+    AITER_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      loaded[j] = first + j < num_tiles ? counts[(first + j) * stride] : 0;
+    }
+    AITER_UNROLL
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j < num_tiles) counts[(first + j) * stride] = sum;
+      sum += loaded[j];
+    }
+  }
+  return sum;
+}
+
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
@@ -183,14 +220,7 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusPa
   const OpusLds lds = opus_lds(p, lds_base);
   const int num_experts = p.shape.num_experts;
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    uint32_t sum = 0;
-    for (int tile = 0; tile < p.num_tiles; ++tile) {
-      uint32_t& tile_count = p.workspace[static_cast<int64_t>(tile) * num_experts + e];
-      const uint32_t count = tile_count;
-      tile_count = sum;
-      sum += count;
-    }
-    lds.counts[e] = sum;
+    lds.counts[e] = sum_over_tiles(p.workspace + e, num_experts, p.num_tiles);
   }
   __syncthreads();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
@@ -209,7 +239,7 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusP
   const uint32_t* const offsets = p.workspace + static_cast<int64_t>(blockIdx.x) * num_experts;
   const uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    lds.sort.starts[e] = starts[e] + offsets[e];
+    lds.sort.starts[e] = advanced(starts[e], offsets[e]);
   }
   lds.hits.clear();
   __syncthreads();

@@ -10,25 +10,17 @@
 
 namespace aiter {
 
-// The least s with n <= 2^s.
-constexpr int log2_ceil(int64_t n) {
-  int shift = 0;
-  while ((int64_t{1} << shift) < n) ++shift;
-  return shift;
-}
-
 inline SortShape sort_shape(int64_t num_tokens, int64_t num_experts, int64_t topk,
                             int64_t unit_size, const SortTensors& t) {
   const auto on_boundary = [](const TensorView& view) {
     return reinterpret_cast<uintptr_t>(view.data) % sizeof(FourWords) == 0;
   };
-  const bool is_power_of_two = (unit_size & (unit_size - 1)) == 0;
   return {static_cast<int>(num_tokens),
           static_cast<int>(num_experts),
           static_cast<int>(topk),
           static_cast<int>(unit_size),
-          log2_ceil(topk),
-          is_power_of_two ? log2_ceil(unit_size) : -1,
+          Divisor::of(static_cast<uint32_t>(topk)),
+          Divisor::of(static_cast<uint32_t>(unit_size)),
           unit_size % 4 == 0 && on_boundary(t.sorted_ids) && on_boundary(t.sorted_weights)};
 }
 

@@ -8,16 +8,19 @@
 namespace aiter {
 namespace {
 
-// Rows that one of `cluster_size` routing workgroups has LDS for.
-int max_tokens_per_block(int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
-  const auto fits = [&](int num_rows) {
-    return fused_lds(num_rows, num_experts, topk, cluster_size).total <=
-           static_cast<size_t>(limits.lds_bytes);
-  };
-  int low = 0, high = limits.lds_bytes;  // a row takes more than one byte
+// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
+bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
+  const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
+  return fused_lds(num_rows, num_experts, topk, cluster_size).total <=
+         static_cast<size_t>(limits.lds_bytes);
+}
+
+// The most rows that `cluster_size` workgroups have LDS for.
+int max_tokens(int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
+  int low = 0, high = static_cast<int>(kMaxTokens);
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
-    if (fits(middle)) {
+    if (fits(middle, num_experts, topk, cluster_size, limits)) {
       low = middle;
     } else {
       high = middle - 1;
@@ -29,67 +32,68 @@ int max_tokens_per_block(int num_experts, int topk, int cluster_size, const Devi
 int max_tokens(int num_experts, int topk, const DeviceLimits& limits) {
   int most = 0;
   for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
-    most = std::max(most, size * max_tokens_per_block(num_experts, topk, size, limits));
+    most = std::max(most, max_tokens(num_experts, topk, size, limits));
   }
-  return static_cast<int>(std::min<int64_t>(most, kMaxTokens));
+  return most;
 }
 
-// The fewest workgroups that have a wave per row, as far as there are so many and LDS suffices.
+// The fewest workgroups that have a wave per row, as far as there are so many; 0 if none of the sizes
+// has LDS for all rows.
 int choose_cluster_size(const SortShape& shape, int max_waves, const DeviceLimits& limits) {
-  const auto fits = [&](int size) {
-    return shape.num_tokens <=
-           size * max_tokens_per_block(shape.num_experts, shape.topk, size, limits);
-  };
-  int chosen = 1;
+  int chosen = 0;
   for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
-    if (!fits(size)) continue;
+    if (!fits(shape.num_tokens, shape.num_experts, shape.topk, size, limits)) continue;
     chosen = size;
     if (size * max_waves >= shape.num_tokens) break;
   }
   return chosen;
 }
 
-FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int64_t cluster_size,
+int max_waves(const SortShape& shape, const DeviceLimits& limits) {
+  const int values = row_values(shape.num_experts, limits.wave_size);
+  return std::min(limits.max_threads_per_block, fused_max_threads(values)) / limits.wave_size;
+}
+
+FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int size,
                           const DeviceLimits& limits) {
   FusedConfig config;
   config.row_values = row_values(shape.num_experts, limits.wave_size);
-  const int max_waves =
-      std::min(limits.max_threads_per_block, fused_max_threads(config.row_values)) /
-      limits.wave_size;
-  const int size = cluster_size != 0 ? static_cast<int>(cluster_size)
-                                     : choose_cluster_size(shape, max_waves, limits);
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
   // A wave per row while there are waves; never fewer than a thread per expert would use well.
   const int expert_waves = (shape.num_experts + limits.wave_size - 1) / limits.wave_size;
   const int wanted_waves = std::max(config.tokens_per_block, expert_waves);
-  const int num_waves = std::clamp(
-      (wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce, max_waves);
+  const int num_waves =
+      std::clamp((wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
+                 max_waves(shape, limits));
+  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
   config.launch.num_threads = num_waves * limits.wave_size;
   config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
-  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
   config.launch.lds_bytes = config.lds.total;
   config.launch.cluster_size = size;
   config.launch.waits_itself = true;
   return config;
 }
 
-// Whether the routing workgroups have LDS for all rows.
-void check_capacity(const SortShape& shape, int64_t cluster_size, const DeviceLimits& limits) {
-  if (cluster_size != 0) {
-    check_range("cluster_size", cluster_size, 1, limits.max_cluster_size);
-    if ((cluster_size & (cluster_size - 1)) != 0) {
-      fail_argument("cluster_size", "a power of two", std::to_string(cluster_size));
+// The number of routing workgroups, `asked` or, for 0, chosen; an error if rows do not fit in them.
+int check_cluster_size(int64_t asked, const SortShape& shape, const DeviceLimits& limits) {
+  int size = 0;
+  if (asked == 0) {
+    size = choose_cluster_size(shape, max_waves(shape, limits), limits);
+  } else {
+    check_range("cluster_size", asked, 1, limits.max_cluster_size);
+    if ((asked & (asked - 1)) != 0) {
+      fail_argument("cluster_size", "a power of two", std::to_string(asked));
     }
+    size = static_cast<int>(asked);
+    if (!fits(shape.num_tokens, shape.num_experts, shape.topk, size, limits)) size = 0;
   }
-  const int size = static_cast<int>(cluster_size);
-  const int most = size == 0
-                       ? max_tokens(shape.num_experts, shape.topk, limits)
-                       : size * max_tokens_per_block(shape.num_experts, shape.topk, size, limits);
-  if (shape.num_tokens <= most) return;
+  if (size != 0) return size;
+  const int most = asked == 0 ? max_tokens(shape.num_experts, shape.topk, limits)
+                              : max_tokens(shape.num_experts, shape.topk, asked, limits);
   fail_argument("gating_output",
                 "at most " + std::to_string(most) + " rows, which is what fits in " +
                     std::to_string(limits.lds_bytes) + " bytes of LDS " +
-                    (size > 1 ? "in each of " + std::to_string(size) + " workgroups " : "") +
+                    (asked > 1 ? "in each of " + std::to_string(asked) + " workgroups " : "") +
                     "for num_experts " + std::to_string(shape.num_experts) + " and topk " +
                     std::to_string(shape.topk),
                 std::to_string(shape.num_tokens));
@@ -114,7 +118,7 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   const DeviceLimits limits = device_limits(args.gating_output.device_index);
   const SortShape shape =
       sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
-  check_capacity(shape, args.cluster_size, limits);
+  const int cluster_size = check_cluster_size(args.cluster_size, shape, limits);
 
   FusedParams params;
   params.gating = args.gating_output.data;

@@ -36,12 +36,18 @@ _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16
 _i32, _u32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64
 
 
+class Divisor(ctypes.Structure):
+    """expert_sort.h"""
+
+    _fields_ = [("magic", _u32), ("shift", _i32)]
+
+
 class SortShape(ctypes.Structure):
     """expert_sort.h"""
 
     _fields_ = [
         ("num_tokens", _i32), ("num_experts", _i32), ("topk", _i32), ("block_size", _i32),
-        ("topk_shift", _i32), ("block_shift", _i32), ("wide_stores", ctypes.c_bool),
+        ("by_topk", Divisor), ("by_block_size", Divisor), ("wide_stores", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -306,6 +312,12 @@ def fused_lds(num_tokens: int, num_experts: int, topk: int) -> FusedLds:
     return FusedLds(**offsets, total=(ends[-1] + 15) // 16 * 16)
 
 
+def divisor(number: int) -> Divisor:
+    """What division by `number` takes (expert_sort.h)."""
+    shift = 31 + (number - 1).bit_length()
+    return Divisor(magic=-(-(1 << shift) // number), shift=shift)
+
+
 def sort_shape(
     num_tokens: int, num_experts: int, topk: int, block_size: int, sort: SortParams
 ) -> SortShape:
@@ -316,8 +328,8 @@ def sort_shape(
         num_experts=num_experts,
         topk=topk,
         block_size=block_size,
-        topk_shift=(topk - 1).bit_length(),
-        block_shift=-1 if block_size & (block_size - 1) else block_size.bit_length() - 1,
+        by_topk=divisor(topk),
+        by_block_size=divisor(block_size),
         wide_stores=block_size % 4 == 0 and on_boundary,
     )
 

@@ -19,9 +19,9 @@
 //   let_next_launch_begin    griddepcontrol.launch_dependents            nothing    nothing
 //
 // Rejected, as what several workgroups of one launch may share: a ticket in global memory that lets
-// the last workgroup do the rest. The hand-over costs 2.4 us on an H100, the ticket has to be zero
-// before the launch, and then it may not be shared by streams or graphs that run at the same time.
-// LDS belongs to the launch.
+// the last workgroup do the rest. The hand-over is four trips to memory one after the other, and the
+// ticket has to be zero before the launch and must not be shared by streams or graphs that run at
+// the same time. LDS belongs to the launch.
 #pragma once
 
 #include <cstdint>

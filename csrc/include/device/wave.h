@@ -9,7 +9,9 @@
 //                                   it the last bit, follows from the indices alone
 //   wave_sum_in_order(x, n, init)   ((init + x of lane 0) + x of lane 1) + ... n terms, in every lane
 //   wave_inclusive_sum(x)           uint32_t prefix sum, own lane included
+//   wave_ballot(flag)               WaveMask with the bits of the lanes whose flag is set
 //   wave_rank(flag)                 {below, total}: lanes below, and lanes in all, whose flag is set
+//   wave_for_each(flag, f)          f(lane) for every lane whose flag is set, ascending, by all lanes
 //   wave_read_lane(x, lane)         x of one lane, the same for all; uint32_t or float
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
@@ -19,11 +21,13 @@
 //   wave_max (64 bit)    shuffle tree                          2 redux.sync          1 switch
 //   wave_sum_by_halves   shuffle tree                          shfl.bfly tree        1 switch
 //   wave_inclusive_sum   shuffle scan                          shfl.up scan          1 switch
-//   wave_rank            v_mbcnt, s_bcnt1                      vote.ballot, popc     1 switch
+//   wave_ballot          v_cmp                                 vote.ballot           1 switch
+//   wave_rank            v_cmp, v_mbcnt, s_bcnt1               vote.ballot, popc     1 switch
 //   wave_read_lane       v_readlane                            shfl.idx              1 switch
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device/platform.h"
 
@@ -40,6 +44,8 @@ constexpr int kWaveSize = 32;
 
 __device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x) % kWaveSize; }
 __device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x) / kWaveSize; }
+
+using WaveMask = std::conditional_t<kWaveSize == 64, uint64_t, uint32_t>;  // bit l: lane l
 
 struct WavePrefix {
   uint32_t below, total;  // over the lanes below, over all lanes
@@ -59,6 +65,14 @@ namespace aiter {
 
 constexpr int kMaxWaveSize = 64;
 constexpr int kMaxWavesPerBlock = 32;  // 1024 threads of wave32
+
+template <typename F>
+__device__ __forceinline__ void wave_for_each(bool flag, F f) {
+  AITER_LOOP
+  for (WaveMask left = wave_ballot(flag); left != 0; left &= left - 1) {
+    f(lowest_lane(left));
+  }
+}
 
 __device__ __forceinline__ WavePrefix wave_prefix_sum(uint32_t x) {
   const uint32_t inclusive = wave_inclusive_sum(x);

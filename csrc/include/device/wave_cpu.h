@@ -37,14 +37,12 @@ inline void combine_inclusive_sum(hip_cpu::Wave& wave, unsigned parity, hip_cpu:
   }
 }
 
-inline void combine_rank(hip_cpu::Wave& wave, unsigned parity, hip_cpu::LaneMask lanes) {
-  uint64_t below = 0;
+inline void combine_ballot(hip_cpu::Wave& wave, unsigned parity, hip_cpu::LaneMask lanes) {
+  uint64_t set = 0;
   for (int l = 0; l < kWaveSize; ++l) {
-    const bool flag = (lanes >> l & 1) && wave.slot[parity][l] != 0;
-    wave.slot[parity][l] = below;
-    below += flag ? 1 : 0;
+    if ((lanes >> l & 1) && wave.slot[parity][l] != 0) set |= uint64_t{1} << l;
   }
-  wave.result[parity] = below;
+  wave.result[parity] = set;
 }
 
 template <typename T>
@@ -83,12 +81,19 @@ inline uint32_t wave_inclusive_sum(uint32_t x, AITER_CALL_SITE) {
   return hip_cpu::from_word<uint32_t>(lane.wave->slot[parity][lane.index]);
 }
 
+inline WaveMask wave_ballot(bool flag, AITER_CALL_SITE) {
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(flag), wave_cpu::combine_ballot,
+                                              AITER_SITE_OF("wave_ballot"));
+  return static_cast<WaveMask>(hip_cpu::current_lane->wave->result[parity]);
+}
+
+inline int lowest_lane(WaveMask lanes) { return __builtin_ctzll(lanes); }
+
 inline WavePrefix wave_rank(bool flag, AITER_CALL_SITE) {
-  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(flag), wave_cpu::combine_rank,
-                                              AITER_SITE_OF("wave_rank"));
-  const hip_cpu::Lane& lane = *hip_cpu::current_lane;
-  return {hip_cpu::from_word<uint32_t>(lane.wave->slot[parity][lane.index]),
-          hip_cpu::from_word<uint32_t>(lane.wave->result[parity])};
+  const uint64_t set = wave_ballot(flag, file, line);
+  const uint64_t below = set & ((uint64_t{1} << lane_idx()) - 1);
+  return {static_cast<uint32_t>(__builtin_popcountll(below)),
+          static_cast<uint32_t>(__builtin_popcountll(set))};
 }
 
 template <typename T>

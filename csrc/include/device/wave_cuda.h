@@ -40,8 +40,14 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
   return init;
 }
 
+__device__ __forceinline__ WaveMask wave_ballot(bool flag) {
+  return __ballot_sync(kAllLanes, flag);
+}
+
+__device__ __forceinline__ int lowest_lane(WaveMask lanes) { return __ffs(lanes) - 1; }
+
 __device__ __forceinline__ WavePrefix wave_rank(bool flag) {
-  const unsigned set = __ballot_sync(kAllLanes, flag);
+  const unsigned set = wave_ballot(flag);
   const unsigned below = set & ((1u << lane_idx()) - 1);
   return {static_cast<uint32_t>(__popc(below)), static_cast<uint32_t>(__popc(set))};
 }

@@ -96,16 +96,23 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
   return init;
 }
 
-__device__ __forceinline__ WavePrefix wave_rank(bool flag) {
+__device__ __forceinline__ WaveMask wave_ballot(bool flag) {
 #if defined(__GFX9__)
-  const uint64_t set = __builtin_amdgcn_ballot_w64(flag);
-  const uint32_t low = static_cast<uint32_t>(set), high = static_cast<uint32_t>(set >> 32);
-  const uint32_t below = __builtin_amdgcn_mbcnt_hi(high, __builtin_amdgcn_mbcnt_lo(low, 0));
-  return {below, static_cast<uint32_t>(__builtin_popcountll(set))};
+  return __builtin_amdgcn_ballot_w64(flag);
 #else
-  const uint32_t set = __builtin_amdgcn_ballot_w32(flag);
-  return {__builtin_amdgcn_mbcnt_lo(set, 0), static_cast<uint32_t>(__builtin_popcount(set))};
+  return __builtin_amdgcn_ballot_w32(flag);
 #endif
+}
+
+__device__ __forceinline__ int lowest_lane(WaveMask lanes) { return __builtin_ctzll(lanes); }
+
+__device__ __forceinline__ WavePrefix wave_rank(bool flag) {
+  const uint64_t set = wave_ballot(flag);
+  uint32_t below = __builtin_amdgcn_mbcnt_lo(static_cast<uint32_t>(set), 0);
+  if constexpr (kWaveSize == 64) {
+    below = __builtin_amdgcn_mbcnt_hi(static_cast<uint32_t>(set >> 32), below);
+  }
+  return {below, static_cast<uint32_t>(__builtin_popcountll(set))};
 }
 
 __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
