@@ -84,16 +84,16 @@ def floor_us() -> Timing:
     return graph_slope_us([lambda: torch.cuda._sleep(0)])  # type: ignore[no-untyped-call]
 
 
-def host_us(call: Call, device: torch.device) -> Timing:
-    """Host time per call while the device works behind."""
+def host_us(call: Call, device: torch.device, count: int = HOST_CALLS) -> Timing:
+    """Host time per call of `count` in a row, while the device works behind."""
     call()
     samples = []
     for _ in range(HOST_REPEATS):
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        for _ in range(count):
             call()
-        samples.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        samples.append((time.perf_counter() - start) / count * 1e6)
     synchronize(device)
     return summary(samples)
 
