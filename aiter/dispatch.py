@@ -179,7 +179,7 @@ def explain(problem: Problem, choice: Choice, max_tokens: int) -> str:
             f" M = {row.fused_tokens}, oneshot up to M = {row.oneshot_tokens}"
         )
     elif choice.path == "fused":
-        why = f"M = {problem.tokens} fits in the LDS of one workgroup (at most {max_tokens})"
+        why = f"M = {problem.tokens} fits in the fused launch's LDS (at most {max_tokens})"
     elif max_tokens:
         why = "AITER_DISPATCH keeps the fused launch to fewer tokens"
     else:
