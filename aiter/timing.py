@@ -8,7 +8,8 @@ more than a graph of the flushes alone.
 `host_us`: what the caller's thread pays per call, enqueueing without synchronising.
 `floor_us`: device time of a kernel that does nothing, by the same slope: no launch can beat it.
 `cpu_us`: wall time of a call on the cpu target, where a call is done when it returns.
-All are medians; the spread is the distance between the quartiles, over the median.
+All are medians, of 60 replays on a GPU unless these would take longer than a second; the spread is
+the distance between the quartiles, over the median.
 
 Rejected: two events around a single call. The second one is recorded when the host has got through
 the call, so that below about 10 us they measure the host.
@@ -27,6 +28,7 @@ Call = Callable[[], object]
 
 LOW, HIGH = 20, 60  # calls per graph
 REPLAYS = 60
+LEAST_REPLAYS, MOST_US = 10, 1e6  # fewer replays where 60 would take longer than that
 COLD_CALLS, COLD_REPLAYS = 10, 20
 HOST_CALLS, HOST_REPEATS = 30, 20  # NOTE: more calls would fill the launch queue, and wait for it.
 FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
@@ -59,6 +61,11 @@ def summary(samples: Sequence[float]) -> Timing:
 def slopes(low_us: Sequence[float], high_us: Sequence[float], calls: int) -> list[float]:
     """Time per call from pairs of runs, the second of which makes `calls` more calls."""
     return [(high - low) / calls for low, high in zip(low_us, high_us, strict=True)]
+
+
+def affordable(replays: int, round_us: float) -> int:
+    """As many of `replays` rounds of `round_us` each as take `MOST_US`, at least `LEAST_REPLAYS`."""
+    return min(replays, max(LEAST_REPLAYS, int(MOST_US / round_us)))
 
 
 def graph_slope_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
@@ -141,16 +148,17 @@ def _replay_us(
             call()
         torch.cuda.synchronize()
         captured = []
+        round_us = 0.0
         for calls in graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 for call in calls:
                     call()
             graph.replay()
+            round_us += _elapsed_us(graph.replay, stream)
             captured.append(graph)
-        torch.cuda.synchronize()
         times: list[list[float]] = [[] for _ in captured]
-        for _ in range(replays):
+        for _ in range(affordable(replays, round_us)):
             for graph, samples in zip(captured, times, strict=True):
                 samples.append(_elapsed_us(graph.replay, stream))
     return times

@@ -7,6 +7,7 @@ import _checkout  # noqa: F401  (makes a checkout importable)
 from aiter.timing import (
     Call,
     Timing,
+    affordable,
     call_us,
     cold_us,
     cpu_us,
@@ -21,6 +22,7 @@ from aiter.timing import (
 __all__ = [
     "Call",
     "Timing",
+    "affordable",
     "call_us",
     "cold_us",
     "cpu_us",

@@ -40,6 +40,14 @@ def test_summary() -> None:
     assert bench_timing.summary([1.0, 2.0, 3.0]).spread == 1.0
 
 
+@pytest.mark.parametrize(
+    ("replays", "round_us", "expected"),
+    [(60, 200.0, 60), (60, 5e4, 20), (60, 5e5, 10), (60, 5e6, 10), (5, 5e6, 5)],
+)
+def test_slow_calls_are_replayed_less(replays: int, round_us: float, expected: int) -> None:
+    assert bench_timing.affordable(replays, round_us) == expected
+
+
 def test_every_clock_of_the_cpu_counts_calls() -> None:
     calls: list[int] = []
     bench_timing.cpu_us(lambda: calls.append(1), seconds=0.0)
