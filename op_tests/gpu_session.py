@@ -25,6 +25,7 @@ from pathlib import Path
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 import torch
+from bench_fused_topk_moe_sorting import SHAPES
 
 from aiter.cli.table import format_table
 
@@ -63,25 +64,28 @@ def steps(folder: Path, kind: str) -> list[Step]:
         return ["--csv", f"{folder}/{name}.csv", *plot]
 
     small = [] if gpu else ["--device", "cpu", "--shape", "32,4,64", "--tokens", "1,4"]
+    tuned = (
+        [part for shape in SHAPES for part in ("--shape", shape)] if gpu else ["--dry-run", *small]
+    )
     tests = ["op_tests", *(f"--ignore=op_tests/{name}" for name in ("jit", "rocm", "fire"))]
     sanitize = ["op_tests/fire/sanitize_gpu.py", "--tool"]
     return [
-        Step("env", 30, ["-m", "aiter", "env"]),
+        Step("env", 60, ["-m", "aiter", "env"]),
         Step("build", 180, ["-m", "aiter", "build", "--all", "--target", kind]),
         Step("selftest", 60, ["-m", "aiter", "selftest", *([] if gpu else ["--quick"])]),
-        Step("tests", 480, ["-m", "pytest", "-q", "--durations=15", *tests] if gpu else None),
+        Step("tests", 420, ["-m", "pytest", "-q", "--durations=15", *tests] if gpu else None),
         *(
-            Step(tool, 75, [*sanitize, tool] if kind == "cuda" else None)
+            Step(tool, 65, [*sanitize, tool] if kind == "cuda" else None)
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ),
         Step("host", 30, ["op_tests/bench_host.py", "--csv", f"{folder}/host.csv"]),
-        Step("bench", 180, [BENCH, "--no-compile", *small, *figures("bench")]),
+        Step("bench", 240, [BENCH, "--no-compile", *small, *figures("bench")]),
         Step(
-            "compiled", 120,
+            "compiled", 110,
             [BENCH, "--compile", "--tokens", "1,32,256", *figures("compiled")] if gpu else None,
         ),
         # NOTE: the last one, as the rest is to run by the rule of capacity.
-        Step("tune", 90, ["-m", "aiter", "tune", *(["--dry-run", *small] if small else [])]),
+        Step("tune", 120, ["-m", "aiter", "tune", *tuned]),
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import _checkout  # noqa: F401
 import bench_fused_topk_moe_sorting as bench
+import bench_host
 import bench_report
 import bench_timing
 import pytest
@@ -42,7 +43,7 @@ def test_summary() -> None:
 
 @pytest.mark.parametrize(
     ("replays", "round_us", "expected"),
-    [(60, 200.0, 60), (60, 5e4, 20), (60, 5e5, 10), (60, 5e6, 10), (5, 5e6, 5)],
+    [(60, 200.0, 60), (60, 2.5e4, 20), (60, 5e5, 10), (60, 5e6, 10), (5, 5e6, 5)],
 )
 def test_slow_calls_are_replayed_less(replays: int, round_us: float, expected: int) -> None:
     assert bench_timing.affordable(replays, round_us) == expected
@@ -104,6 +105,15 @@ def test_a_bench_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("8", "1", "1.0", ""),
         ("8", "3", "3.0", ""),
     ]
+
+
+def test_the_pieces_of_host_time() -> None:
+    """Every piece is timed, and the call is whole again afterwards."""
+    logits = torch.randn(1, 8, dtype=torch.bfloat16)
+    rows = bench_host.measure(logits, (8, 2, 4))
+    assert len({name for name, _, _ in rows}) == len(rows) and all(t.us > 0 for *_, t in rows)
+    assert {what for _, what, _ in rows} == {"host", "host and the kernel on the CPU"}
+    bench_host.check(logits, (8, 2, 4))
 
 
 def test_contestants_do_the_same_work() -> None:

@@ -106,7 +106,7 @@ def test_another_build_counts_for_nothing(cache: Path, monkeypatch: pytest.Monke
 
 def test_another_device_counts_for_nothing(cache: Path) -> None:
     path = tuned.keep(CPU, [tuned.Measured(ROW)])
-    path.write_text(path.read_text().replace('"device": "cpu wave64"', '"device": "another"'))
+    path.write_text(path.read_text().replace(f'"{tuned.device_name(CPU)}"', '"another"'))
     assert tuned.find(CPU).rows == () and "another" in tuned.find(CPU).reason
 
 
@@ -180,6 +180,10 @@ def test_tune_prints_keeps_and_explain_tells(
     arguments = ["--device", "cpu", "--shape", "16,2,8", "--tokens", "1,2,4,8,16"]
     assert tune.main([*arguments, "--dry-run"]) == 0
     assert not tuned.path_of(CPU).exists() and path_of(5) == "fused"
+    assert tune.main([*arguments, "--rows", "--dry-run"]) == 0
+    assert (
+        "Crossover(num_experts=16, topk=2, model_dim=8, fused_tokens=2" in capsys.readouterr().out
+    )
     assert tune.main(arguments) == 0
     printed = capsys.readouterr().out
     assert str(tuned.path_of(CPU)) in printed and "multiphase" in printed

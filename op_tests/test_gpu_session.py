@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -80,12 +79,30 @@ def test_the_summary_has_every_step() -> None:
     assert "python -m aiter env" in text and "needs a GPU" in text and "passed" in text
 
 
-def test_one_step_alone(tmp_path: Path) -> None:
-    command = [sys.executable, gpu_session.__file__, str(tmp_path / "new"), "--step", "env"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "env" in (tmp_path / "new" / "summary.txt").read_text()
-    assert "Python" in (tmp_path / "new" / "env.log").read_text()
+def test_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All steps run although one fails, and the status tells; one step runs alone."""
+    planted = [
+        Step("first", LONG, ["-c", "raise SystemExit('a reason')"]),
+        Step("second", LONG, ["-c", "import os; print(os.environ['AITER_JIT_DIR'])"]),
+        Step("third", LONG, None),
+    ]
+    monkeypatch.setattr(gpu_session, "steps", lambda *_: planted)
+    monkeypatch.delenv("AITER_JIT_DIR", raising=False)
+    folder = tmp_path / "new"
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", str(folder)])
+    assert gpu_session.main() == 1
+    printed = capsys.readouterr().out
+    assert "first: FAILED" in printed and "a reason" in printed and "second: passed" in printed
+    table = (folder / "summary.txt").read_text()
+    assert all(step.name in table for step in planted) and SKIPPED in table
+    assert str(folder / "cache") in (folder / "second.log").read_text()
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", str(folder), "--step", "second"])
+    assert gpu_session.main() == 0
+    assert "first" not in (folder / "summary.txt").read_text()
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", str(tmp_path / "none"), "--list"])
+    assert gpu_session.main() == 0 and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

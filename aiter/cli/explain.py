@@ -71,6 +71,8 @@ def _explain(options: argparse.Namespace) -> str:
     dispatch.check_policy(options.policy)
     device = current_device(options.device)
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
+    routing_plan.check_size("tokens", m, low=0)
+    routing_plan.check_size("model_dim", options.model_dim, low=0)
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
     problem = dispatch.Problem(m, e, k, options.model_dim, options.policy)
     choice = routing_plan.choose(problem, most, device)

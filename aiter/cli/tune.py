@@ -1,7 +1,7 @@
 """Which path is the fastest on this device, from which M on? Measures, prints, keeps.
 
     python -m aiter tune [--device cpu|cuda[:N]] [--wave 64|32] [--shape E,K,D ...]
-        [--tokens 1,2,4,...] [--dtype bf16|fp16|fp32] [--replays 20] [--dry-run]
+        [--tokens 1,2,4,...] [--dtype bf16|fp16|fp32] [--replays 20] [--rows] [--dry-run]
 
 For every shape, the fused launch and the chain with the oneshot and the multi-phase sort route the
 same logits into the same buffers, from M = 1 to the largest M that the fused launch takes, and the
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=parse_tokens, metavar="M,...", help="instead of all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
     parser.add_argument("--replays", type=int, default=20, help="of a graph, on a GPU")
+    parser.add_argument("--rows", action="store_true", help="print the rows of aiter/dispatch.py")
     parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
     options = parser.parse_args(argv)
     device = current_device(options.device)
@@ -78,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
             measured.append(tuned.Measured(row, times_as_rows(times)))
             print("\n" + times_table(shape, times), flush=True)
         print("\n" + crossover_table([each.row for each in measured]))
+        if options.rows:
+            print("\n" + "\n".join(f"{each.row}," for each in measured))
         if options.dry_run:
             print("\nkept nothing, as --dry-run asks")
             return 0
