@@ -93,6 +93,9 @@ def find(device: torch.device) -> Found:
         if builds.get(module) != build:
             reason = (
                 f"{module} is not the build that was measured; run `python -m aiter tune` again"
+                if build
+                else f"{module} is not built, so that nobody can tell whether it is what was"
+                " measured; run `python -m aiter build --all` or `python -m aiter tune`"
             )
             get_logger().warning("%s: %s", path, reason)
             return Found(path, reason=reason)

@@ -16,7 +16,7 @@ import torch
 from aiter import dispatch, fused_moe, routing_plan, tuned
 from aiter.cli import explain, tune
 from aiter.dispatch import Crossover
-from aiter.jit import CacheError, EnvError
+from aiter.jit import CacheError, EnvError, envs
 
 CPU = torch.device("cpu")
 SHAPE = (16, 2, 8)
@@ -92,9 +92,12 @@ def test_other_shapes_stay(cache: Path) -> None:
     assert set(tuned.find(CPU).rows) == {again, other}
 
 
-def test_another_build_counts_for_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("build", ["a/c", ""])
+def test_another_build_counts_for_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, build: str
+) -> None:
     tuned.keep(CPU, [tuned.Measured(ROW)])
-    rebuilt = {**dict.fromkeys(tuned.MODULES, "a/b"), tuned.MODULES[1]: "a/c"}
+    rebuilt = {**dict.fromkeys(tuned.MODULES, "a/b"), tuned.MODULES[1]: build}
     monkeypatch.setattr(tuned, "builds_of", lambda device: rebuilt)
     found = tuned.find(CPU)
     assert found.rows == () and tuned.MODULES[1] in found.reason
@@ -211,6 +214,14 @@ def test_builds_name_what_is_in_use() -> None:
     builds = tuned.builds_of(CPU)
     assert set(builds) == set(tuned.MODULES)
     assert builds[tuned.MODULES[0]].count("/") == 1
+    assert tuned.path_of(CPU).parent == envs.cache_dir() / ".tuned"
+
+
+def test_a_shape_that_no_chain_sorts(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--shape", "5000,2,8", "--tokens", "1"]
+    assert tune.main(arguments) == 1
+    assert "error: 5000,2,8: num_experts: expected" in capsys.readouterr().err
+    assert not tuned.path_of(CPU).exists()
 
 
 @pytest.mark.parametrize("text", ["1,2", "0,0,1", "2,3,4", "a,b,c"])

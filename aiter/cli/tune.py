@@ -46,7 +46,7 @@ Clock = Callable[[Shape, int, Sequence[dispatch.Path]], dict[str, float]]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures what the options say; 0 if everything was measured and kept."""
+    """Measures what the options say; 0 if everything was measured and kept, 1 if nothing was."""
     parser = argparse.ArgumentParser(
         "python -m aiter tune",
         description=__doc__,
@@ -72,9 +72,13 @@ def main(argv: Sequence[str]) -> int:
         clock = device_clock(device, DTYPES[options.dtype], options.replays)
         measured = []
         for shape in shapes:
-            most = fused_topk_moe_sorting_max_tokens(shape[0], shape[1], device=device)
-            tokens = options.tokens or token_grid(most, CHAIN_TOKENS[device.type])
-            times = measure(shape, tokens, most, clock)
+            try:
+                most = fused_topk_moe_sorting_max_tokens(shape[0], shape[1], device=device)
+                tokens = options.tokens or token_grid(most, CHAIN_TOKENS[device.type])
+                times = measure(shape, tokens, most, clock)
+            except ValueError as error:
+                print(f"error: {','.join(map(str, shape))}: {error}", file=sys.stderr)
+                return 1
             row = crossover(shape, times, most, (name, time.strftime("%Y-%m-%d"), command))
             measured.append(tuned.Measured(row, times_as_rows(times)))
             print("\n" + times_table(shape, times), flush=True)
@@ -90,7 +94,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"error: expected to write the cache folder, got {error}", file=sys.stderr)
             return 1
         routing_plan.forget()
-        print(f"\nkept in {path}; dispatch_policy 0 goes by it from now on")
+        origin = routing_plan.basis_of(device).origin
+        print(f"\nkept in {path}; dispatch_policy 0 goes by {origin}")
     return 0
 
 
