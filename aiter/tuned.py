@@ -82,7 +82,7 @@ def find(device: torch.device) -> Found:
     check_trusted(path.parent.parent, (path.parent, path))
     try:
         kept = _parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{path}: expected what `python -m aiter tune` writes, got {error!r}"
         get_logger().warning("%s; its measurements are left aside", reason)
         return Found(path, reason=reason)

@@ -12,11 +12,13 @@ from pathlib import Path
 import _checkout  # noqa: F401
 import pytest
 import torch
+from targets import Target
 
 from aiter import dispatch, fused_moe, routing_plan, tuned
 from aiter.cli import explain, tune
 from aiter.dispatch import Crossover
 from aiter.jit import CacheError, EnvError, envs
+from aiter.ops.device import current_device
 
 CPU = torch.device("cpu")
 SHAPE = (16, 2, 8)
@@ -202,10 +204,11 @@ def test_tune_prints_keeps_and_explain_tells(
     assert str(tuned.path_of(CPU)) in capsys.readouterr().out
 
 
-def test_the_clock_of_a_device_times_every_path() -> None:
-    clock = tune.device_clock(CPU, torch.bfloat16, 2)
+def test_the_clock_of_a_device_times_every_path(target: Target) -> None:
+    clock = tune.device_clock(current_device(target.device), torch.bfloat16, 2)
     for paths in (tune.PATHS, tune.PATHS[1:]):
-        times = clock(SHAPE, 3, paths)
+        with target.active():
+            times = clock(SHAPE, 3, paths)
         assert list(times) == list(paths) and all(us > 0 for us in times.values())
 
 
