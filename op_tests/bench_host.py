@@ -28,7 +28,6 @@ from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
-from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
 
 PIECE_CALLS = 1000  # of a piece that launches nothing, per repeat
 BLOCK_SIZE = 32
@@ -53,6 +52,8 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
     sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
     fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
+    nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
+    selecting = module_for("module_topk_softmax", device).topk_softmax
     checked = module_for("module_moe_sorting_opus", device).moe_sorting_opus_check
     compiled = module_for("module_fused_topk_moe_sorting", device).fused_topk_moe_sorting_fwd
     slots, blocks = plan.buffers.slots, plan.buffers.blocks
@@ -84,7 +85,8 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
         "topk_softmax_sorting without its op, allocating": routing,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
-        "the same through the op's Python function": lambda: moe_sorting_opus_check(*sort),
+        "binding and checks of 4 tensors, compiled function": lambda: selecting(*nothing),
+        "the same through the op's Python function": lambda: aiter.topk_softmax(*nothing),
     }
     launching: Pieces = {
         "fused launch, compiled function": lambda: compiled(*fused),

@@ -89,7 +89,7 @@ def _dispatch(text: str) -> int | None:
     if text == "measured":
         return None
     if text == "capacity":
-        return -1
+        return -1  # NOTE: what aiter.dispatch calls CAPACITY.
     if not text.isdecimal():
         raise ValueError("measured, capacity or the largest M of the fused launch")
     return int(text)
