@@ -1,50 +1,190 @@
 """Which path routes a problem, and why?
 
-A pure function of the shapes and of what the device can hold, so that it can be printed
-(`python -m aiter explain`), tested without a GPU, and does not cost a launch anything.
+A pure function of the shapes, of what the device can hold and of what was measured on devices like
+it, so that it can be printed (`python -m aiter explain`), tested without a GPU, and does not cost a
+launch anything.
 
 Paths: "fused" is the single launch; "oneshot" and "multiphase" are the separate chain, top-k in
-one launch and the sort in one or three more. The chain's own choice is its kernels' (workspace
-needed or not), so that a direct call of `moe_sorting_opus_fwd` and one through `fused_moe` cannot
-differ.
+one launch and the sort in one or three more. Under `dispatch_policy` 0 the first rule that applies
+decides between them:
+
+1. override   AITER_DISPATCH names the largest M of the fused launch, or asks for capacity alone;
+2. measured   a `Crossover` of this device (`aiter.tuned`) or of its architecture (`MEASURED`) is
+              close enough: at most a factor of 2 away in E and K together;
+3. capacity   the fused launch wherever it fits, then oneshot up to `MOST_ONESHOT_ENTRIES`.
+
+Where the fused launch does not fit, the chain runs, whatever a row says. Rejected: a model of the
+kernels' costs, which has more parameters than there are measurements; a rule in C++, where a
+measurement could change it only by a rebuild. A direct call of `moe_sorting_opus_fwd` under policy 0
+keeps its kernel's own rule, which is that of capacity; results do not differ.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 Path = Literal["fused", "oneshot", "multiphase"]
+Rule = Literal["policy", "override", "measured", "capacity"]
 
 AUTOMATIC, ONESHOT, MULTIPHASE = 0, 1, 2
 POLICIES = (AUTOMATIC, ONESHOT, MULTIPHASE)
+POLICY_OF_CHAIN: dict[Path, int] = {"oneshot": ONESHOT, "multiphase": MULTIPHASE}
+
+MOST_ONESHOT_ENTRIES = 8192  # tokens x slots; kMaxOneshotEntries of moe_sorting_opus.cu
+CAPACITY = -1  # as an override: every measurement is left aside
+FARTHEST = 1.0  # powers of two between a problem's E and K and those of a row that speaks for it
 
 
-def takes_fused(dispatch_policy: int, tokens: int, max_tokens: int) -> bool:
-    """Whether the fused launch routes `tokens` rows.
+@dataclass(frozen=True)
+class Crossover:
+    """Up to how many tokens a path is the fastest, for one E, K and D on one device.
+
+    Attributes:
+        fused_tokens: the fused launch is the fastest up to this M; 0 for never.
+        oneshot_tokens: of the chain, the oneshot sort is the faster up to this M; 0 for never.
+        source: the device that it was measured on.
+        date: when, as YYYY-MM-DD.
+        command: what measured it.
+    """
+
+    num_experts: int
+    topk: int
+    model_dim: int
+    fused_tokens: int
+    oneshot_tokens: int
+    source: str
+    date: str
+    command: str
+
+
+# Rows by the beginning of the architecture's name. An empty entry is one that is not measured.
+# NOTE: the cpu target stays that way. It executes the kernel lane by lane to show what it does; its
+# times tell nothing about a GPU, and capacity keeps the kernel in use there.
+MEASURED: dict[str, tuple[Crossover, ...]] = {
+    "cpu": (),
+    "gfx90a": (),
+    "gfx94": (),
+    "gfx95": (),
+    "gfx11": (),
+    "gfx12": (),
+    "sm_8": (),
+    "sm_9": (),
+    "sm_10": (),
+    "sm_12": (),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice depends on: M, E, K, D and the caller's `dispatch_policy`."""
+
+    tokens: int
+    num_experts: int
+    topk: int
+    model_dim: int
+    dispatch_policy: int = AUTOMATIC
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path, the rule that led to it, and the row behind it if that rule is "measured"."""
+
+    path: Path
+    rule: Rule
+    row: Crossover | None = None
+
+
+def choose(
+    problem: Problem, max_tokens: int, rows: Sequence[Crossover], override: int | None = None
+) -> Choice:
+    """The path of a problem.
 
     Args:
-        dispatch_policy: 0 automatic; 1 and 2 force the chain.
-        tokens: M.
-        max_tokens: what `fused_topk_moe_sorting_max_tokens` says for the problem's E and K.
+        max_tokens: what `fused_topk_moe_sorting_max_tokens` says for E and K; 0 where there is
+            nothing to fuse, as in a sort of ready ids.
+        rows: what was measured on this device, or on ones like it.
+        override: the largest M of the fused launch; `CAPACITY`; None to go by the rows.
     """
-    return dispatch_policy == AUTOMATIC and tokens <= max_tokens
+    if problem.dispatch_policy == ONESHOT:
+        return Choice("oneshot", "policy")
+    if problem.dispatch_policy == MULTIPHASE:
+        return Choice("multiphase", "policy")
+    row = nearest(rows, problem) if override is None else None
+    rule: Rule = "measured" if row else "capacity" if override is None else "override"
+    fused_tokens = max_tokens
+    oneshot_entries = MOST_ONESHOT_ENTRIES
+    if row is not None:
+        fused_tokens = min(max_tokens, row.fused_tokens)
+        oneshot_entries = row.oneshot_tokens * row.topk
+    elif override is not None and override != CAPACITY:
+        fused_tokens = min(max_tokens, override)
+    if max_tokens and problem.tokens <= fused_tokens:
+        return Choice("fused", rule, row)
+    path: Path = "oneshot" if problem.tokens * problem.topk <= oneshot_entries else "multiphase"
+    return Choice(path, rule, row)
 
 
-def chain_path(workspace_bytes: int) -> Path:
-    """Which sort the chain runs, from the workspace that it wants."""
-    return "multiphase" if workspace_bytes else "oneshot"
+def nearest(rows: Sequence[Crossover], problem: Problem) -> Crossover | None:
+    """The row that speaks for a problem: closest E and K, then closest D; None if all are far."""
+
+    def distances(row: Crossover) -> tuple[float, float]:
+        experts = abs(math.log2(row.num_experts / problem.num_experts))
+        slots = abs(math.log2(row.topk / problem.topk))
+        return experts + slots, abs(math.log2((row.model_dim + 1) / (problem.model_dim + 1)))
+
+    best = min(rows, key=distances, default=None)
+    return best if best is not None and distances(best)[0] <= FARTHEST else None
 
 
-def explain(
-    dispatch_policy: int, tokens: int, max_tokens: int, workspace_bytes: int
-) -> tuple[Path, str]:
-    """The path and the reason for it, in words. Arguments as above."""
-    if takes_fused(dispatch_policy, tokens, max_tokens):
-        return "fused", f"M = {tokens} fits in the LDS of one workgroup (at most {max_tokens})"
-    path = chain_path(workspace_bytes)
-    if dispatch_policy != AUTOMATIC:
-        return path, f"dispatch_policy {dispatch_policy} forces the separate chain"
-    return path, f"M = {tokens} is more than the {max_tokens} that one workgroup's LDS can hold"
+def rows_of(arch: str) -> tuple[str, tuple[Crossover, ...]]:
+    """The entry of `MEASURED` for an architecture: its name and rows, ("", ()) if there is none."""
+    name = max((name for name in MEASURED if arch.startswith(name)), key=len, default="")
+    return name, MEASURED.get(name, ())
+
+
+def threshold(samples: Mapping[int, tuple[float, float]]) -> int:
+    """Up to which M the first of two ways is to be taken, from times at some M.
+
+    It is the measured M that makes the product of all times taken the smallest, so that one
+    outlier moves nothing; 0 if the second way is better from the first M on. Equal times go to the
+    first way.
+
+    Args:
+        samples: M to (time of the first way, time of the second), any unit, above 0.
+    """
+    limit, gain, best = 0, 0.0, 0.0
+    for tokens in sorted(samples):
+        first, second = samples[tokens]
+        gain += math.log(second / first)
+        if gain >= best:
+            limit, best = tokens, gain
+    return limit
+
+
+def explain(problem: Problem, choice: Choice, max_tokens: int) -> str:
+    """The reason for a choice, in words. Arguments as of `choose`, and what it returned."""
+    if choice.rule == "policy":
+        return f"dispatch_policy {problem.dispatch_policy} forces the separate chain"
+    if max_tokens and problem.tokens > max_tokens:
+        why = (
+            f"M = {problem.tokens} is more than the {max_tokens} that one workgroup's LDS can hold"
+        )
+    elif choice.row is not None:
+        row = choice.row
+        why = (
+            f"measured for E={row.num_experts} K={row.topk} D={row.model_dim}: fused up to"
+            f" M = {row.fused_tokens}, oneshot up to M = {row.oneshot_tokens}"
+        )
+    elif choice.path == "fused":
+        why = f"M = {problem.tokens} fits in the fused launch's LDS (at most {max_tokens})"
+    elif max_tokens:
+        why = "AITER_DISPATCH keeps the fused launch to fewer tokens"
+    else:
+        why = "ready ids, or a shape of which not one token fits: there is nothing to fuse"
+    return why
 
 
 def check_policy(dispatch_policy: int) -> None:

@@ -18,6 +18,7 @@ from aiter.moe_arguments import check_knobs, check_layer, check_routing, check_u
 from aiter.moe_experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
 from aiter.moe_routing import (
     SortedBuffers,
+    empty_sorted_buffers,
     fused_topk,
     last_path,
     moe_sorting,
@@ -29,6 +30,7 @@ __all__ = [
     "ActivationType",
     "QuantType",
     "SortedBuffers",
+    "empty_sorted_buffers",
     "expert_backend",
     "fused_moe",
     "fused_moe_from_logits",

@@ -1,27 +1,39 @@
 """From router logits, or ready top-k ids, to the buffers that the expert GEMMs read: which launches?
 
-Allocates the outputs, picks the path and calls the ops. `last_path()` tells which path the calling
-thread's last call took; a failure in a path is raised, never answered by another path. Under a
-tracer each function is one node, the registered op of its name (see `aiter.torch_ops`).
-`aiter.fused_moe` is where callers find these functions.
+Allocates the outputs unless the caller gives some, and calls the ops on the path that the call's
+plan names (`aiter.routing_plan`). `last_path()` tells which path the calling thread's last call
+took; a failure in a path is raised, never answered by another path. Under a tracer each function is
+one node, the registered op of its name (see `aiter.torch_ops`). `aiter.fused_moe` is where callers
+find these functions.
+
+Host time is what a decode step pays per layer, so an eager call makes one memo lookup, allocates and
+goes to the binding, which checks the tensors. `python op_tests/bench_host.py --tokens 1` prints the
+pieces; on the CPU of an AMD EPYC (2026-11-23) they are 4.9 us for the five allocations, 1.6 us for
+this module, 0.6 us for the op's Python function, 0.9 us for the binding and its checks. Rejected: one
+allocation with views of it as outputs, 14 us instead of 4.9, and outputs that share a storage.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from aiter import dispatch
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from aiter.ops.moe_sorting_opus import (
-    moe_sorting_opus_check,
-    moe_sorting_opus_get_workspace_size,
+from aiter.ops.device import current_device
+from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
+from aiter.routing_plan import (
+    Buffers,
+    Plan,
+    check_size,
+    plan_routing,
+    plan_sorting,
+    sorted_buffers,
 )
 from aiter.torch_ops import (
-    empty_sorted,
     empty_topk,
     fused_topk_moe_sorting_fwd,
     moe_sorting_opus_fwd,
@@ -29,7 +41,15 @@ from aiter.torch_ops import (
     traced,
 )
 
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
+
 SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+BUFFER_NAMES = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf")
+
+_empty, _empty_strided = torch.empty, torch.empty_strided
+_INT32, _FLOAT32 = torch.int32, torch.float32
 
 
 class _Last(threading.local):
@@ -37,12 +57,40 @@ class _Last(threading.local):
 
 
 _last = _Last()
-_max_tokens: dict[tuple[torch.device, int, int], int] = {}
 
 
 def last_path() -> dispatch.Path | None:
     """Which path this thread's last routing took: "fused", "oneshot", "multiphase"; None for none."""
     return _last.path
+
+
+def empty_sorted_buffers(
+    tokens: int,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    block_size: int = 32,
+    *,
+    device: torch.device | str | int | None = None,
+) -> SortedBuffers:
+    """The five outputs of a routing, uninitialised: what `out` of the functions below takes.
+
+    Args:
+        tokens: M.
+        topk, num_experts, model_dim, moebuf_dtype, block_size: as in `topk_softmax_sorting`.
+        device: where; None for the current GPU if there is one, else the CPU.
+
+    Returns:
+        sorted_ids int32 [S], sorted_weights float32 [S], sorted_expert_ids int32 [ceil(S / B)],
+        num_valid_ids int32 [2], moe_buf [M, D], with S = M*K + E*B - K.
+
+    Raises:
+        ValueError, TypeError: a size or the dtype does not fit.
+    """
+    check_size("tokens", tokens, low=0)
+    buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
+    return _allocate(buffers, current_device(device))
 
 
 def topk_softmax_sorting(
@@ -56,6 +104,8 @@ def topk_softmax_sorting(
     expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
     dispatch_policy: int = 0,
+    *,
+    out: SortedBuffers | None = None,
 ) -> SortedBuffers:
     """From router logits to what the expert GEMMs read, in one launch where one can do it.
 
@@ -71,41 +121,41 @@ def topk_softmax_sorting(
         num_local_tokens: int32 [1] on the device, the rows that count; None for all.
         dispatch_policy: 0 automatic, 1 the chain with the oneshot sort, 2 the chain with the
             multi-phase sort. The result is the same.
+        out: the five tensors to write to, of exactly the shapes, dtypes and device below, contiguous
+            and without overlap: those of an earlier call, or `empty_sorted_buffers`. None allocates.
 
     Returns:
-        sorted_ids int32 [S], sorted_weights float32 [S], sorted_expert_ids int32 [ceil(S / B)],
-        num_valid_ids int32 [2], moe_buf [M, D], with S = M*K + E*B - K; see
-        `fused_topk_moe_sorting_fwd` for their contents.
+        `out`, or new tensors: sorted_ids int32 [S], sorted_weights float32 [S],
+        sorted_expert_ids int32 [ceil(S / B)], num_valid_ids int32 [2], moe_buf [M, D], with
+        S = M*K + E*B - K; see `fused_topk_moe_sorting_fwd` for their contents.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
     if traced(gating_output):
-        return _as_five(
-            torch.ops.aiter.topk_softmax_sorting(
-                gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm,
-                block_size, expert_mask, num_local_tokens, dispatch_policy,
-            )
+        return _as_traced(
+            "topk_softmax_sorting", out,
+            gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+            expert_mask, num_local_tokens, dispatch_policy,
         )  # fmt: skip
-    dispatch.check_policy(dispatch_policy)
-    _check_matrix("gating_output", gating_output)
+    if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
+        _refuse_matrix("gating_output", gating_output)
+    device = gating_output.device
     tokens, width = gating_output.shape
-    if width != num_experts:
-        raise ValueError(
-            f"gating_output: expected shape [any, num_experts = {num_experts}], got"
-            f" {list(gating_output.shape)}"
-        )
-    buffers = _allocate(
-        gating_output, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size
-    )
-    if dispatch_policy == dispatch.AUTOMATIC:
-        key = (gating_output.device, num_experts, topk)
-        most = _max_tokens.get(key)
-        if most is None:
-            most = fused_topk_moe_sorting_max_tokens(num_experts, topk, device=gating_output.device)
-            _max_tokens[key] = most
-        if dispatch.takes_fused(dispatch_policy, tokens, most):
+    sizes = (
+        device, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
+        dispatch_policy,
+    )  # fmt: skip
+    path, workspace_bytes, expected = _known(plan_routing, sizes)
+    buffers = _allocate(expected, device) if out is None else _given(out, expected)
+    if path == "fused":
+        if expert_mask is None and num_local_tokens is None:
+            # NOTE: a keyword costs the binding 0.3 us.
+            fused_topk_moe_sorting_fwd(
+                gating_output, *buffers, num_experts, topk, block_size, need_renorm
+            )
+        else:
             fused_topk_moe_sorting_fwd(
                 gating_output,
                 *buffers,
@@ -116,17 +166,17 @@ def topk_softmax_sorting(
                 local_expert_mask=expert_mask,
                 num_local_tokens=num_local_tokens,
             )
-            _last.path = "fused"
-            return buffers
-    weights, ids, token_expert_ids = _allocate_topk(gating_output, topk)
-    sort = _sort_call(
-        ids, weights, buffers, num_experts, block_size, expert_mask, num_local_tokens,
-        dispatch_policy,
-    )  # fmt: skip
-    # NOTE: nothing may be launched before every argument is known to be good.
-    sort(moe_sorting_opus_check)
-    topk_softmax(weights, ids, token_expert_ids, gating_output, need_renorm)
-    _last.path = sort(moe_sorting_opus_fwd)
+    else:
+        weights, ids = empty_topk(gating_output, topk)
+        sort = (
+            ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
+            _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
+        )  # fmt: skip
+        # NOTE: nothing may be launched before every argument is known to be good.
+        moe_sorting_opus_check(*sort)
+        topk_softmax(weights, ids, torch.empty_like(ids), gating_output, need_renorm)
+        moe_sorting_opus_fwd(*sort)
+    _last.path = path
     return buffers
 
 
@@ -140,6 +190,8 @@ def moe_sorting(
     expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
     dispatch_policy: int = 0,
+    *,
+    out: SortedBuffers | None = None,
 ) -> SortedBuffers:
     """Sorts ready top-k ids by expert.
 
@@ -149,21 +201,25 @@ def moe_sorting(
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
     if traced(topk_ids):
-        return _as_five(
-            torch.ops.aiter.moe_sorting(
-                topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size,
-                expert_mask, num_local_tokens, dispatch_policy,
-            )
+        return _as_traced(
+            "moe_sorting", out,
+            topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask,
+            num_local_tokens, dispatch_policy,
         )  # fmt: skip
-    dispatch.check_policy(dispatch_policy)
-    _check_matrix("topk_ids", topk_ids)
+    if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
+        _refuse_matrix("topk_ids", topk_ids)
+    device = topk_ids.device
     tokens, topk = topk_ids.shape
-    buffers = _allocate(topk_ids, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    sort = _sort_call(
-        topk_ids, topk_weights, buffers, num_experts, block_size, expert_mask, num_local_tokens,
-        dispatch_policy,
+    sizes = (
+        device, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
     )  # fmt: skip
-    _last.path = sort(moe_sorting_opus_fwd)
+    path, workspace_bytes, expected = _known(plan_sorting, sizes)
+    buffers = _allocate(expected, device) if out is None else _given(out, expected)
+    moe_sorting_opus_fwd(
+        topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
+        _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
+    )  # fmt: skip
+    _last.path = path
     return buffers
 
 
@@ -185,7 +241,8 @@ def fused_topk(
     if traced(gating_output):
         weights, ids = torch.ops.aiter.fused_topk(hidden_states, gating_output, topk, renormalize)
         return weights, ids
-    _check_matrix("gating_output", gating_output)
+    if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
+        _refuse_matrix("gating_output", gating_output)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
     if hidden_states.shape[0] != gating_output.shape[0]:
@@ -193,93 +250,81 @@ def fused_topk(
             f"hidden_states: expected {gating_output.shape[0]} rows, as gating_output, got shape"
             f" {list(hidden_states.shape)}"
         )
-    _check_positive("topk", topk)
-    weights, ids, token_expert_ids = _allocate_topk(gating_output, topk)
-    topk_softmax(weights, ids, token_expert_ids, gating_output, renormalize)
+    check_size("topk", topk)
+    weights, ids = empty_topk(gating_output, topk)
+    topk_softmax(weights, ids, torch.empty_like(ids), gating_output, renormalize)
     return weights, ids
 
 
-def _check_matrix(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dim() != 2:
-        raise ValueError(f"{name}: expected a tensor of rank 2, got shape {list(tensor.shape)}")
+def _refuse_matrix(name: str, value: object) -> NoReturn:
+    """Raises that a tensor of rank 2 was expected."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    raise ValueError(f"{name}: expected a tensor of rank 2, got shape {list(value.shape)}")
 
 
-def _check_positive(name: str, value: int, low: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value < 2**31:
-        raise ValueError(f"{name}: expected a value from {low} to {2**31 - 1}, got {value}")
+def _known(plan_for: _lru_cache_wrapper[Plan], sizes: tuple[Any, ...]) -> Plan:
+    """The plan of a call, from the memo if it was asked for before."""
+    try:
+        return plan_for(*sizes)
+    except TypeError:
+        pass
+    # NOTE: an argument of the wrong type, or one that no memo can look up, such as a list: made
+    # without the memo, the plan says which.
+    return plan_for.__wrapped__(*sizes)
 
 
-def _allocate(
-    like: Tensor,
-    tokens: int,
-    topk: int,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    block_size: int,
-) -> SortedBuffers:
-    """The five outputs, uninitialised. Checks only what their sizes are computed from."""
-    _check_positive("topk", topk)
-    _check_positive("num_experts", num_experts)
-    _check_positive("block_size", block_size)
-    _check_positive("model_dim", model_dim, low=0)
-    if topk > num_experts:
-        raise ValueError(f"topk: expected at most num_experts = {num_experts}, got {topk}")
-    if not isinstance(moebuf_dtype, torch.dtype):
-        raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
-    slots = tokens * topk + num_experts * block_size - topk
-    if slots >= 2**31:
-        raise ValueError(
-            f"block_size: expected M*topk + num_experts*block_size - topk below {2**31}, got {slots}"
-        )
-    return empty_sorted(like, topk, num_experts, model_dim, moebuf_dtype, block_size)
+def _allocate(expected: Buffers, device: torch.device) -> SortedBuffers:
+    """The five outputs, uninitialised.
 
-
-def _allocate_topk(gating_output: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    weights, ids = empty_topk(gating_output, topk)
-    return weights, ids, torch.empty_like(ids)
-
-
-def _as_five(outputs: tuple[Tensor, ...]) -> SortedBuffers:
-    first, second, third, fourth, fifth = outputs
-    return first, second, third, fourth, fifth
-
-
-def _sort_call(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    buffers: SortedBuffers,
-    num_experts: int,
-    block_size: int,
-    expert_mask: Tensor | None,
-    num_local_tokens: Tensor | None,
-    dispatch_policy: int,
-) -> Callable[[Callable[..., None]], dispatch.Path]:
-    """A call of the sort or of its check, workspace included; tells which path it is."""
-    tokens, topk = topk_ids.shape
-    workspace_bytes = moe_sorting_opus_get_workspace_size(
-        tokens, num_experts, topk, dispatch_policy, device=topk_ids.device
+    torch.empty takes 1.0 us for an int, 1.5 us for a tuple; torch.empty_strided 1.0 us for tuples.
+    """
+    slots, _, blocks, shape, moebuf_dtype = expected
+    return (
+        _empty(slots, dtype=_INT32, device=device),
+        _empty(slots, dtype=_FLOAT32, device=device),
+        _empty(blocks, dtype=_INT32, device=device),
+        _empty(2, dtype=_INT32, device=device),
+        _empty_strided(shape, (shape[1] or 1, 1), dtype=moebuf_dtype, device=device),
     )
-    workspace = None
-    if workspace_bytes:
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=topk_ids.device)
 
-    def call(op: Callable[..., None]) -> dispatch.Path:
-        op(
-            topk_ids,
-            topk_weights,
-            *buffers,
-            num_experts,
-            block_size,
-            expert_mask,
-            num_local_tokens,
-            workspace,
-            dispatch_policy,
-        )
-        return dispatch.chain_path(workspace_bytes)
 
-    return call
+def _given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:
+    """The caller's outputs, if they have the sizes of the call; the ops check everything else."""
+    try:
+        ids, weights, experts, _, moe_buf = out
+        sizes = (ids.numel(), weights.numel(), experts.numel(), moe_buf.shape, moe_buf.dtype)
+        fits = sizes == expected
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        _refuse_out(out, expected)
+    return out
+
+
+def _refuse_out(out: object, expected: Buffers) -> NoReturn:
+    """Raises what is wrong with `out`."""
+    if not isinstance(out, Sequence) or len(out) != len(BUFFER_NAMES):
+        got = f"{len(out)} of them" if isinstance(out, Sequence) else type(out).__name__
+        raise TypeError(f"out: expected {len(BUFFER_NAMES)} tensors or None, got {got}")
+    shapes = ([expected.slots], [expected.slots], [expected.blocks], [2], list(expected.moe_buf))
+    for name, tensor, shape in zip(BUFFER_NAMES, out, shapes, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"out: expected a tensor as {name}, got {type(tensor).__name__}")
+        if list(tensor.shape) != shape:
+            raise ValueError(f"out: expected {name} of shape {shape}, got {list(tensor.shape)}")
+    raise ValueError(f"out: expected moe_buf of dtype {expected.moebuf_dtype}, got {out[4].dtype}")
+
+
+def _workspace(num_bytes: int, device: torch.device) -> Tensor | None:
+    return _empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
+
+
+def _as_traced(name: str, out: SortedBuffers | None, *arguments: Any) -> SortedBuffers:
+    """The call as a tracer is to see it: one registered op, which allocates or writes to `out`."""
+    if out is None:
+        first, second, third, fourth, fifth = getattr(torch.ops.aiter, name)(*arguments)
+        return first, second, third, fourth, fifth
+    named = dict(zip(BUFFER_NAMES, out, strict=True))
+    getattr(torch.ops.aiter, f"{name}_out")(*arguments, **named)
+    return out

@@ -43,6 +43,7 @@ _ROUTING = (
     " Tensor? expert_mask=None, Tensor? num_local_tokens=None, int dispatch_policy=0"
 )
 _SORTED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_OUT = f"*, Tensor(a!) sorted_ids, {_SORT_OUTPUTS.removesuffix(', int num_experts')}"
 
 SCHEMAS = {
     "topk_softmax": (
@@ -63,7 +64,14 @@ SCHEMAS = {
         f"(Tensor gating_output, int topk, {_ROUTING.format('bool need_renorm=True, ')})"
         f" -> {_SORTED}"
     ),
+    "topk_softmax_sorting_out": (
+        f"(Tensor gating_output, int topk, {_ROUTING.format('bool need_renorm=True, ')}, {_OUT})"
+        " -> ()"
+    ),
     "moe_sorting": f"(Tensor topk_ids, Tensor topk_weights, {_ROUTING.format('')}) -> {_SORTED}",
+    "moe_sorting_out": (
+        f"(Tensor topk_ids, Tensor topk_weights, {_ROUTING.format('')}, {_OUT}) -> ()"
+    ),
     "fused_topk": (
         "(Tensor hidden_states, Tensor gating_output, int topk, bool renormalize)"
         " -> (Tensor, Tensor)"
@@ -181,6 +189,24 @@ def _routing(name: str) -> Callable[..., Any]:
     return call
 
 
+def _routing_out(name: str) -> Callable[..., None]:
+    """As `_routing`, writing to the outputs that come by name."""
+
+    def call(
+        *args: Any,
+        sorted_ids: Tensor,
+        sorted_weights: Tensor,
+        sorted_expert_ids: Tensor,
+        num_valid_ids: Tensor,
+        moe_buf: Tensor,
+        **kwargs: Any,
+    ) -> None:
+        out = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+        _routing(name)(*args, out=out, **kwargs)
+
+    return call
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -191,7 +217,9 @@ def _register() -> torch.library.Library:
             _fake_nothing,
         ),
         "topk_softmax_sorting": (_routing("topk_softmax_sorting"), _fake_topk_softmax_sorting),
+        "topk_softmax_sorting_out": (_routing_out("topk_softmax_sorting"), _fake_nothing),
         "moe_sorting": (_routing("moe_sorting"), _fake_moe_sorting),
+        "moe_sorting_out": (_routing_out("moe_sorting"), _fake_nothing),
         "fused_topk": (_routing("fused_topk"), _fake_fused_topk),
     }
     for name, schema in SCHEMAS.items():

@@ -1,12 +1,14 @@
 """How fast is routing: the fused launch, the chain under each policy, and PyTorch?
 
     python op_tests/bench_fused_topk_moe_sorting.py [--device cpu|cuda] [--shape E,K,D ...]
-        [--tokens 1,4,8,...] [--dtype bf16] [--wave 64] [--csv FILE] [--plot FILE] [--compile]
+        [--tokens 1,4,8,...] [--dtype bf16] [--wave 64] [--csv FILE] [--plot FILE] [--[no-]compile]
 
 Every contestant does the same work: bf16 logits to weights, ids, the sorted buffers and a zeroed
-bf16 [M, D] buffer, block size 32. Results are compared with `aiter.reference` before anything is
-timed. On a GPU the figure is the slope of graph replay (see bench_timing), inputs rotating; on the
-CPU it is wall time, and says how fast the execution layer is, not how fast the kernel is.
+bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
+with `aiter.reference` before anything is timed. On a GPU the first table is the slope of graph
+replay (see `aiter.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
+the device time with a cold L2 and the host time. torch.compile is among the contestants there. On
+the CPU a figure is wall time, and says how fast the execution layer is, not how fast the kernel is.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ import torch
 from bench_report import Record
 from torch import Tensor
 
-import aiter
-from aiter import fused_moe, reference
-from aiter.cli.table import format_table
+from aiter import dispatch, fused_moe, reference, routing_plan
+from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from aiter.torch_ops import fused_topk_moe_sorting_fwd
 
-SHAPES = ("32,4,2880", "128,4,2880", "256,8,7168", "512,10,4096", "896,16,3584")
+SHAPES = ("128,4,2880", "256,8,7168", "512,10,4096", "896,16,3584")
 BLOCK_SIZE = 32
 
 Routing = Callable[[Tensor], tuple[Tensor, ...]]
@@ -65,47 +67,63 @@ def pytorch_routing(
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 
 
-def contestants(topk: int, num_experts: int, model_dim: int, compiled: bool) -> dict[str, Routing]:
-    """Name to function of the logits; each allocates its outputs, as a caller in a model does."""
+def fused_routing(
+    logits: Tensor, topk: int, num_experts: int, model_dim: int
+) -> tuple[Tensor, ...]:
+    """The fused launch, whatever policy 0 would take."""
+    buffers = fused_moe.empty_sorted_buffers(
+        logits.shape[0], topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE,
+        device=logits.device,
+    )  # fmt: skip
+    fused_topk_moe_sorting_fwd(logits, *buffers, num_experts, topk, BLOCK_SIZE, True)
+    return buffers
+
+
+def contestants(
+    shape: tuple[int, int, int], tokens: int, device: torch.device, compiled: bool
+) -> dict[str, Routing | None]:
+    """Name to function of the logits, None for one that does not route this shape."""
+    num_experts, topk, model_dim = shape
 
     def policy(number: int) -> Routing:
         return lambda logits: fused_moe.topk_softmax_sorting(
             logits, topk, num_experts, model_dim, torch.bfloat16, dispatch_policy=number
         )
 
-    def fused(logits: Tensor) -> tuple[Tensor, ...]:
-        outputs = policy(0)(logits)
-        if fused_moe.last_path() != "fused":
-            raise NotTaken(f"path {fused_moe.last_path()}")
-        return outputs
-
     def eager(logits: Tensor) -> tuple[Tensor, ...]:
         return pytorch_routing(logits, topk, num_experts, model_dim)
 
-    found: dict[str, Routing] = {
-        "fused": fused,
-        "policy 0": policy(0),
-        "oneshot": policy(1),
-        "multiphase": policy(2),
+    fits = tokens <= fused_topk_moe_sorting_max_tokens(num_experts, topk, device=device)
+    found: dict[str, Routing | None] = {
+        "fused": (lambda logits: fused_routing(logits, topk, num_experts, model_dim))
+        if fits
+        else None,
+        "oneshot": policy(dispatch.ONESHOT),
+        "multiphase": policy(dispatch.MULTIPHASE),
         "PyTorch": eager,
     }
     if compiled:
-        found["compiled"] = torch.compile(eager, dynamic=False)
+        # NOTE: without the reset, PyTorch gives up after 8 shapes and runs the function uncompiled.
+        torch.compiler.reset()
+        found["compiled"] = torch.compile(eager, dynamic=False, fullgraph=True)
     return found
 
 
-class NotTaken(Exception):
-    """The contestant does not route this shape."""
-
-
 def check(name: str, outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Raises RuntimeError if a contestant's result differs from the reference."""
+    """Raises RuntimeError if a contestant's result differs from the reference.
+
+    Equal logits may come in any order out of torch.topk, and then PyTorch's entries differ: of its
+    results the sizes, the sorted weights and the zeros are compared.
+    """
     slots = int(expected[3][0])
-    sizes = (slots, None, slots // BLOCK_SIZE, 2)
-    for index, size in enumerate(sizes):
-        if size is not None and not torch.equal(outputs[index][:size], expected[index][:size]):
+    ours = name not in ("PyTorch", "compiled")
+    for index, size in ((0, slots), (2, slots // BLOCK_SIZE), (3, 2)):
+        if ours and not torch.equal(outputs[index][:size], expected[index][:size]):
             raise RuntimeError(f"{name}: output {index} differs from the reference")
-    torch.testing.assert_close(outputs[1][:slots], expected[1][:slots], rtol=2e-6, atol=1e-30)
+    weights = [buffers[1][:slots] for buffers in (outputs, expected)]
+    if not ours:
+        weights = [each[each > 0].sort().values for each in weights]
+    torch.testing.assert_close(*weights, rtol=2e-6, atol=1e-30)
     if bool(outputs[4].any()):
         raise RuntimeError(f"{name}: moe_buf is not zero")
 
@@ -117,48 +135,29 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
     expected = reference.topk_softmax_sorting(
         inputs[0], topk, num_experts, model_dim, torch.bfloat16
     )
+    compiled = options.device.type == "cuda" if options.compile is None else options.compile
     record: Record = {}
-    for name, run in contestants(topk, num_experts, model_dim, options.compile).items():
-        try:
-            outputs = run(inputs[0])
-        except NotTaken:
+    found = contestants((num_experts, topk, model_dim), tokens, options.device, compiled)
+    for name, run in found.items():
+        if run is None:
             record[name] = None
             continue
-        # NOTE: equal logits may come in any order out of torch.topk; only ours promise one.
-        if name not in ("PyTorch", "compiled"):
-            check(name, outputs, expected)
-        record[name] = bench_timing.call_us([lambda x=x, run=run: run(x) for x in inputs])
+        check(name, run(inputs[0]), expected)
+        calls = [lambda x=x, run=run: run(x) for x in inputs]
+        record[name] = bench_timing.call_us(calls, everything=True)
     return record
-
-
-def host_times(device: torch.device) -> str:
-    """Host time per call of a decode step's routing, on a GPU."""
-    logits = torch.randn(32, 128, dtype=torch.bfloat16, device=device)
-
-    def allocate() -> object:
-        return fused_moe.topk_softmax_sorting(logits, 4, 128, 2880, torch.bfloat16)
-
-    buffers = allocate()
-
-    def provided() -> object:
-        return aiter.fused_topk_moe_sorting_fwd(logits, *buffers, 128, 4, BLOCK_SIZE, True)
-
-    rows = [
-        ("topk_softmax_sorting, allocating", f"{bench_timing.host_us(allocate).us:.1f} us"),
-        ("fused_topk_moe_sorting_fwd", f"{bench_timing.host_us(provided).us:.1f} us"),
-        ("one call, cold L2", f"{bench_timing.event_us(provided, cold=True).us:.1f} us"),
-        ("one call, warm L2", f"{bench_timing.event_us(provided, cold=False).us:.1f} us"),
-    ]
-    return format_table(("M=32 E=128 K=4", "time"), rows)
 
 
 def main() -> int:
     parser = bench_report.parser(__doc__)
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also time torch.compile; default: on a GPU",
+    )
     options = parser.parse_args()
     bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)
-    if options.device.type == "cuda":
-        print(host_times(options.device))
+    print(f"policy 0 is decided by {routing_plan.basis_of(options.device).origin}")
     return 0
 
 

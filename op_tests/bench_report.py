@@ -1,18 +1,22 @@
-"""How do the benches run and report? Options, inputs, the table, CSV and the plot.
+"""How do the benches run and report? Options, inputs, the tables, CSV and the plot.
 
 A bench measures one shape at one number of tokens and returns a record: contestant -> Timing, None
-where it does not take part. The first contestant is the one that the others are held against.
+where it does not take part. The first contestant is the one that the others are held against. CSV
+rows are written as they are measured, so that a bench that is stopped leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
+import bench_timing
 import torch
 from bench_timing import Timing
 from torch import Tensor
@@ -23,13 +27,15 @@ from aiter.ops.device import current_device
 
 Record = dict[str, Timing | None]
 Shape = tuple[int, ...]
+Entry = tuple[Shape, int, Record]
 Measure = Callable[[argparse.Namespace, Shape, int], Record]
 
-GPU_TOKENS = "1,4,8,16,32,64,122,256,512,1024,4096,16384,65536"
+GPU_TOKENS = "1,4,8,16,32,64,122,256,1024,4096,16384,65536"
 CPU_TOKENS = "1,8,64,256"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_INPUTS = 4  # rotated, so that no call finds its own input in L1
 SEED = 0
+CSV_PARTS = ("us", "spread", "cold_us", "host_us")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -74,24 +80,38 @@ def run(
     """
     options.device = options.device or current_device()
     on_cpu = options.device.type == "cpu"
-    if not on_cpu:
-        torch.cuda.init()
     counts = [int(m) for m in (options.tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS)).split(",")]
-    title = f"{what}, {options.dtype} logits, us per call, {_where(options)}, seed {SEED}"
-    print(title)
-    records: list[tuple[Shape, int, Record]] = []
-    with cpu_wave(options.wave) if on_cpu else nullcontext():
+    records: list[Entry] = []
+    with ExitStack() as stack:
+        if on_cpu:
+            stack.enter_context(cpu_wave(options.wave))
+        else:
+            torch.cuda.init()
+            stack.enter_context(torch.cuda.device(options.device))
+        floor = None if on_cpu else bench_timing.floor_us().us
+        title = f"{what}, {options.dtype} logits, us per call, {_where(options)}, seed {SEED}"
+        print(title)
+        if floor is not None:
+            print(f"an empty kernel, by the same clock: {floor:.2f} us")
+        writer = csv.writer(stack.enter_context(_opened(options.csv)), lineterminator="\n")
         for text in options.shape or shapes:
             shape = tuple(int(part) for part in text.split(","))
             for tokens in counts:
-                records.append((shape, tokens, measure(options, shape, tokens)))
+                entry = (shape, tokens, measure(options, shape, tokens))
+                if not records:
+                    writer.writerow(csv_header(names, entry[2]))
+                writer.writerow(csv_row(entry))
+                records.append(entry)
                 print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    print(_table(names, records))
-    if options.csv:
-        _write_csv(options.csv, names, records)
+    print(tables(names, records))
     if options.plot:
-        _plot(options.plot, names, records, title)
+        plot(options.plot, names, records, title, floor)
+
+
+def _opened(path: Path | None) -> TextIO:
+    """A file to write rows to, line by line; one that keeps nothing without a path."""
+    return open(path or os.devnull, "w", newline="", buffering=1)
 
 
 def _where(options: argparse.Namespace) -> str:
@@ -100,15 +120,31 @@ def _where(options: argparse.Namespace) -> str:
     return str(torch.cuda.get_device_name(options.device))
 
 
-def _table(names: Sequence[str], records: list[tuple[Shape, int, Record]]) -> str:
-    """The medians, the widest spread of a row, and the first contestant against the best other."""
+def tables(names: Sequence[str], records: list[Entry]) -> str:
+    """A table of the medians, then those of cold L2 and of host time where they were measured."""
+    parts = [table(names, records, lambda timing: timing.us)]
+    for title, value in (
+        ("device time with a cold L2", lambda timing: timing.cold_us),
+        ("host time", lambda timing: timing.host_us),
+    ):
+        if any(value(timing) for _, _, record in records for timing in record.values() if timing):
+            parts.append(f"{title}\n{table(names, records, value)}")
+    return "\n\n".join(parts)
+
+
+def table(
+    names: Sequence[str], records: list[Entry], value: Callable[[Timing], float | None]
+) -> str:
+    """One row per shape and M: a value of each contestant, the widest spread of the row's medians,
+    and the first contestant's value over the best other one's."""
     contestants = list(records[0][2])
     rows = []
     for shape, tokens, record in records:
-        times = [record[name].us if record[name] else None for name in contestants]
+        timings = [record[name] for name in contestants]
+        times = [None if timing is None else value(timing) for timing in timings]
         others = [time for time in times[1:] if time]
         ratio = f"{times[0] / min(others):.2f} x" if times[0] and others else "-"
-        spread = max(timing.spread for timing in record.values() if timing)
+        spread = max(timing.spread for timing in timings if timing)
         cells = ["-" if time is None else f"{time:.2f}" for time in times]
         rows.append([*shape, tokens, *cells, f"{spread:.0%}", ratio])
     return format_table(
@@ -116,22 +152,25 @@ def _table(names: Sequence[str], records: list[tuple[Shape, int, Record]]) -> st
     )
 
 
-def _write_csv(path: Path, names: Sequence[str], records: list[tuple[Shape, int, Record]]) -> None:
-    contestants = list(records[0][2])
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [*names, "M", *(f"{c} {part}" for c in contestants for part in ("us", "spread"))]
-        )
-        for shape, tokens, record in records:
-            cells = [(t.us, t.spread) if t else ("", "") for t in record.values()]
-            writer.writerow([*shape, tokens, *(value for cell in cells for value in cell)])
+def csv_header(names: Sequence[str], record: Record) -> list[str]:
+    """The columns of the CSV file."""
+    return [*names, "M", *(f"{name} {part}" for name in record for part in CSV_PARTS)]
 
 
-def _plot(
-    path: Path, names: Sequence[str], records: list[tuple[Shape, int, Record]], title: str
+def csv_row(entry: Entry) -> list[object]:
+    """The cells of one shape and number of tokens; empty where nothing was measured."""
+    shape, tokens, record = entry
+    cells: list[object] = [*shape, tokens]
+    for timing in record.values():
+        values = [getattr(timing, part, None) for part in CSV_PARTS]
+        cells += ["" if value is None else round(value, 4) for value in values]
+    return cells
+
+
+def plot(
+    path: Path, names: Sequence[str], records: list[Entry], title: str, floor: float | None
 ) -> None:
-    """One panel per shape: log M against microseconds."""
+    """One panel per shape: log M against microseconds, and the floor that no launch can beat."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,18 +178,21 @@ def _plot(
 
     shapes = list(dict.fromkeys(shape for shape, _, _ in records))
     figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(4.2 * len(shapes), 4), squeeze=False, sharey=True
+        1, len(shapes), figsize=(max(4.2 * len(shapes), 8), 4.4), squeeze=False, sharey=True
     )
     for axis, shape in zip(axes[0], shapes, strict=True):
         for name in records[0][2]:
             points = [(m, r[name].us) for s, m, r in records if s == shape and r[name]]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        if floor is not None:
+            axis.axhline(floor, color="grey", linestyle="--", linewidth=1, label="empty kernel")
         panel = " ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True))
         axis.set(xscale="log", yscale="log", xlabel="tokens M", title=panel)
         axis.grid(True, which="both", alpha=0.3)
     axes[0][0].set_ylabel("microseconds per call")
     axes[0][0].legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)

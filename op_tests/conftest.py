@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import _checkout  # noqa: F401
 import hypothesis
 import pytest
@@ -10,6 +12,10 @@ from targets import CPU_WAVES, select_targets
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("fixed")
+
+# NOTE: which path is the fastest here, a file of `python -m aiter tune` may know; tests ask for the
+# path that fits.
+os.environ.setdefault("AITER_DISPATCH", "capacity")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,6 +6,7 @@ a test of the fused launch cannot pass through the chain.
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,8 @@ from torch import Tensor
 
 import aiter
 import aiter.fused_moe
-from aiter import reference
+from aiter import dispatch, reference, routing_plan
+from aiter.jit import envs
 
 POLICIES = (0, *PATH_OF_POLICY)
 DECODE = Case(8, 128, 4, torch.bfloat16, logits="ties")
@@ -173,6 +175,32 @@ def test_failure_in_the_fused_path_is_raised(
 ) -> None:
     break_op(monkeypatch, "fused_topk_moe_sorting_fwd")
     assert_fails(DECODE, target, (0,), "fused_topk_moe_sorting_fwd")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_later_call_asks_nothing_again(
+    monkeypatch: pytest.MonkeyPatch, target: Target, policy: int
+) -> None:
+    """No environment read, no file, no device query and no new plan for a shape that was seen."""
+    inputs = make_inputs(DECODE, target.device)
+    first = route(DECODE, inputs, target, policy)
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise PlantedFailure("asked again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(envs.Variable, "text", refused)
+        patched.setattr(builtins, "open", refused)
+        patched.setattr(torch.cuda, "get_device_properties", refused)
+        patched.setattr(dispatch, "choose", refused)
+        again = route(DECODE, inputs, target, policy)
+    slots = int(first[3][0])
+    assert torch.equal(first[0][:slots], again[0][:slots])
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "choose", refused)
+        routing_plan.forget()
+        with pytest.raises(PlantedFailure, match="asked again"):
+            route(DECODE, inputs, target, policy)
 
 
 @pytest.mark.parametrize("policy", [-1, 3, 2**40])

@@ -19,9 +19,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import aiter
 from aiter import fused_moe, torch_ops
+from aiter.moe_routing import BUFFER_NAMES
 
 M, E, K, D = 6, 4, 4, 16
-LAUNCHERS = ("topk_softmax", "moe_sorting_opus_fwd", "fused_topk_moe_sorting_fwd")
+LAUNCHERS = (
+    "topk_softmax",
+    "moe_sorting_opus_fwd",
+    "fused_topk_moe_sorting_fwd",
+    "topk_softmax_sorting_out",
+    "moe_sorting_out",
+)
 
 
 def buffers(device: str) -> tuple[Tensor, ...]:
@@ -39,6 +46,7 @@ def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any
     mask = torch.ones(E, dtype=torch.int32, device=device)
     count = torch.tensor([M], dtype=torch.int32, device=device)
     routing = (E, D, torch.bfloat16)
+    out = dict(zip(BUFFER_NAMES, buffers(device), strict=True))
     by_name: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "topk_softmax": ((weights, ids, torch.empty_like(ids), logits, True), {}),
         "moe_sorting_opus_fwd": (
@@ -50,7 +58,9 @@ def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any
             {"local_expert_mask": mask, "num_local_tokens": count},
         ),
         "topk_softmax_sorting": ((logits, K, *routing, True, 1, mask, count), {}),
+        "topk_softmax_sorting_out": ((logits, K, *routing, True, 1, mask, count), out),
         "moe_sorting": ((ids, weights, *routing, 1, mask, count, 2), {}),
+        "moe_sorting_out": ((ids, weights, *routing, 1, mask, count, 2), out),
         "fused_topk": ((logits, logits, K, False), {}),
     }
     return by_name[name]
@@ -135,7 +145,16 @@ def raw_ops(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return outputs[1] + again[1] + outputs[0] - again[0]
 
 
-GRAPHS: list[Callable[..., Tensor]] = [whole_layer, chain_layer, raw_ops]
+def given_outputs(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    out = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    again = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    fused_moe.topk_softmax_sorting(logits, K, E, D, torch.float32, block_size=1, out=out)
+    weights, ids = fused_moe.fused_topk(hidden, logits, K, True)
+    fused_moe.moe_sorting(ids, weights, E, D, torch.float32, block_size=1, out=again)
+    return out[1] + out[0] - again[0]
+
+
+GRAPHS: list[Callable[..., Tensor]] = [whole_layer, chain_layer, raw_ops, given_outputs]
 # Inductor computes a fused chain of bfloat16 steps in float32 and rounds once.
 COMPILED_TOLERANCE = 3e-2
 

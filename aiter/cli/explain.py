@@ -2,6 +2,7 @@
 
 python -m aiter explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
 python -m aiter explain --draw                                 a small example, slot by slot
+python -m aiter explain --table                                what was measured, and where
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from aiter import dispatch, fused_moe
+from aiter import dispatch, fused_moe, routing_plan
 from aiter.cli.table import format_table
 from aiter.jit import envs
 from aiter.ops.device import current_device
@@ -36,13 +37,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, help="rows of router logits (M)")
     parser.add_argument("--experts", type=int, help="experts (E)")
     parser.add_argument("--topk", type=int, help="experts per token (K)")
+    parser.add_argument("--model-dim", type=int, default=4096, help="width of moe_buf (D); 4096")
     parser.add_argument("--block-size", type=int, help="slots per block (B); 32")
     parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
     parser.add_argument(
         "--draw", action="store_true", help="route random logits and draw the result"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="print the measurements that decide, and their origin"
+    )
     options = parser.parse_args(argv)
+    if options.table:
+        print(_table(current_device(options.device)))
+        return 0
     for name, small in _SMALL.items():
         if getattr(options, name) is None:
             default = 32 if name == "block_size" and not options.draw else small
@@ -63,20 +71,57 @@ def _explain(options: argparse.Namespace) -> str:
     dispatch.check_policy(options.policy)
     device = current_device(options.device)
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
+    routing_plan.check_size("tokens", m, low=0)
+    routing_plan.check_size("model_dim", options.model_dim, low=0)
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
-    workspace = moe_sorting_opus_get_workspace_size(m, e, k, options.policy, device=device)
-    path, reason = dispatch.explain(options.policy, m, most, workspace)
+    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy)
+    choice = routing_plan.choose(problem, most, device)
+    workspace = 0
+    if choice.path != "fused":
+        sort_policy = dispatch.POLICY_OF_CHAIN[choice.path]
+        workspace = moe_sorting_opus_get_workspace_size(m, e, k, sort_policy, device=device)
     slots = m * k + e * b - k
     rows = [
-        ("path", path),
-        ("why", reason),
+        ("path", choice.path),
+        ("why", dispatch.explain(problem, choice, most)),
+        ("rule", choice.rule),
+        ("decided by", _origin(choice, device)),
         ("device", str(device)),
         ("largest M of the fused launch", str(most)),
-        ("workspace", "0 bytes" if path == "fused" else f"{workspace} bytes"),
+        ("workspace", f"{workspace} bytes"),
         ("sorted_ids, sorted_weights", f"{slots} slots"),
         ("sorted_expert_ids", f"{-(-slots // b)} blocks"),
     ]
     return format_table((f"M={m} E={e} K={k} B={b}", f"policy {options.policy}"), rows)
+
+
+def _origin(choice: dispatch.Choice, device: torch.device) -> str:
+    """Where a choice comes from: the caller, the environment, a file or the built-in table."""
+    if choice.rule == "policy":
+        return "the caller's dispatch_policy"
+    row = choice.row
+    origin = routing_plan.basis_of(device).origin
+    return f"{origin}: {row.source}, {row.date}, `{row.command}`" if row else origin
+
+
+def _table(device: torch.device) -> str:
+    """What counts on this device, and the built-in table of every architecture."""
+    basis = routing_plan.basis_of(device)
+    entries = [(str(device), row) for row in basis.rows]
+    for name, family in dispatch.MEASURED.items():
+        entries += [(name, row) for row in family]
+    rows: list[tuple[object, ...]] = [
+        (where, row.num_experts, row.topk, row.model_dim, row.fused_tokens, row.oneshot_tokens,
+         row.source, row.date, row.command)
+        for where, row in entries
+    ]  # fmt: skip
+    rows += [
+        (name, *("-",) * 5, "not measured: capacity", "-", "python -m aiter tune")
+        for name, family in dispatch.MEASURED.items()
+        if not family
+    ]
+    headers = ("where", "E", "K", "D", "fused up to", "oneshot up to", "source", "date", "command")
+    return f"{device}: decided by {basis.origin}\n\n{format_table(headers, rows)}"
 
 
 def _draw(options: argparse.Namespace) -> str:

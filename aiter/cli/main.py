@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] in (["demo"], ["explain"], ["selftest"]):
+        if arguments[:1] in (["demo"], ["explain"], ["selftest"], ["tune"]):
             # NOTE: they have their own options and import the ops; nothing else should pay for it.
             return int(importlib.import_module(f"aiter.cli.{arguments[0]}").main(arguments[1:]))
         options = _parser().parse_args(arguments)
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # NOTE: these are dispatched before the parser runs; here they only show up in the help.
     commands.add_parser("explain", help="say which path a shape takes, and why (explain --help)")
+    commands.add_parser("tune", help="measure which path is the fastest here (tune --help)")
     commands.add_parser("selftest", help="check every op on this machine (selftest --help)")
     commands.add_parser("demo", help="show the fused routing at work (demo --help)")
     return parser

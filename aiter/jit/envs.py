@@ -85,6 +85,16 @@ def _check(text: str) -> str:
     return text
 
 
+def _dispatch(text: str) -> int | None:
+    if text == "measured":
+        return None
+    if text == "capacity":
+        return -1  # NOTE: what aiter.dispatch calls CAPACITY.
+    if not text.isdecimal():
+        raise ValueError("measured, capacity or the largest M of the fused launch")
+    return int(text)
+
+
 def _level(text: str) -> str:
     names = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     if text.upper() not in names:
@@ -134,6 +144,13 @@ AITER_CPU_CHECK = Variable(
     "builds the cpu target with a checker: race (data races) or address (bounds, undefined results)",
     _check,
 )
+AITER_DISPATCH: Variable[int | None] = Variable(
+    "AITER_DISPATCH",
+    None,
+    "what dispatch_policy 0 goes by: measured, capacity or the largest M of the fused launch",
+    _dispatch,
+    "measured",
+)
 GPU_ARCHS: Variable[tuple[str, ...]] = Variable(
     "GPU_ARCHS",
     (),
@@ -169,6 +186,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_LOG_MORE,
     AITER_CPU_WAVE,
     AITER_CPU_CHECK,
+    AITER_DISPATCH,
     GPU_ARCHS,
     MAX_JOBS,
     XDG_CACHE_HOME,

@@ -76,6 +76,7 @@ inline bool read_exchange(py::handle object, TensorView& view) {
     if (t.dtype.code == dlpack::kBfloat && t.dtype.bits == 16) view.dtype = DType::bf16;
     if (t.dtype.code == dlpack::kInt && t.dtype.bits == 32) view.dtype = DType::i32;
   }
+  view.exchange_device_type = t.device.device_type;
   switch (t.device.device_type) {
     case dlpack::kCpu:
     case dlpack::kCudaHost:
@@ -173,19 +174,21 @@ inline bool bool_arg(py::handle object, const char* name) {
 // PyTorch's current stream on the tensor's device, as a raw handle; null on the CPU.
 inline void* current_stream(py::handle tensor, const TensorView& view) {
   if (view.device_kind != DeviceKind::gpu) return nullptr;
-  const dlpack::ExchangeApi* api = detail::exchange_api(tensor);
-  void* stream = nullptr;
-  if (api != nullptr && api->current_work_stream != nullptr) {
-    dlpack::Tensor t;
-    if (api->tensor_from_py_object_no_sync(tensor.ptr(), &t) == 0 &&
-        api->current_work_stream(t.device.device_type, t.device.device_id, &stream) == 0) {
-      return stream;
+  if (view.exchange_device_type != 0) {
+    const dlpack::ExchangeApi* api = detail::exchange_api(tensor);
+    void* stream = nullptr;
+    if (api != nullptr && api->current_work_stream != nullptr) {
+      if (api->current_work_stream(view.exchange_device_type, view.device_index, &stream) == 0) {
+        return stream;
+      }
+      PyErr_Clear();
     }
-    PyErr_Clear();
   }
-  const py::object raw =
-      py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream")(view.device_index);
-  return reinterpret_cast<void*>(raw.cast<uintptr_t>());
+  // NOTE: kept for the life of the process; a static py::object would outlive the interpreter.
+  static const py::handle raw_stream =
+      py::object(py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream"))
+          .release();
+  return reinterpret_cast<void*>(raw_stream(view.device_index).cast<uintptr_t>());
 }
 
 // Lets other Python threads run while a kernel runs on the CPU; a GPU launch is too short for it.

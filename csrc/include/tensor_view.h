@@ -2,7 +2,8 @@
 //
 // A TensorView is what a binding reads off a Python tensor: pointer, dtype, shape, strides, device.
 // No framework header is needed to make or to use one. Checks throw std::invalid_argument (Python:
-// ValueError) with a sentence that names the argument, what was expected and what came.
+// ValueError) with a sentence that names the argument, what was expected and what came; the text is
+// made when a check fails, so that a good call formats nothing.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,7 @@ struct TensorView {
   int64_t stride[kMaxDims] = {};  // in items
   DeviceKind device_kind = DeviceKind::other;
   int device_index = 0;
+  int exchange_device_type = 0;  // DLPack's code of the device; 0 if read from attributes
 
   int64_t numel() const {
     int64_t n = 1;
@@ -75,6 +77,7 @@ void check_range(const char* name, int64_t value, int64_t low, int64_t high);
 void check_same_device(std::initializer_list<const TensorView*> tensors);
 // No output shares memory with another output or with an input. Null pointers are skipped.
 void check_no_overlap(std::initializer_list<const TensorView*> outputs,
-                      std::initializer_list<const TensorView*> inputs);
+                      std::initializer_list<const TensorView*> inputs,
+                      std::initializer_list<const TensorView*> more_inputs = {});
 
 }  // namespace aiter

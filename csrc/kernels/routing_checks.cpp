@@ -80,11 +80,9 @@ void check_placement(const SortTensors& tensors, std::initializer_list<const Ten
   check_same_device({first, &tensors.sorted_ids, &tensors.sorted_weights,
                      &tensors.sorted_expert_ids, &tensors.num_valid_ids, &tensors.moe_buf, mask,
                      local, workspace});
-  const std::initializer_list<const TensorView*> outputs = {
-      &tensors.sorted_ids,    &tensors.sorted_weights, &tensors.sorted_expert_ids,
-      &tensors.num_valid_ids, &tensors.moe_buf,        workspace};
-  check_no_overlap(outputs, inputs);
-  check_no_overlap(outputs, {mask, local});
+  check_no_overlap({&tensors.sorted_ids, &tensors.sorted_weights, &tensors.sorted_expert_ids,
+                    &tensors.num_valid_ids, &tensors.moe_buf, workspace},
+                   inputs, {mask, local});
 }
 
 }  // namespace aiter

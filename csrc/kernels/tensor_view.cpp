@@ -48,11 +48,11 @@ void fail_argument(const std::string& name, const std::string& expected, const s
 }
 
 void check_dtype(const TensorView& t, std::initializer_list<DType> allowed) {
-  std::string names;
   for (const DType dtype : allowed) {
     if (t.dtype == dtype) return;
-    names += (names.empty() ? "" : " or ") + to_string(dtype);
   }
+  std::string names;
+  for (const DType dtype : allowed) names += (names.empty() ? "" : " or ") + to_string(dtype);
   fail_argument(t.name, "dtype " + names, dtype_of(t) + " (shape " + shape_of(t) + ")");
 }
 
@@ -72,15 +72,20 @@ void check_contiguous(const TensorView& t) {
 }
 
 void check_shape(const TensorView& t, std::initializer_list<int64_t> shape) {
-  bool same = static_cast<int>(shape.size()) == t.ndim;
+  const auto fits = [&] {
+    if (static_cast<int>(shape.size()) != t.ndim) return false;
+    for (int d = 0; d < t.ndim; ++d) {
+      const int64_t size = shape.begin()[d];
+      if (size >= 0 && t.shape[d] != size) return false;
+    }
+    return true;
+  };
+  if (fits()) return;
   std::string wanted;
-  int d = 0;
   for (const int64_t size : shape) {
-    if (same && size >= 0 && t.shape[d] != size) same = false;
-    wanted += (d ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
-    ++d;
+    wanted += (wanted.empty() ? "" : ", ") + (size < 0 ? std::string("any") : std::to_string(size));
   }
-  if (!same) fail_argument(t.name, "shape [" + wanted + "]", shape_of(t));
+  fail_argument(t.name, "shape [" + wanted + "]", shape_of(t));
 }
 
 void check_min_numel(const TensorView& t, int64_t numel, const char* why) {
@@ -116,23 +121,33 @@ void check_same_device(std::initializer_list<const TensorView*> tensors) {
 }
 
 void check_no_overlap(std::initializer_list<const TensorView*> outputs,
-                      std::initializer_list<const TensorView*> inputs) {
-  const auto check = [](const TensorView& out, const TensorView* other) {
-    if (other == nullptr || other == &out) return;
-    const auto begin = reinterpret_cast<uintptr_t>(out.data);
-    const auto other_begin = reinterpret_cast<uintptr_t>(other->data);
-    const int64_t size = out.extent_bytes();
-    const int64_t other_size = other->extent_bytes();
-    if (size == 0 || other_size == 0) return;
-    if (begin < other_begin + other_size && other_begin < begin + size) {
-      fail_argument(out.name, std::string("memory of its own"),
-                    std::string("memory that overlaps with ") + other->name);
-    }
+                      std::initializer_list<const TensorView*> inputs,
+                      std::initializer_list<const TensorView*> more_inputs) {
+  struct Range {
+    const TensorView* tensor;
+    uintptr_t begin, end;
   };
-  for (const TensorView* out : outputs) {
-    if (out == nullptr) continue;
-    for (const TensorView* other : inputs) check(*out, other);
-    for (const TensorView* other : outputs) check(*out, other);
+  constexpr size_t kMaxTensors = 16;
+  Range ranges[kMaxTensors];
+  size_t num_ranges = 0;
+  size_t num_outputs = 0;
+  for (const auto* tensors : {&outputs, &inputs, &more_inputs}) {
+    for (const TensorView* t : *tensors) {
+      const int64_t size = t == nullptr ? 0 : t->extent_bytes();
+      if (size == 0) continue;
+      if (num_ranges == kMaxTensors) throw std::logic_error("check_no_overlap: too many tensors");
+      const auto begin = reinterpret_cast<uintptr_t>(t->data);
+      ranges[num_ranges++] = {t, begin, begin + static_cast<uintptr_t>(size)};
+    }
+    if (tensors == &outputs) num_outputs = num_ranges;
+  }
+  for (size_t out = 0; out < num_outputs; ++out) {
+    for (size_t other = out + 1; other < num_ranges; ++other) {
+      if (ranges[out].begin < ranges[other].end && ranges[other].begin < ranges[out].end) {
+        fail_argument(ranges[out].tensor->name, "memory of its own",
+                      std::string("memory that overlaps with ") + ranges[other].tensor->name);
+      }
+    }
   }
 }
 

@@ -1,0 +1,174 @@
+"""How long does a call take? The clocks that the benches and `python -m aiter tune` share.
+
+`graph_slope_us`: device time of one call inside a stream of calls, with no launch gap and no
+graph-launch cost: the slope between a CUDA/HIP graph of `LOW` and one of `HIGH` copies. Its inputs
+and outputs stay in the L2 (warm).
+`cold_us`: device time of one call after the L2 was flushed: what a graph of flushes and calls takes
+more than a graph of the flushes alone.
+`host_us`: what the caller's thread pays per call, enqueueing without synchronising.
+`floor_us`: device time of a kernel that does nothing, by the same slope: no launch can beat it.
+`cpu_us`: wall time of a call on the cpu target, where a call is done when it returns.
+All are medians, of 60 replays on a GPU unless these would take longer than half a second; the spread is
+the distance between the quartiles, over the median.
+
+Rejected: two events around a single call. The second one is recorded when the host has got through
+the call, so that below about 10 us they measure the host.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+Call = Callable[[], object]
+
+LOW, HIGH = 20, 60  # calls per graph
+REPLAYS = 60
+LEAST_REPLAYS, MOST_US = 10, 5e5  # fewer replays where 60 would take longer than that
+COLD_CALLS, COLD_REPLAYS = 10, 20
+HOST_CALLS, HOST_REPEATS = 30, 20  # NOTE: more calls would fill the launch queue, and wait for it.
+FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call.
+
+    Attributes:
+        us: the median: device time with a warm L2 on a GPU, wall time on the cpu target.
+        spread: the interquartile range over the median.
+        cold_us: the median with a cold L2; None where it was not measured.
+        host_us: the median of what the caller's thread pays; None where it was not measured.
+    """
+
+    us: float
+    spread: float
+    cold_us: float | None = None
+    host_us: float | None = None
+
+
+def summary(samples: Sequence[float]) -> Timing:
+    """Median and relative spread of at least two samples in microseconds."""
+    quartiles = statistics.quantiles(samples, n=4)
+    median = statistics.median(samples)
+    return Timing(median, (quartiles[2] - quartiles[0]) / median if median else 0.0)
+
+
+def slopes(low_us: Sequence[float], high_us: Sequence[float], calls: int) -> list[float]:
+    """Time per call from pairs of runs, the second of which makes `calls` more calls."""
+    return [(high - low) / calls for low, high in zip(low_us, high_us, strict=True)]
+
+
+def affordable(replays: int, round_us: float) -> int:
+    """As many of `replays` rounds of `round_us` each as take `MOST_US`, at least `LEAST_REPLAYS`."""
+    return min(replays, max(LEAST_REPLAYS, int(MOST_US / round_us)))
+
+
+def graph_slope_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
+    """Device time per call; `calls` are the same work on rotating inputs, used in turn."""
+    rotated = [[calls[i % len(calls)] for i in range(count)] for count in (LOW, HIGH)]
+    low, high = _replay_us(calls, rotated, replays)
+    return summary(slopes(low, high, HIGH - LOW))
+
+
+def cold_us(calls: Sequence[Call]) -> Timing:
+    """Device time per call with an L2 that holds nothing of it."""
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flushes: list[Call] = [flushed.zero_] * COLD_CALLS
+    both: list[Call] = []
+    for i, flush in enumerate(flushes):
+        both += [flush, calls[i % len(calls)]]
+    low, high = _replay_us(calls, [flushes, both], COLD_REPLAYS)
+    return summary(slopes(low, high, COLD_CALLS))
+
+
+def floor_us() -> Timing:
+    """Device time of a kernel of one thread that returns at once."""
+    return graph_slope_us([lambda: torch.cuda._sleep(0)])  # type: ignore[no-untyped-call]
+
+
+def host_us(call: Call, device: torch.device, count: int = HOST_CALLS) -> Timing:
+    """Host time per call of `count` in a row, while the device works behind."""
+    call()
+    samples = []
+    for _ in range(HOST_REPEATS):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        samples.append((time.perf_counter() - start) / count * 1e6)
+    synchronize(device)
+    return summary(samples)
+
+
+def cpu_us(call: Call, seconds: float = 0.2) -> Timing:
+    """Wall time per call on the CPU, over about `seconds`, at least 7 calls."""
+    call()
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 7 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - start) * 1e6)
+    return summary(samples)
+
+
+def call_us(calls: Sequence[Call], everything: bool = False) -> Timing:
+    """What a bench's table shows for the same work on rotating inputs: graph slope on a GPU.
+
+    Args:
+        everything: also measure cold L2 and host time, on a GPU.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return cpu_us(calls[0])
+    timing = graph_slope_us(calls)
+    if everything:
+        device = torch.device("cuda", torch.cuda.current_device())
+        timing = replace(timing, cold_us=cold_us(calls).us, host_us=host_us(calls[0], device).us)
+    return timing
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; the cpu target is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _replay_us(
+    warm_up: Sequence[Call], graphs: Sequence[Sequence[Call]], replays: int
+) -> list[list[float]]:
+    """What every replay of each graph takes, the graphs replayed in turn."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for call in warm_up:
+            call()
+        torch.cuda.synchronize()
+        captured = []
+        round_us = 0.0
+        for calls in graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                for call in calls:
+                    call()
+            graph.replay()
+            round_us += _elapsed_us(graph.replay, stream)
+            captured.append(graph)
+        times: list[list[float]] = [[] for _ in captured]
+        for _ in range(affordable(replays, round_us)):
+            for graph, samples in zip(captured, times, strict=True):
+                samples.append(_elapsed_us(graph.replay, stream))
+    return times
+
+
+def _elapsed_us(call: Call, stream: torch.cuda.Stream) -> float:
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begin.record(stream)
+    call()
+    end.record(stream)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3

@@ -1,0 +1,157 @@
+"""What does a routing call cost the caller's thread, and in which piece?
+
+python op_tests/bench_host.py [--device cpu|cuda] [--shape E,K,D] [--tokens M] [--csv FILE]
+
+Every row is the median over repeats of the time per call, enqueueing without synchronising. A piece
+that launches nothing is pure host time on every device. What launches, on a GPU, is host time as
+long as the device keeps up, as it does at decode sizes; on the cpu target a launch is over when the
+kernel has been executed, and the row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import _checkout  # noqa: F401  (makes a checkout importable)
+import bench_timing
+import torch
+from bench_timing import Timing
+
+import aiter
+from aiter import fused_moe, moe_routing, reference, routing_plan
+from aiter.cli.table import format_table
+from aiter.cli.tune import Shape, parse_shape
+from aiter.jit import module_for
+from aiter.ops.device import current_device
+
+PIECE_CALLS = 1000  # of a piece that launches nothing, per repeat
+BLOCK_SIZE = 32
+
+Pieces = dict[str, Callable[[], object]]
+
+
+def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
+    """What is measured, by name: what launches nothing, and what does.
+
+    The first are to be called while `moe_routing` has an op that does nothing.
+    """
+    num_experts, topk, model_dim = shape
+    tokens, device = logits.shape[0], logits.device
+    sizes = (
+        device, tokens, num_experts, topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, 0,
+    )  # fmt: skip
+    plan = routing_plan.plan_routing(*sizes)
+    out = fused_moe.empty_sorted_buffers(
+        tokens, topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, device=device
+    )
+    weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
+    sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
+    fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
+    nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
+    selecting = module_for("module_topk_softmax", device).topk_softmax
+    checked = module_for("module_moe_sorting_opus", device).moe_sorting_opus_check
+    compiled = module_for("module_fused_topk_moe_sorting", device).fused_topk_moe_sorting_fwd
+    slots, blocks = plan.buffers.slots, plan.buffers.blocks
+
+    def views() -> object:
+        """The five outputs as views of one allocation, 16-byte aligned."""
+        ends = [-(-size // 16) * 16 for size in (4 * slots, 4 * slots, 4 * blocks, 8)]
+        whole = torch.empty(sum(ends) + 2 * tokens * model_dim, dtype=torch.uint8, device=device)
+        first, second, third, fourth, fifth = whole.split_with_sizes(
+            (*ends, whole.numel() - sum(ends))
+        )
+        return (
+            first.view(torch.int32)[:slots], second.view(torch.float32)[:slots],
+            third.view(torch.int32)[:blocks], fourth.view(torch.int32)[:2],
+            fifth.view(torch.bfloat16).view(tokens, model_dim),
+        )  # fmt: skip
+
+    def routing(**options: object) -> object:
+        return fused_moe.topk_softmax_sorting(
+            logits, topk, num_experts, model_dim, torch.bfloat16, **options
+        )
+
+    silent: Pieces = {
+        "plan: made": lambda: routing_plan.plan_routing.__wrapped__(*sizes),
+        "plan: found": lambda: moe_routing._known(routing_plan.plan_routing, sizes),
+        "outputs: five allocations": lambda: moe_routing._allocate(plan.buffers, device),
+        "outputs: views of one allocation (not used)": views,
+        "outputs: check of given ones": lambda: moe_routing._given(out, plan.buffers),
+        "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
+        "topk_softmax_sorting without its op, allocating": routing,
+        "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
+        "binding and checks of 4 tensors, compiled function": lambda: selecting(*nothing),
+        "the same through the op's Python function": lambda: aiter.topk_softmax(*nothing),
+    }
+    launching: Pieces = {
+        "fused launch, compiled function": lambda: compiled(*fused),
+        "fused_topk_moe_sorting_fwd": lambda: aiter.fused_topk_moe_sorting_fwd(*fused),
+        "topk_softmax_sorting, out given": lambda: routing(out=out),
+        "topk_softmax_sorting, allocating": routing,
+        "topk_softmax_sorting, chain, out given": lambda: routing(out=out, dispatch_policy=1),
+        "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
+    }
+    return silent, launching
+
+
+def check(logits: torch.Tensor, shape: Shape) -> None:
+    """Raises RuntimeError unless the call routes right."""
+    num_experts, topk, model_dim = shape
+    arguments = (logits, topk, num_experts, model_dim, torch.bfloat16)
+    got = fused_moe.topk_softmax_sorting(*arguments)
+    expected = reference.topk_softmax_sorting(*arguments)
+    slots = int(expected[3][0])
+    if not torch.equal(got[0][:slots], expected[0][:slots]):
+        raise RuntimeError(f"topk_softmax_sorting: sorted_ids differ from the reference, {shape}")
+
+
+def measure(logits: torch.Tensor, shape: Shape) -> list[tuple[str, str, Timing]]:
+    """Piece, what it includes, and its time."""
+    device = logits.device
+    silent, launching = pieces(logits, shape)
+    what = "host and launch" if device.type == "cuda" else "host and the kernel on the CPU"
+    with mock.patch.object(moe_routing, "fused_topk_moe_sorting_fwd", lambda *_: None):
+        rows = [
+            (name, "host", bench_timing.host_us(piece, device, PIECE_CALLS))
+            for name, piece in silent.items()
+        ]
+    return rows + [
+        (name, what, bench_timing.host_us(piece, device)) for name, piece in launching.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--device", type=current_device, default=current_device())
+    parser.add_argument("--shape", type=parse_shape, default=(128, 4, 2880), metavar="E,K,D")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--csv", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    device = options.device
+    logits = torch.randn(
+        options.tokens, options.shape[0], generator=torch.Generator().manual_seed(0)
+    )
+    logits = logits.to(torch.bfloat16).to(device)
+    check(logits, options.shape)
+    rows = measure(logits, options.shape)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu target"
+    num_experts, topk, model_dim = options.shape
+    print(f"host time per call, {name}, bf16, M={options.tokens} E={num_experts} K={topk}"
+          f" D={model_dim}")  # fmt: skip
+    cells = [(piece, what, f"{t.us:.2f} us", f"{t.spread:.0%}") for piece, what, t in rows]
+    print(format_table(("piece", "includes", "time", "spread"), cells))
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("piece", "includes", "us", "spread"))
+            writer.writerows((piece, what, t.us, t.spread) for piece, what, t in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Is the choice of a path the documented function of shapes, capacity and measurements?"""
+
+from __future__ import annotations
+
+import _checkout  # noqa: F401
+import pytest
+
+from aiter import dispatch
+from aiter.dispatch import CAPACITY, Crossover, Problem
+
+DATE = ("somewhere", "2026-11-23", "a command")
+ROW = Crossover(128, 4, 2880, 64, 500, *DATE)
+
+
+def path(problem: Problem, max_tokens: int, *rows: Crossover, override: int | None = None) -> str:
+    return dispatch.choose(problem, max_tokens, rows, override).path
+
+
+@pytest.mark.parametrize(("policy", "expected"), [(1, "oneshot"), (2, "multiphase")])
+def test_a_policy_forces_the_chain(policy: int, expected: str) -> None:
+    for tokens in (0, 1, 10**6):
+        problem = Problem(tokens, 128, 4, 2880, policy)
+        choice = dispatch.choose(problem, 1600, [ROW], 10**6)
+        assert (choice.path, choice.rule, choice.row) == (expected, "policy", None)
+        assert str(policy) in dispatch.explain(problem, choice, 1600)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(0, "fused"), (1600, "fused"), (1601, "oneshot"), (2048, "oneshot"), (2049, "multiphase")],
+)
+def test_capacity_decides_where_nothing_is_measured(tokens: int, expected: str) -> None:
+    problem = Problem(tokens, 128, 4, 2880)
+    choice = dispatch.choose(problem, 1600, ())
+    assert (choice.path, choice.rule) == (expected, "capacity")
+    assert "1600" in dispatch.explain(problem, choice, 1600)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(64, "fused"), (65, "oneshot"), (500, "oneshot"), (501, "multiphase")]
+)
+def test_a_row_decides(tokens: int, expected: str) -> None:
+    problem = Problem(tokens, 128, 4, 2880)
+    choice = dispatch.choose(problem, 1600, [ROW])
+    assert (choice.path, choice.rule, choice.row) == (expected, "measured", ROW)
+    words = dispatch.explain(problem, choice, 1600)
+    assert "measured" in words and "64" in words and "500" in words
+
+
+def test_a_row_does_not_lift_capacity() -> None:
+    generous = Crossover(128, 4, 2880, 10**6, 10**6, *DATE)
+    assert path(Problem(1600, 128, 4, 2880), 1600, generous) == "fused"
+    assert path(Problem(1601, 128, 4, 2880), 1600, generous) == "oneshot"
+    assert path(Problem(1, 128, 4, 2880), 0, generous) == "oneshot"
+
+
+def test_oneshot_goes_by_entries() -> None:
+    """A row for K = 4 that speaks for K = 8 means half as many tokens."""
+    problem = [Problem(tokens, 128, 8, 2880) for tokens in (250, 251)]
+    assert [path(each, 10, ROW) for each in problem] == ["oneshot", "multiphase"]
+
+
+def test_the_nearest_row_speaks() -> None:
+    wide, other_d = Crossover(256, 4, 2880, 1, 1, *DATE), Crossover(128, 4, 7168, 2, 2, *DATE)
+    rows = (wide, ROW, other_d)
+    assert dispatch.nearest(rows, Problem(1, 128, 4, 2880)) is ROW
+    assert dispatch.nearest(rows, Problem(1, 128, 4, 8192)) is other_d
+    assert dispatch.nearest(rows, Problem(1, 257, 4, 2880)) is wide
+    assert dispatch.nearest(rows, Problem(1, 128, 8, 2880)) is ROW
+    assert dispatch.nearest(rows, Problem(1, 128, 16, 2880)) is None
+    assert dispatch.nearest(rows, Problem(1, 8, 2, 4096)) is None
+    assert dispatch.nearest((), Problem(1, 128, 4, 2880)) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "tokens", "expected"),
+    [
+        (CAPACITY, 1600, "fused"),
+        (CAPACITY, 1601, "oneshot"),
+        (8, 8, "fused"),
+        (8, 9, "oneshot"),
+        (0, 1, "oneshot"),
+        (10**6, 1601, "oneshot"),
+    ],
+)
+def test_an_override_comes_before_rows(override: int, tokens: int, expected: str) -> None:
+    problem = Problem(tokens, 128, 4, 2880)
+    choice = dispatch.choose(problem, 1600, [ROW], override)
+    assert (choice.path, choice.rule, choice.row) == (expected, "override", None)
+
+
+def test_threshold() -> None:
+    def limit(*pairs: tuple[float, float]) -> int:
+        return dispatch.threshold({2**i: pair for i, pair in enumerate(pairs)})
+
+    assert limit((1, 2), (1, 2), (1, 2)) == 4
+    assert limit((1, 2), (1, 2), (2, 1)) == 2
+    assert limit((2, 1), (3, 1)) == 0
+    assert limit((1, 1)) == 1, "equal times go to the first way"
+    assert limit((1, 2), (1.1, 1), (1, 2), (3, 1)) == 4, "one outlier moves nothing"
+    assert limit((1.1, 1), (1, 4), (9, 1)) == 2
+    assert dispatch.threshold({}) == 0
+
+
+def test_every_architecture_has_an_entry() -> None:
+    for arch in ("cpu", "gfx90a", "gfx942:sramecc+:xnack-", "gfx950", "gfx1201", "sm_90", "sm_100"):
+        name, rows = dispatch.rows_of(arch)
+        assert name and arch.startswith(name) and isinstance(rows, tuple)
+    assert dispatch.rows_of("gfx803") == ("", ())
+
+
+def test_rows_of_the_table_are_complete() -> None:
+    """What is entered names its source, its date and its command, and is a possible shape."""
+    for rows in dispatch.MEASURED.values():
+        for row in (*rows, ROW):
+            assert row.source and row.command and len(row.date) == len("2026-11-23")
+            assert 1 <= row.topk <= row.num_experts and row.model_dim > 0
+            assert row.fused_tokens >= 0 and row.oneshot_tokens >= 0
