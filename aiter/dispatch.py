@@ -11,7 +11,11 @@ decides between them:
 1. override   AITER_DISPATCH names the largest M of the fused launch, or asks for capacity alone;
 2. measured   a `Crossover` of this device (`aiter.tuned`) or of its architecture (`MEASURED`) is
               close enough: at most a factor of 2 away in E and K together;
-3. capacity   the fused launch wherever it fits, then oneshot up to `MOST_ONESHOT_ENTRIES`.
+3. estimated  nothing is measured, but the architecture has an entry in `ESTIMATED`: the fused launch
+              up to that M;
+4. capacity   the fused launch wherever it fits.
+
+Under the last two the chain sorts oneshot up to `MOST_ONESHOT_ENTRIES`.
 
 Where the fused launch does not fit, the chain runs, whatever a row says. Rejected: a model of the
 kernels' costs, which has more parameters than there are measurements; a rule in C++, where a
@@ -22,12 +26,12 @@ keeps its kernel's own rule, which is that of capacity; results do not differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Path = Literal["fused", "oneshot", "multiphase"]
-Rule = Literal["policy", "override", "measured", "capacity"]
+Rule = Literal["policy", "override", "measured", "estimated", "capacity"]
 
 AUTOMATIC, ONESHOT, MULTIPHASE = 0, 1, 2
 POLICIES = (AUTOMATIC, ONESHOT, MULTIPHASE)
@@ -77,6 +81,19 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 }
 
 
+# Up to how many tokens the fused launch is taken where nothing is measured: 8 rows for every wave that
+# routes. A wave takes its rows one after the other, which costs more than further launches in the end,
+# long before LDS is full. 16 waves of 64 or 32 of 32; on sm_9 and later datacenter parts, 8 workgroups.
+ESTIMATED: dict[str, int] = {
+    "gfx9": 128,
+    "gfx1": 256,
+    "sm_8": 256,
+    "sm_9": 2048,
+    "sm_10": 2048,
+    "sm_12": 2048,
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What the choice depends on: M, E, K, D and the caller's `dispatch_policy`."""
@@ -98,7 +115,11 @@ class Choice:
 
 
 def choose(
-    problem: Problem, max_tokens: int, rows: Sequence[Crossover], override: int | None = None
+    problem: Problem,
+    max_tokens: int,
+    rows: Sequence[Crossover],
+    override: int | None = None,
+    estimate: int | None = None,
 ) -> Choice:
     """The path of a problem.
 
@@ -107,13 +128,17 @@ def choose(
             nothing to fuse, as in a sort of ready ids.
         rows: what was measured on this device, or on ones like it.
         override: the largest M of the fused launch; `CAPACITY`; None to go by the rows.
+        estimate: the largest M of the fused launch where no row speaks for the problem; None for
+            what fits.
     """
     if problem.dispatch_policy == ONESHOT:
         return Choice("oneshot", "policy")
     if problem.dispatch_policy == MULTIPHASE:
         return Choice("multiphase", "policy")
     row = nearest(rows, problem) if override is None else None
-    rule: Rule = "measured" if row else "capacity" if override is None else "override"
+    rule: Rule = "override"
+    if override is None:
+        rule = "measured" if row else "capacity" if estimate is None else "estimated"
     fused_tokens = max_tokens
     oneshot_entries = MOST_ONESHOT_ENTRIES
     if row is not None:
@@ -121,6 +146,8 @@ def choose(
         oneshot_entries = row.oneshot_tokens * row.topk
     elif override is not None and override != CAPACITY:
         fused_tokens = min(max_tokens, override)
+    elif override is None and estimate is not None:
+        fused_tokens = min(max_tokens, estimate)
     if max_tokens and problem.tokens <= fused_tokens:
         return Choice("fused", rule, row)
     path: Path = "oneshot" if problem.tokens * problem.topk <= oneshot_entries else "multiphase"
@@ -141,8 +168,17 @@ def nearest(rows: Sequence[Crossover], problem: Problem) -> Crossover | None:
 
 def rows_of(arch: str) -> tuple[str, tuple[Crossover, ...]]:
     """The entry of `MEASURED` for an architecture: its name and rows, ("", ()) if there is none."""
-    name = max((name for name in MEASURED if arch.startswith(name)), key=len, default="")
+    name = _longest_prefix(arch, MEASURED)
     return name, MEASURED.get(name, ())
+
+
+def estimate_of(arch: str) -> int | None:
+    """The entry of `ESTIMATED` for an architecture."""
+    return ESTIMATED.get(_longest_prefix(arch, ESTIMATED))
+
+
+def _longest_prefix(arch: str, names: Iterable[str]) -> str:
+    return max((name for name in names if arch.startswith(name)), key=len, default="")
 
 
 def threshold(samples: Mapping[int, tuple[float, float]]) -> int:
@@ -169,15 +205,15 @@ def explain(problem: Problem, choice: Choice, max_tokens: int) -> str:
     if choice.rule == "policy":
         return f"dispatch_policy {problem.dispatch_policy} forces the separate chain"
     if max_tokens and problem.tokens > max_tokens:
-        why = (
-            f"M = {problem.tokens} is more than the {max_tokens} that one workgroup's LDS can hold"
-        )
+        why = f"M = {problem.tokens} is more than the {max_tokens} that the fused launch's LDS can hold"
     elif choice.row is not None:
         row = choice.row
         why = (
             f"measured for E={row.num_experts} K={row.topk} D={row.model_dim}: fused up to"
             f" M = {row.fused_tokens}, oneshot up to M = {row.oneshot_tokens}"
         )
+    elif choice.rule == "estimated":
+        why = "nothing is measured; a wave that routes should have about 8 rows at most"
     elif choice.path == "fused":
         why = f"M = {problem.tokens} fits in the fused launch's LDS (at most {max_tokens})"
     elif max_tokens:

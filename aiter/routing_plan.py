@@ -57,6 +57,7 @@ class Basis:
 
     rows: tuple[Crossover, ...]
     override: int | None
+    estimate: int | None
     origin: str
 
 
@@ -76,15 +77,16 @@ def basis_of(device: torch.device) -> Basis:
     target_for(device)
     override = envs.AITER_DISPATCH.get()
     if override is not None:
-        return Basis((), override, f"AITER_DISPATCH={envs.AITER_DISPATCH.text()}")
+        return Basis((), override, None, f"AITER_DISPATCH={envs.AITER_DISPATCH.text()}")
+    arch = "cpu" if device.type == "cpu" else device_arch(device)
     found = tuned.find(device)
     if found.rows:
-        return Basis(found.rows, None, f"{found.path}")
-    arch = "cpu" if device.type == "cpu" else device_arch(device)
+        return Basis(found.rows, None, dispatch.estimate_of(arch), f"{found.path}")
     name, rows = dispatch.rows_of(arch)
     family = f"the built-in table, {name or arch}"
     tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
-    return Basis(rows, None, family + ("" if rows else ": not measured") + tuned_reason)
+    origin = family + ("" if rows else ": not measured") + tuned_reason
+    return Basis(rows, None, dispatch.estimate_of(arch), origin)
 
 
 def forget() -> None:
@@ -99,7 +101,7 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
     if problem.dispatch_policy != dispatch.AUTOMATIC:
         return dispatch.choose(problem, max_tokens, ())
     basis = basis_of(device)
-    return dispatch.choose(problem, max_tokens, basis.rows, basis.override)
+    return dispatch.choose(problem, max_tokens, basis.rows, basis.override, basis.estimate)
 
 
 @lru_cache(MOST_PLANS, typed=True)

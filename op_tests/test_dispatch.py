@@ -36,6 +36,31 @@ def test_capacity_decides_where_nothing_is_measured(tokens: int, expected: str) 
     assert "1600" in dispatch.explain(problem, choice, 1600)
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(128, "fused"), (129, "oneshot")])
+def test_an_estimate_decides_where_nothing_is_measured(tokens: int, expected: str) -> None:
+    far = Crossover(1024, 16, 2880, 1, 1, *DATE)
+    problem = Problem(tokens, 128, 4, 2880)
+    choice = dispatch.choose(problem, 1600, [far], estimate=128)
+    assert (choice.path, choice.rule, choice.row) == (expected, "estimated", None)
+    assert "nothing is measured" in dispatch.explain(problem, choice, 1600)
+
+
+def test_an_estimate_gives_way() -> None:
+    problem = Problem(1000, 128, 4, 2880)
+    assert dispatch.choose(problem, 1600, [ROW], estimate=10**6).rule == "measured"
+    assert dispatch.choose(problem, 1600, (), CAPACITY, estimate=1).path == "fused"
+    assert dispatch.choose(problem, 1600, (), 999, estimate=10**6).path == "oneshot"
+    assert dispatch.choose(problem, 900, (), estimate=10**6).path == "oneshot"
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [("gfx942", 128), ("gfx90a", 128), ("gfx1201", 256), ("sm_90", 2048), ("cpu", None)],
+)
+def test_estimates(arch: str, expected: int | None) -> None:
+    assert dispatch.estimate_of(arch) == expected
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"), [(64, "fused"), (65, "oneshot"), (500, "oneshot"), (501, "multiphase")]
 )

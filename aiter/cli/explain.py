@@ -116,7 +116,17 @@ def _table(device: torch.device) -> str:
         for where, row in entries
     ]  # fmt: skip
     rows += [
-        (name, *("-",) * 5, "not measured: capacity", "-", "python -m aiter tune")
+        (
+            name,
+            "-",
+            "-",
+            "-",
+            dispatch.estimate_of(name) or "capacity",
+            "-",
+            "not measured",
+            "-",
+            "python -m aiter tune",
+        )
         for name, family in dispatch.MEASURED.items()
         if not family
     ]

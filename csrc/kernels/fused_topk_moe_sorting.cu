@@ -127,8 +127,8 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
   const FusedConfig config =
-      choose_config(shape, params.sort.row_bytes * shape.num_tokens, args.cluster_size, limits);
-  params.cluster_size = static_cast<int>(config.launch.cluster_size);
+      choose_config(shape, params.sort.row_bytes * shape.num_tokens, cluster_size, limits);
+  params.cluster_size = cluster_size;
   params.tokens_per_block = config.tokens_per_block;
   params.lds = config.lds;
   dispatch_row(args.gating_output.dtype, config.row_values, [&](auto logit, auto values) {
