@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from aiter.cli.table import format_table
-from aiter.jit.build import remove_leftovers
+from aiter.jit.builders import remove_leftovers
 from aiter.jit.cache import (
     BROKEN_DIR,
     COMPILER_DIR,

@@ -10,6 +10,7 @@ One module per question:
 - `plan`       what exactly will the compiler see? (this is the cache key)
 - `cache`      do we have it already?
 - `build`      how does it become a shared object?
+- `builders`   where does a builder work, and what does it leave to others?
 - `load`       how does it get into the process?
 - `core`       how does a Python function call into it?
 

@@ -1,44 +1,33 @@
 """How does a plan become a shared object in the cache?
 
-Everything happens in a private folder inside the cache; one rename publishes it. A file lock per
-plan only saves double work: where it cannot be had, two builders publish equal builds and the first
-wins. The builder looks the plan up again under the lock, so any number of processes that miss at
-the same time compile once.
+Everything happens in a private folder inside the cache (`builders` hands it out); one rename
+publishes it. A file lock per plan only saves double work: where it cannot be had, two builders
+publish equal builds and the first wins. The builder looks the plan up again under the lock, so any
+number of processes that miss at the same time compile once.
 
 What is published must be what was hashed. Sources are hashed before and after the compilers ran. A
 header is known only afterwards: on the first attempt one that is not older than the build's start,
 by the clock of the cache's filesystem, counts as changed, and so does that clock itself if it was set
 back; later attempts compare a header's content before and after. The build is then repeated, a few
 times at most, as it is when the cache folder was removed meanwhile.
-
-Beside a private folder lies a file that is locked while its builder lives. The next builder removes
-the folders whose lock is free, that is, those of builders that died.
-
-Long because the order of these steps is the argument for their being safe.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shlex
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from aiter.jit import envs, toolchain
+from aiter.jit.builders import UNWRITABLE, plan_lock, private_folder
 from aiter.jit.cache import (
     BUILD_LOG,
     FAILED_DIR,
-    LOCK_DIR,
     TOOL_DIR,
-    WORK_DIR,
     Cache,
     Entry,
     Header,
@@ -46,25 +35,14 @@ from aiter.jit.cache import (
     stat_of,
 )
 from aiter.jit.driver import Job, JobFailed, first_error, parse_depfile, run_jobs
-from aiter.jit.errors import BuildError, CacheError
+from aiter.jit.errors import BuildError
 from aiter.jit.log import get_logger
 from aiter.jit.plan import Plan
 from aiter.jit.progress import Progress
-from aiter.jit.trust import check_trusted
 
 MAX_ATTEMPTS = 4
-_LOCK_NOTICES_SECONDS = (2.0, *([30.0] * 60))  # waiting ends, and the build starts, after the last
 _TICK_SECONDS = 0.05
 _CLOCK_TOLERANCE_SECONDS = 1.0
-_UNWRITABLE = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +72,7 @@ def build(make_plan: Callable[[], Plan], cache: Cache, reason: str, force: bool)
     for _ in range(MAX_ATTEMPTS):
         started = time.monotonic()
         plan = make_plan()
-        with _private_folder(cache) as folder, _lock(cache, plan):
+        with private_folder(cache) as folder, plan_lock(cache, plan):
             if not force:
                 found = cache.lookup(plan)
                 if isinstance(found, Entry):
@@ -276,7 +254,7 @@ def _build_error(
         _write_log(log, [job for job in jobs if job.output.exists()])
         log.replace(kept)
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in UNWRITABLE:
             raise
         # NOTE: what the compiler said matters more than that its log could not be kept.
         return BuildError(
@@ -295,116 +273,3 @@ def _build_error(
         "" if stopped else first_error(output),
         kept,
     )
-
-
-@contextmanager
-def _private_folder(cache: Cache) -> Iterator[Path]:
-    """A folder of this builder alone, removed at the end unless it was published."""
-    name = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        parent = cache.make_folder(WORK_DIR)
-        check_trusted(cache.root, (parent,))
-        with _alive_file(parent / f"{name}.alive"):
-            remove_leftovers(cache)
-            folder = cache.make_folder(f"{WORK_DIR}/{name}")
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise CacheError(
-            f"cache folder {cache.root}: expected to build in it, got {error.strerror}"
-            f" ({error.filename or 'no name'}); make room, or set AITER_JIT_DIR to a folder that can"
-            " be written"
-        ) from error
-
-
-@contextmanager
-def _alive_file(path: Path) -> Iterator[None]:
-    """A file that is locked while this builder lives, and goes with it."""
-    with path.open("w") as file:
-        _try_flock(file)
-        _alive_files.add(file)
-        try:
-            yield
-        finally:
-            _alive_files.discard(file)
-            path.unlink(missing_ok=True)
-
-
-# A forked child closes its copies: it would otherwise make a dead builder look alive.
-_alive_files: set[IO[str]] = set()
-
-
-def _close_alive_files() -> None:
-    while _alive_files:
-        _alive_files.pop().close()
-
-
-os.register_at_fork(after_in_child=_close_alive_files)
-
-
-def remove_leftovers(cache: Cache) -> None:
-    """Removes the private folders of builders that died."""
-    for alive in (cache.root / WORK_DIR).glob("*.alive"):
-        try:
-            with alive.open() as file:
-                if _try_flock(file):
-                    shutil.rmtree(alive.with_suffix(""), ignore_errors=True)
-                    alive.unlink(missing_ok=True)
-        except FileNotFoundError:
-            continue
-
-
-def _try_flock(file: IO[str]) -> bool:
-    """Whether the lock on `file` was free and is ours now; not, where there are no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _lock(cache: Cache, plan: Plan) -> Iterator[None]:
-    """Holds the plan's lock, or goes on without it where it cannot be had."""
-    import filelock
-
-    logger = get_logger()
-    name = f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.lock"
-    mode = 0o660 if envs.AITER_SHARED_CACHE.get() else 0o600
-    lock = filelock.FileLock(cache.make_folder(LOCK_DIR) / name, mode=mode)
-    held = False
-    started = time.monotonic()
-    for wait in _LOCK_NOTICES_SECONDS:
-        try:
-            lock.acquire(timeout=wait)
-            held = True
-            break
-        except filelock.Timeout:
-            logger.info(
-                "waiting for another process that builds %s, for %.0f s now (builders: %s)",
-                plan.module,
-                time.monotonic() - started,
-                _living_builders(cache),
-            )
-        except (OSError, NotImplementedError) as error:
-            logger.warning("building %s without a lock: %s", plan.module, error)
-            break
-    else:
-        waited = time.monotonic() - started
-        logger.warning("building %s without the lock after %.0f s", plan.module, waited)
-    try:
-        yield
-    finally:
-        if held:
-            lock.release()
-
-
-def _living_builders(cache: Cache) -> str:
-    """The builders in this cache but for the running process, as host-process."""
-    names = (path.name.rpartition("-")[0] for path in (cache.root / WORK_DIR).glob("*.alive"))
-    own = f"{socket.gethostname()}-{os.getpid()}"
-    return ", ".join(sorted({name for name in names if name != own})) or "not named"

@@ -16,8 +16,7 @@ import pytest
 from processes import PATIENCE_SECONDS, compiler_pids, wait_for, wait_for_compiles, wait_until_gone
 from toy import MODULE, Toy, child_code, child_environment
 
-from aiter.jit import build as build_module
-from aiter.jit import driver
+from aiter.jit import builders, driver
 from aiter.jit.cache import FAILED_DIR, WORK_DIR
 from aiter.jit.driver import first_error, parse_depfile
 from aiter.jit.errors import BuildError
@@ -209,7 +208,7 @@ def test_clean_clears_up_after_a_killed_builder(counted: Toy) -> None:
     work = counted.cache_dir / WORK_DIR
     (work / "host-1-dead").mkdir(parents=True)
     (work / "host-1-dead.alive").touch()
-    build_module.remove_leftovers(counted.loader().cache)
+    builders.remove_leftovers(counted.loader().cache)
     assert list(work.iterdir()) == []
 
 
@@ -220,7 +219,7 @@ def test_a_living_builders_folder_is_left_alone(counted: Toy) -> None:
     wait_for(counted.compiles_log.exists)
     work = counted.cache_dir / WORK_DIR
     before = sorted(work.iterdir())
-    with build_module._private_folder(counted.loader().cache):
+    with builders.private_folder(counted.loader().cache):
         assert set(before) < set(work.iterdir())
     assert sorted(work.iterdir()) == before
     counted.hold.unlink()
