@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from aiter.cli.table import format_table
+from aiter.jit import paths
 from aiter.jit.builders import remove_leftovers
 from aiter.jit.cache import (
     BROKEN_DIR,
@@ -23,6 +25,7 @@ from aiter.jit.cache import (
 from aiter.jit.errors import CacheError, JitError
 from aiter.jit.load import Loader, default_loader
 from aiter.jit.plan import abi_tag
+from aiter.jit.prebuilt import single_targets, tidy_prebuilt
 from aiter.jit.spec import load_spec
 from aiter.jit.target import cpu_level, cpu_target, named_target
 
@@ -73,18 +76,24 @@ def run_build(options: argparse.Namespace) -> int:
 
         return device_code.run(modules, archs, options.mix)
     target = named_target(options.target, archs)
+    targets = [target]
+    if options.package:
+        targets = single_targets(target)
+        loader = Loader(cache_dir=paths.PREBUILT_DIR)
     rows = []
     failures = 0
-    for module in modules:
+    for module, each in itertools.product(modules, targets):
         start = time.monotonic()
         try:
-            entry, built = loader.ensure(module, target, options.force)
+            entry, built = loader.ensure(module, each, options.force)
         except JitError as error:
             print(f"error: {error}", file=sys.stderr)
             failures += 1
             continue
         seconds = f"{time.monotonic() - start:.1f} s"
         rows.append((module, "built" if built else "cached", seconds, entry.library))
+    if options.package:
+        tidy_prebuilt(paths.PREBUILT_DIR)
     if rows:
         print(format_table(("module", "result", "time", "file"), rows))
     return 1 if failures else 0

@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--force", action="store_true", help="build even what is cached")
     build.add_argument(
+        "--package",
+        action="store_true",
+        help="build into the package, where modules are found first, each architecture by itself",
+    )
+    build.add_argument(
         "--device-only",
         action="store_true",
         help="with --target rocm: compile the device code alone and print what it costs",

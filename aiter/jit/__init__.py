@@ -9,10 +9,12 @@ One module per question:
 - `toolchain`  which flags does a target need?
 - `plan`       what exactly will the compiler see? (this is the cache key)
 - `cache`      do we have it already?
+- `prebuilt`   is it in the package already?
 - `build`      how does it become a shared object?
 - `builders`   where does a builder work, and what does it leave to others?
 - `load`       how does it get into the process?
 - `core`       how does a Python function call into it?
+- `warmup`     what has to be there before a server takes requests?
 
 Nothing is imported before it is needed: importing this package loads `core`, `target`, `envs` and
 the errors; the first call on a device loads the rest up to `load`; only a miss loads `build`,

@@ -111,7 +111,7 @@ class Cache:
         """
         changed = ""
         damaged = False
-        for folder in _subfolders(self.root / plan.place):
+        for folder in subfolders(self.root / plan.place):
             self.check_trusted(folder)
             entry = read_manifest(folder)
             problem: str | None
@@ -222,10 +222,10 @@ class Cache:
     def entries(self) -> list[tuple[Entry | None, Path]]:
         """Every build folder of the cache with its entry, None where the manifest is damaged."""
         found = []
-        for module in _subfolders(self.root):
-            for place in _subfolders(module):
-                for key in _subfolders(place):
-                    found += [(read_manifest(folder), folder) for folder in _subfolders(key)]
+        for module in subfolders(self.root):
+            for place in subfolders(module):
+                for key in subfolders(place):
+                    found += [(read_manifest(folder), folder) for folder in subfolders(key)]
         return found
 
     def first_changed_header(self, entry: Entry, roots: Roots) -> str | None:
@@ -264,7 +264,7 @@ class Cache:
     def _why_no_key(self, plan: Plan) -> str:
         """How the plan differs from the newest build for the same target and ABI."""
         place = (self.root / plan.place).parent
-        folders = [folder for key in _subfolders(place) for folder in _subfolders(key)]
+        folders = [folder for key in subfolders(place) for folder in subfolders(key)]
         known = [entry for entry in map(read_manifest, folders) if entry is not None]
         if not known:
             return "no cached build"
@@ -344,7 +344,7 @@ def _file_mode() -> int:
     return 0o640 if envs.AITER_SHARED_CACHE.get() else 0o600
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """The visible folders in `folder`, sorted by name; none if it does not exist."""
     try:
         with os.scandir(folder) as found:

@@ -34,7 +34,7 @@ def module_for(name: str, device: torch.device | str) -> ModuleType:
 
     Raises the errors of `Loader.load`; a device without a target is a TargetError.
     """
-    return _default_loader().load(name, target_for(_indexed(torch.device(device))))
+    return _default_loader().load(name, target_for(indexed(device)))
 
 
 def compile_ops(
@@ -116,7 +116,9 @@ def _tensor_parameter(stub: Callable[..., Any]) -> tuple[int, str]:
     )
 
 
-def _indexed(device: torch.device) -> torch.device:
+def indexed(device: torch.device | str) -> torch.device:
+    """`device`, with the current GPU's index if it names none."""
+    device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

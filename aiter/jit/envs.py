@@ -158,6 +158,13 @@ GPU_ARCHS: Variable[tuple[str, ...]] = Variable(
     _archs,
     "the device's own",
 )
+PREBUILD_KERNELS = Variable(
+    "PREBUILD_KERNELS",
+    False,
+    "1 builds the modules into the package when it is installed, for the cpu and GPU_ARCHS",
+    _flag,
+    "0",
+)
 MAX_JOBS: Variable[int | None] = Variable(
     "MAX_JOBS", None, "how many compilers run at once", _positive_int, "the number of CPUs"
 )
@@ -188,6 +195,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_CPU_CHECK,
     AITER_DISPATCH,
     GPU_ARCHS,
+    PREBUILD_KERNELS,
     MAX_JOBS,
     XDG_CACHE_HOME,
     ROCM_HOME,

@@ -5,6 +5,8 @@ lock per module and target makes threads that call at the same time build and lo
 object is loaded straight from the cache with importlib's extension loader and is not entered in
 `sys.modules`: one process may hold the same module for several targets.
 
+What was built into the package ahead of time (`prebuilt`) comes first, and needs no compiler.
+
 On a hit nothing is locked across processes and no process is started; `build` and what it imports
 stay unimported.
 """
@@ -23,7 +25,9 @@ from types import ModuleType
 from aiter.jit import envs, paths
 from aiter.jit.cache import COMPILER_DIR, Cache, Entry
 from aiter.jit.errors import CacheError, LoadError
+from aiter.jit.log import get_logger
 from aiter.jit.plan import Plan, make_plan
+from aiter.jit.prebuilt import find_prebuilt
 from aiter.jit.spec import module_names
 from aiter.jit.target import Target
 
@@ -37,6 +41,7 @@ class Loader:
         config_path: the compiler config; None for the package's own.
         csrc_dir: what AITER_CSRC_DIR stands for; None for the package's own.
         cache_dir: the cache folder; None for the one that the environment says.
+        prebuilt_dir: a folder of builds that come first; None for none.
     """
 
     def __init__(
@@ -44,10 +49,12 @@ class Loader:
         config_path: Path | None = None,
         csrc_dir: Path | None = None,
         cache_dir: Path | None = None,
+        prebuilt_dir: Path | None = None,
     ) -> None:
         self.config_path = config_path or paths.config_path()
         self.csrc_dir = csrc_dir or paths.csrc_dir()
         self.cache = Cache(cache_dir or envs.cache_dir())
+        self.prebuilt_dir = prebuilt_dir
         self._modules: dict[tuple[str, Target], ModuleType] = {}
         self._rebuilt: set[tuple[str, Target]] = set()
         self._locks: dict[tuple[str, Target], threading.Lock] = {}
@@ -74,6 +81,12 @@ class Loader:
             BuildError: the build failed.
             ConfigError, TargetError, ToolchainError: as their names say.
         """
+        if self.prebuilt_dir is not None and not force:
+            entry = find_prebuilt(
+                self.prebuilt_dir, self.config_path, self.csrc_dir, module, target
+            )
+            if entry is not None:
+                return entry, False
         plan = self.plan(module, target)
         if force:
             reason = "AITER_REBUILD" if envs.AITER_REBUILD.get() else "asked to"
@@ -98,15 +111,20 @@ class Loader:
         Raises:
             LoadError: the shared object cannot be loaded.
         """
+        return self.load_now(module, target)[0]
+
+    def load_now(self, module: str, target: Target) -> tuple[ModuleType, bool]:
+        """As `load`, and whether the module was built by this very call."""
         key = (module, target)
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            if key not in self._modules:
-                self._modules[key] = self._load(key)
-            return self._modules[key]
+            if key in self._modules:
+                return self._modules[key], False
+            self._modules[key], built = self._load(key)
+            return self._modules[key], built
 
-    def _load(self, key: tuple[str, Target]) -> ModuleType:
+    def _load(self, key: tuple[str, Target]) -> tuple[ModuleType, bool]:
         module, target = key
         for _ in range(_LOAD_ATTEMPTS):
             force = envs.AITER_REBUILD.get() and key not in self._rebuilt
@@ -115,9 +133,16 @@ class Loader:
                 self._rebuilt.add(key)
             _check_runtime(module, target)
             try:
-                return load_extension(module, entry.library)
+                return load_extension(module, entry.library), built
             except ImportError as error:
-                if entry.library.is_file():
+                if self.prebuilt_dir in entry.folder.parents:
+                    get_logger().warning(
+                        "prebuilt %s does not load here (%s); going on without prebuilt modules",
+                        entry.library,
+                        error,
+                    )
+                    self.prebuilt_dir = None
+                elif entry.library.is_file():
                     raise LoadError(
                         f"module {module} for {target.label}: expected to load {entry.library},"
                         f" got {error}"
@@ -132,7 +157,7 @@ class Loader:
 @cache
 def default_loader() -> Loader:
     """The loader of the package's own modules; the environment is read at the first call."""
-    return Loader()
+    return Loader(prebuilt_dir=paths.PREBUILT_DIR)
 
 
 def _check_runtime(module: str, target: Target) -> None:

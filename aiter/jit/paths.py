@@ -11,6 +11,7 @@ from pathlib import Path
 from aiter.jit import envs
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
+PREBUILT_DIR = PACKAGE_DIR / "_prebuilt"  # there only where modules were built ahead
 
 
 def source_root() -> Path:

@@ -25,7 +25,7 @@ from aiter.jit.errors import ConfigError, TargetError
 from aiter.jit.spec import load_spec, render, template_variables
 from aiter.jit.target import Target
 
-FORMAT = 2  # NOTE: raise it when the layout of the cache or the meaning of the key changes.
+FORMAT = 3  # NOTE: raise it when the layout of the cache or the meaning of the key changes.
 
 
 class Roots:
@@ -122,10 +122,29 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The compiler's part of a plan: found on this machine, or recorded with an earlier build."""
+
+    compiler: Compiler
+    pybind11_dir: Path
+    inputs: dict[str, Any]
+
+
 def make_plan(
-    config_path: Path, csrc_dir: Path, memo_dir: Path, module: str, target: Target
+    config_path: Path,
+    csrc_dir: Path,
+    memo_dir: Path,
+    module: str,
+    target: Target,
+    recorded: dict[str, Any] | None = None,
 ) -> Plan:
     """Reads the config, the sources and the compiler's identity; starts no process on a warm memo.
+
+    Args:
+        memo_dir: where the compilers' identities are kept.
+        recorded: the inputs of an earlier build, to take the compiler's part from; then no compiler
+            is needed, and none can be run with the plan.
 
     Raises ConfigError, TargetError or ToolchainError.
     """
@@ -135,26 +154,20 @@ def make_plan(
             f"module {module}: expected one of its targets ({', '.join(spec.targets)}),"
             f" got {target.kind}"
         )
-    compiler = compilers.find_compiler(target.kind)
-    pybind11_dir = compilers.pybind11_include()
-    roots = Roots(csrc_dir, pybind11_dir, toolchain.python_include())
-    profile = toolchain.make_profile(spec, target, compiler, csrc_dir, pybind11_dir)
+    found = _find(target, memo_dir) if recorded is None else _from_record(recorded)
+    roots = Roots(csrc_dir, found.pybind11_dir, toolchain.python_include())
+    profile = toolchain.make_profile(spec, target, found.compiler, csrc_dir, found.pybind11_dir)
     variables = {**template_variables(module, csrc_dir, target), **spec.template_args}
     sources = (
         *(_read_source(module, path, _flags_of(path, profile), variables) for path in spec.srcs),
         *(_read_source(module, path, profile.extra, variables) for path in profile.extra_sources),
     )
-    identities = [_identity(compiler, memo_dir, profile.environment)]
-    if compiler.family == "nvcc":
-        behind = compilers.host_compiler_of_nvcc()
-        identities += [_identity(behind, memo_dir, {})] if behind is not None else []
     inputs = {
         "format": FORMAT,
         "module": module,
         "target": target.label,
         "abi": [extension_suffix(), sys.abiflags],
-        "compiler": identities,
-        "variables": {**envs.compiler_variables(), **profile.environment},
+        **found.inputs,
         "sources": {roots.shorten(str(source.path)): source.sha256 for source in sources},
         "flags": [
             *([roots.shorten_flag(flag) for flag in source.flags] for source in sources),
@@ -165,7 +178,7 @@ def make_plan(
         module=module,
         target=target,
         abi=abi_tag(),
-        compiler=compiler,
+        compiler=found.compiler,
         sources=sources,
         link=profile.link,
         link_tail=profile.link_tail,
@@ -175,6 +188,27 @@ def make_plan(
         inputs=inputs,
         key=sha256_text(json.dumps(inputs, sort_keys=True)),
     )
+
+
+def _find(target: Target, memo_dir: Path) -> _Found:
+    compiler = compilers.find_compiler(target.kind)
+    environment = toolchain.target_environment(target.kind)
+    identities = [_identity(compiler, memo_dir, environment)]
+    if compiler.family == "nvcc":
+        behind = compilers.host_compiler_of_nvcc()
+        identities += [_identity(behind, memo_dir, {})] if behind is not None else []
+    inputs = {
+        "compiler": [compiler.family, *identities],
+        "variables": {**envs.compiler_variables(), **environment},
+    }
+    return _Found(compiler, compilers.pybind11_include(), inputs)
+
+
+def _from_record(recorded: dict[str, Any]) -> _Found:
+    # NOTE: only the family decides flags, and folders enter the key by their short names alone.
+    compiler = Compiler((), Path(), "an earlier build", str(recorded["compiler"][0]))
+    inputs = {part: recorded[part] for part in ("compiler", "variables")}
+    return _Found(compiler, Path("/pybind11"), inputs)
 
 
 def _identity(compiler: Compiler, memo_dir: Path, environment: dict[str, str]) -> list[str]:

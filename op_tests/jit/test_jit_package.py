@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toy import REPOSITORY, child_environment
+from toy import REPOSITORY, child_environment, toy_package
 
 IMPORT = """
 import json, sys
@@ -27,7 +27,8 @@ def audit(event, args):
 sys.addaudithook(audit)
 import aiter
 import aiter.jit
-heavy = ("jinja2", "filelock", "pybind11", "aiter.jit.build", "aiter.jit.load", "aiter.reference")
+heavy = ("jinja2", "filelock", "pybind11", "aiter.jit.build", "aiter.jit.load", "aiter.jit.warmup",
+         "aiter.reference")
 print(json.dumps([events, [name for name in heavy if name in set(sys.modules) - before],
                   torch.cuda.is_initialized()]))
 """
@@ -69,20 +70,7 @@ def test_package_in_a_read_only_folder(
     tmp_path: Path, read_only: Callable[[Path], None], obey_permissions: Callable[[], None]
 ) -> None:
     place = tmp_path / "place"
-    for name in ("aiter", "csrc", "jit_config"):
-        shutil.copytree(
-            REPOSITORY / name, place / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    (place / "csrc" / "toy.cpp").write_text(
-        "#include <Python.h>\n"
-        'static PyModuleDef def = {PyModuleDef_HEAD_INIT, "module_toy", nullptr, 0, nullptr,'
-        " nullptr, nullptr, nullptr, nullptr};\n"
-        "PyMODINIT_FUNC PyInit_module_toy() { return PyModuleDef_Init(&def); }\n"
-    )
-    (place / "jit_config" / "optCompilerConfig.json").write_text(
-        '{"module_toy": {"srcs": ["{{ AITER_CSRC_DIR }}/toy.cpp"]}}'
-    )
-    shutil.rmtree(place / "csrc" / "cpu", ignore_errors=True)
+    toy_package(place)
     before = sorted(place.rglob("*"))
     read_only(place)
     code = (
@@ -108,7 +96,7 @@ def test_package_in_a_read_only_folder(
 def test_wheel_carries_its_sources(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(
-        ".git", "__pycache__", "build", "*.egg-info", ".*_cache", ".hypothesis"
+        ".git", "__pycache__", "_prebuilt", "build", "*.egg-info", ".*_cache", ".hypothesis"
     )
     shutil.copytree(REPOSITORY, checkout, ignore=ignored)
     command = [

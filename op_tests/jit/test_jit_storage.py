@@ -119,7 +119,7 @@ def _copied(toy: Toy, change: Callable[[dict[str, Any]], None]) -> None:
 
 ELSEWHERE = {
     "target": lambda inputs: inputs.update(target="cpu-wave32"),
-    "compiler": lambda inputs: inputs["compiler"][0].append("another version"),
+    "compiler": lambda inputs: inputs["compiler"][1].append("another version"),
     "abi": lambda inputs: inputs.update(abi=[".cpython-399-x86_64-linux-gnu.so", ""]),
     "flags": lambda inputs: inputs["flags"][0].append("-DOTHER"),
     "csrc/toy.cpp": lambda inputs: inputs["sources"].update({"<csrc>/toy.cpp": "0" * 64}),

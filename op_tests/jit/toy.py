@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,26 @@ class Toy:
         if not self.compiles_log.exists():
             return 0
         return len(self.compiles_log.read_text().splitlines())
+
+
+SMALLEST = """
+#include <Python.h>
+static PyModuleDef def = {PyModuleDef_HEAD_INIT, "module_toy", nullptr, 0, nullptr,
+                          nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit_module_toy() { return PyModuleDef_Init(&def); }
+"""
+
+
+def toy_package(place: Path) -> None:
+    """Copies the package to `place`, with a module that builds in a moment as its only one."""
+    for name in ("aiter", "csrc", "jit_config"):
+        ignored = shutil.ignore_patterns("__pycache__", "_prebuilt")
+        shutil.copytree(REPOSITORY / name, place / name, ignore=ignored)
+    (place / "csrc" / "toy.cpp").write_text(SMALLEST)
+    (place / "jit_config" / "optCompilerConfig.json").write_text(
+        json.dumps({MODULE: {"srcs": ["{{ AITER_CSRC_DIR }}/toy.cpp"]}})
+    )
+    shutil.rmtree(place / "csrc" / "cpu")
 
 
 def child_code(toy: Toy, body: str) -> list[str]:

@@ -21,13 +21,6 @@ static PyObject* run(PyObject*, PyObject* args) {
 
 static PyMethodDef methods[] = {{"run", run, METH_VARARGS, "run(name, address, num_ints)"},
                                 {nullptr, nullptr, 0, nullptr}};
-static PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
-                                 "module_planted",
-                                 nullptr,
-                                 0,
-                                 methods,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr};
+static PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "module_planted", nullptr, 0, methods,
+                                 nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit_module_planted() { return PyModuleDef_Init(&module_def); }
