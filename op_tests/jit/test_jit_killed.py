@@ -15,10 +15,6 @@ from toy import MODULE, Toy, child_code, child_environment
 
 from aiter.jit.cache import WORK_DIR
 
-# A dead builder's lock would be waited for half an hour. The bound is for a busy machine: a build of
-# the toy takes about half a second.
-PROCEEDS_SECONDS = 15.0
-
 LOAD = "print(loader.load(MODULE, target).value())"
 AT_PUBLISH = """
 import time
@@ -44,8 +40,8 @@ def start(toy: Toy, code: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_at(toy: Toy, stage: str, number: int) -> tuple[subprocess.Popen[str], float]:
-    """Kills a builder at `stage` while another waits for it; the other, and when that was."""
+def kill_at(toy: Toy, stage: str, number: int) -> subprocess.Popen[str]:
+    """Kills a builder at `stage` while another waits for it; the other."""
     mark = toy.root / "mark"
     if stage.endswith("publish"):
         code = AT_PUBLISH.format(mark=str(mark), after=stage == "after publish")
@@ -63,19 +59,18 @@ def kill_at(toy: Toy, stage: str, number: int) -> tuple[subprocess.Popen[str], f
     assert waiting.stdout.readline() == "ready\n"
     time.sleep(0.5)
     builder.send_signal(number)
-    killed = time.monotonic()
     builder.communicate(timeout=PATIENCE_SECONDS)
     toy.hold.unlink(missing_ok=True)
-    return waiting, killed
+    return waiting
 
 
 @pytest.mark.parametrize("stage", ["compiling", "linking", "before publish", "after publish"])
 def test_the_next_builder_does_not_wait_for_a_dead_one(counted: Toy, stage: str) -> None:
-    waiting, killed = kill_at(counted, stage, signal.SIGKILL)
+    """It gets the lock; what it would do half an hour later, and would say, is to go on without."""
+    waiting = kill_at(counted, stage, signal.SIGKILL)
     stdout, stderr = waiting.communicate(timeout=PATIENCE_SECONDS)
-    seconds = time.monotonic() - killed
     assert stdout == "1\n", stderr
-    assert seconds < PROCEEDS_SECONDS, f"took {seconds:.1f} s"
+    assert "without the lock" not in stderr
     assert len(counted.builds()) == 1
     counted.loader().ensure(MODULE, counted.target(), force=True)
     assert list((counted.cache_dir / WORK_DIR).iterdir()) == []
@@ -83,7 +78,7 @@ def test_the_next_builder_does_not_wait_for_a_dead_one(counted: Toy, stage: str)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 def test_a_killed_builder_leaves_no_compiler(counted: Toy, number: int) -> None:
-    waiting, _ = kill_at(counted, "compiling", number)
+    waiting = kill_at(counted, "compiling", number)
     assert waiting.communicate(timeout=PATIENCE_SECONDS)[0] == "1\n"
     wait_for(lambda: not any(map(exists, compiler_pids(counted))))
 
@@ -149,9 +144,8 @@ def test_a_child_forked_during_the_build_keeps_nothing_alive(counted: Toy) -> No
         builder.wait(PATIENCE_SECONDS)
         wait_for(lambda: not any(map(exists, compiler_pids(counted))))
         counted.hold.unlink()
-        started = time.monotonic()
-        assert counted.load().value() == 1
-        assert time.monotonic() - started < PROCEEDS_SECONDS
+        next_one = start(counted, LOAD)
+        assert next_one.communicate(timeout=PATIENCE_SECONDS)[0] == "1\n"
         assert list((counted.cache_dir / WORK_DIR).iterdir()) == []
     finally:
         os.killpg(builder.pid, signal.SIGKILL)

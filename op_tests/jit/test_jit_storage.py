@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,73 @@ from toy import MODULE, Toy, child_code, child_environment
 from aiter.jit import build as build_module
 from aiter.jit import compilers
 from aiter.jit.cache import MANIFEST
-from aiter.jit.errors import BuildError, CacheError, JitError
+from aiter.jit.errors import BuildError, CacheError
 
 Messages = Callable[[], list[str]]
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many KiB, or gives it that size if it is there."""
+def on_a_small_disk(tmp_path: Path) -> Callable[[int, list[str]], list[str]]:
+    """Turns a command into one that finds a file system of so many KiB at `tmp_path / "disk"`.
+
+    It is mounted in a mount namespace of the command's own, so it goes with the command, whatever
+    ends that.
+    """
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = False
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
 
-    def resize(kib: int) -> Path:
-        nonlocal mounted
-        options = f"{'remount,' if mounted else ''}size={kib}k,mode=0700"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
-        mounted = True
-        return place
+    def prefixed(kib: int, command: list[str]) -> list[str]:
+        mount = f'mount -t tmpfs -o size={kib}k,mode=0700 tmpfs "$0" && exec "$@"'
+        return ["unshare", "--mount", *as_root, "sh", "-c", mount, str(place), *command]
 
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a file system")
-    yield resize
-    if mounted:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    if shutil.which("unshare") is None:
+        pytest.skip("mounting a file system takes unshare, which is not here")
+    done = subprocess.run(prefixed(4, ["true"]), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+    return prefixed
 
 
-@pytest.mark.parametrize("kib", [4, 12, 24, 40, 64])
+FULL = """
+import subprocess
+from aiter.jit.errors import JitError
+def resize(kib):
+    disk = str(loader.cache.root.parent)
+    subprocess.run(["mount", "-o", f"remount,size={kib}k", disk], check=True)
+for kib in (4, 12, 24, 40, 64):
+    resize(kib)
+    try:
+        loader.load(MODULE, target)
+        print("no error")
+    except JitError as error:
+        print(type(error).__name__, str(error).replace("\\n", " "))
+    assert loader.cache.entries() == []
+resize(8192)
+print(loader.load(MODULE, target).value())
+"""
+
+
 def test_a_full_disk_is_an_error_that_says_so(
-    toy: Toy, small_disk: Callable[[int], Path], kib: int
+    toy: Toy, on_a_small_disk: Callable[[int, list[str]], list[str]], tmp_path: Path
 ) -> None:
-    toy.cache_dir = small_disk(kib) / "cache"
-    with pytest.raises(JitError, match="No space left on device") as caught:
-        toy.load()
-    assert str(toy.cache_dir) in str(caught.value)
-    assert toy.builds() == []
-    small_disk(8192)
-    assert toy.load().value() == 1
+    """Full when a folder, the sources, an object, the library or the manifest is written."""
+    toy.cache_dir = tmp_path / "disk" / "cache"
+    done = subprocess.run(
+        on_a_small_disk(4, child_code(toy, FULL)),
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *errors, value = done.stdout.splitlines()
+    assert len(errors) == 5
+    for error in errors:
+        assert error.startswith(("CacheError", "BuildError")), error
+        assert "No space left on device" in error and str(toy.cache_dir) in error
+    assert value == "1"
 
 
 def _limit_file_size() -> None:
