@@ -101,6 +101,10 @@ inline bool read_exchange(py::handle object, TensorView& view) {
 }
 
 inline void read_attributes(py::handle object, TensorView& view) {
+  if (py::hasattr(object, "layout")) {
+    const std::string layout = py::str(object.attr("layout"));
+    if (layout != "torch.strided") fail_argument(view.name, "a tensor with strides", layout);
+  }
   const py::tuple shape = object.attr("shape");
   const py::tuple stride = object.attr("stride")();
   view.ndim = static_cast<int>(shape.size());
@@ -135,13 +139,17 @@ inline TensorView tensor_arg(py::handle object, const char* name) {
   view.name = name;
   if (detail::read_exchange(object, view)) {
     if (view.dtype == DType::other) view.dtype_name = py::str(object.attr("dtype"));
-    return view;
+  } else {
+    if (!py::hasattr(object, "data_ptr") || !py::hasattr(object, "stride")) {
+      throw py::type_error(std::string(name) + ": expected a tensor, got " +
+                           detail::type_name(object));
+    }
+    detail::read_attributes(object, view);
   }
-  if (!py::hasattr(object, "data_ptr") || !py::hasattr(object, "stride")) {
-    throw py::type_error(std::string(name) + ": expected a tensor, got " +
-                         detail::type_name(object));
+  // As of a parameter whose memory was given back.
+  if (view.data == nullptr && view.numel() != 0) {
+    fail_argument(name, "a tensor with memory", "shape " + shape_of(view) + " without any");
   }
-  detail::read_attributes(object, view);
   return view;
 }
 
