@@ -245,7 +245,7 @@ def fused_topk(
         _refuse_matrix("gating_output", gating_output)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
-    if hidden_states.shape[0] != gating_output.shape[0]:
+    if hidden_states.shape[:1] != gating_output.shape[:1]:
         raise ValueError(
             f"hidden_states: expected {gating_output.shape[0]} rows, as gating_output, got shape"
             f" {list(hidden_states.shape)}"
