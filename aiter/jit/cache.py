@@ -280,8 +280,8 @@ def changed_input(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     for path in {**old_sources, **new_sources}:
         if old_sources.get(path) != new_sources.get(path):
             return f"{shown_path(path)} changed"
-    for part in new:
-        if old.get(part) != new[part]:
+    for part in {**new, **old}:
+        if part not in old or part not in new or old[part] != new[part]:
             return f"{part} changed"
     return None
 
@@ -296,7 +296,7 @@ def read_manifest(folder: Path) -> Entry | None:
             isinstance(manifest["inputs"]["sources"], dict)
             and bool(entry.target.label)
             and isinstance(manifest["abi"], str)
-            and isinstance(library["name"], str)
+            and _is_path(library["name"])
             and Path(library["name"]).name == library["name"]
             and isinstance(library["size"], int)
             and isinstance(library["sha256"], str)
@@ -307,11 +307,18 @@ def read_manifest(folder: Path) -> Entry | None:
     return entry if complete else None
 
 
+def _is_path(value: Any) -> bool:
+    """Whether a JSON value is text that a file could be called."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def _is_header(value: Any) -> bool:
     path, size, mtime, ctime, sha256 = value
     return (
-        isinstance(path, str)
-        and "\0" not in path
+        _is_path(path)
         and all(isinstance(number, int) for number in (size, mtime, ctime))
         and isinstance(sha256, str)
     )

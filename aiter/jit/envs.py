@@ -103,7 +103,10 @@ def _level(text: str) -> str:
 
 
 def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("an absolute path, or one in the home folder of a user who has one") from None
     if not path.is_absolute():
         raise ValueError("an absolute path")
     return path

@@ -166,8 +166,6 @@ def make_spec(
                 f" with value {value!r}"
             )
         values[key] = _checked(name, key, value)
-    if not values.get("srcs"):
-        raise ConfigError(f"module {name}, key srcs: expected at least one source file, got none")
     for key in _STRING_LISTS:
         rendered = (
             render(text, variables, f"module {name}, key {key}") for text in values.get(key, ())
@@ -175,6 +173,8 @@ def make_spec(
         if key in values:
             # NOTE: a text that renders to nothing is left out, so that a condition can drop a flag.
             values[key] = tuple(_passable(name, key, text) for text in rendered if text)
+    if not values.get("srcs"):
+        raise ConfigError(f"module {name}, key srcs: expected at least one source file, got none")
     for key in ("srcs", "extra_include"):
         values[key] = tuple(_existing(name, key, text) for text in values.get(key, ()))
     unknown = [kind for kind in values.get("targets", ()) if kind not in KINDS]
@@ -264,8 +264,12 @@ def _existing(name: str, key: str, text: str) -> Path:
             f"module {name}, key {key}: expected an absolute path, such as"
             f" '{{{{ AITER_CSRC_DIR }}}}/{text}', got {text!r}"
         )
-    if not (path.is_file() if key == "srcs" else path.is_dir()):
-        kind = "a file" if key == "srcs" else "a folder"
+    kind = "a file" if key == "srcs" else "a folder"
+    try:
+        exists = path.is_file() if key == "srcs" else path.is_dir()
+    except OSError:  # NOTE: as for a name that is too long.
+        exists = False
+    if not exists:
         raise ConfigError(f"module {name}, key {key}: expected {kind} that exists, got {text!r}")
     return path
 

@@ -33,6 +33,7 @@ BAD = [
     ("AITER_REBUILD", "maybe", "1 or 0"),
     ("AITER_NO_BUILD", "2", "1 or 0"),
     ("AITER_JIT_DIR", "relative", "an absolute path"),
+    ("AITER_JIT_DIR", "~nobody-of-this-name/x", "an absolute path"),
     ("AITER_BUILD_TIMEOUT", "soon", "a number of seconds above 0"),
     ("AITER_BUILD_TIMEOUT", "0", "a number of seconds above 0"),
     ("AITER_BUILD_TIMEOUT", "nan", "a number of seconds above 0"),

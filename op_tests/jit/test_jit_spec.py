@@ -57,6 +57,8 @@ def test_schema_agrees_with_the_settings() -> None:
 WRONG = [
     ({"flags": ["-g"]}, r"key flags: expected one of srcs, .*, got this key with value \['-g'\]"),
     ({"srcs": []}, "key srcs: expected at least one source file, got none"),
+    ({"srcs": [""]}, "key srcs: expected at least one source file, got none"),
+    ({"srcs": ["/" + "a" * 5000]}, "key srcs: expected a file that exists, got '/aaa"),
     ({"srcs": "a.cpp"}, "key srcs: expected a list of strings, got 'a.cpp'"),
     ({"flags_extra_cc": ["-g", 3]}, r"key flags_extra_cc: expected a list of strings, got \["),
     ({"verbose": "yes"}, "key verbose: expected true or false, got 'yes'"),

@@ -149,6 +149,7 @@ ELSEWHERE = {
     "compiler": lambda inputs: inputs["compiler"][1].append("another version"),
     "abi": lambda inputs: inputs.update(abi=[".cpython-399-x86_64-linux-gnu.so", ""]),
     "flags": lambda inputs: inputs["flags"][0].append("-DOTHER"),
+    "another part": lambda inputs: inputs.update({"another part": 1}),
     "csrc/toy.cpp": lambda inputs: inputs["sources"].update({"<csrc>/toy.cpp": "0" * 64}),
 }
 
@@ -178,6 +179,13 @@ def test_a_library_under_another_name_is_not_loaded(toy: Toy, messages: Messages
     _copied(toy, lambda manifest: manifest["library"].update(name="other.so"))
     assert toy.load().value() == 1
     assert any(f"expected {library.name}, got other.so" in line for line in messages())
+
+
+def test_a_name_that_no_file_can_have_is_damage(toy: Toy, messages: Messages) -> None:
+    toy.load()
+    _copied(toy, lambda manifest: manifest["library"].update(name="\ud800.so"))
+    assert toy.load().value() == 1
+    assert any("damaged build" in line for line in messages())
 
 
 def test_another_pybind11_is_a_miss(counted: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
