@@ -27,7 +27,7 @@ from aiter.jit.load import Loader, default_loader
 from aiter.jit.plan import abi_tag
 from aiter.jit.prebuilt import single_targets, tidy_prebuilt
 from aiter.jit.spec import load_spec
-from aiter.jit.target import cpu_level, cpu_target, named_target
+from aiter.jit.target import Target, cpu_level, cpu_target, named_target
 
 STALE = "stale"
 DAMAGED = "damaged"
@@ -56,14 +56,15 @@ def run_build(options: argparse.Namespace) -> int:
     """Builds the named modules, or all of them, and shows where they are."""
     loader = default_loader()
     known = loader.modules()
-    if options.all == bool(options.modules):
+    everything = options.all or (options.compile_commands is not None and not options.modules)
+    if everything == bool(options.modules):
         print(
             "error: expected module names or --all, got " + ("both" if options.all else "neither"),
             file=sys.stderr,
         )
         return 2
     archs = tuple(part.strip() for part in options.arch.replace(",", ";").split(";") if part)
-    modules = known if options.all else options.modules
+    modules = known if everything else options.modules
     if options.device_only:
         if options.target != "rocm":
             print(
@@ -76,24 +77,33 @@ def run_build(options: argparse.Namespace) -> int:
 
         return device_code.run(modules, archs, options.mix)
     target = named_target(options.target, archs)
-    targets = [target]
-    if options.package:
-        targets = single_targets(target)
-        loader = Loader(cache_dir=paths.PREBUILT_DIR)
+    if options.compile_commands is not None:
+        from aiter.cli import compile_commands
+
+        return compile_commands.run(loader, modules, target, Path(options.compile_commands))
+    if not options.package:
+        return _build(loader, modules, [target], options.force)
+    status = _build(
+        Loader(cache_dir=paths.PREBUILT_DIR), modules, single_targets(target), options.force
+    )
+    tidy_prebuilt(paths.PREBUILT_DIR)
+    return status
+
+
+def _build(loader: Loader, modules: list[str], targets: list[Target], force: bool) -> int:
+    """Builds every module for every target, and shows where they are."""
     rows = []
     failures = 0
-    for module, each in itertools.product(modules, targets):
+    for module, target in itertools.product(modules, targets):
         start = time.monotonic()
         try:
-            entry, built = loader.ensure(module, each, options.force)
+            entry, built = loader.ensure(module, target, force)
         except JitError as error:
             print(f"error: {error}", file=sys.stderr)
             failures += 1
             continue
         seconds = f"{time.monotonic() - start:.1f} s"
         rows.append((module, "built" if built else "cached", seconds, entry.library))
-    if options.package:
-        tidy_prebuilt(paths.PREBUILT_DIR)
     if rows:
         print(format_table(("module", "result", "time", "file"), rows))
     return 1 if failures else 0

@@ -10,7 +10,7 @@ import sys
 from aiter._version import __version__
 from aiter.cli.table import format_table
 from aiter.jit import envs, paths, plan
-from aiter.jit.cache import COMPILER_DIR
+from aiter.jit.cache import COMPILER_DIR, subfolders
 from aiter.jit.compilers import compiler_version, find_compiler
 from aiter.jit.errors import JitError
 from aiter.jit.target import KINDS, named_target
@@ -52,7 +52,12 @@ def _folders() -> list[tuple[str, str]]:
         cache = str(envs.cache_dir())
     except JitError as error:
         cache = str(error)
-    return [("cache folder", cache), ("sources", str(paths.source_root()))]
+    ahead = [path.name for path in subfolders(paths.PREBUILT_DIR)]
+    return [
+        ("cache folder", cache),
+        ("sources", str(paths.source_root())),
+        ("prebuilt modules", ", ".join(ahead) or "none"),
+    ]
 
 
 def _targets() -> tuple[list[tuple[str, str, str, str, str]], list[str]]:

@@ -66,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --target rocm: compile the device code alone and print what it costs",
     )
+    build.add_argument(
+        "--compile-commands",
+        nargs="?",
+        const="compile_commands.json",
+        metavar="FILE",
+        help="build nothing; write the commands for editors to FILE (compile_commands.json)",
+    )
     build.add_argument("--mix", action="store_true", help="with --device-only: the instruction mix")
     build.set_defaults(run=cache_commands.run_build)
 

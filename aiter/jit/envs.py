@@ -106,7 +106,9 @@ def _folder(text: str) -> Path:
     try:
         path = Path(text).expanduser()
     except RuntimeError:
-        raise ValueError("an absolute path, or one in the home folder of a user who has one") from None
+        raise ValueError(
+            "an absolute path, or one in the home folder of a user who has one"
+        ) from None
     if not path.is_absolute():
         raise ValueError("an absolute path")
     return path

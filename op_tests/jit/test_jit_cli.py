@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,7 +16,7 @@ from aiter.cli.main import main
 from aiter.cli.table import format_table
 from aiter.jit import envs, paths
 from aiter.jit.load import default_loader
-from aiter.jit.target import cpu_level
+from aiter.jit.target import cpu_level, cpu_target
 
 
 @pytest.fixture
@@ -100,6 +101,43 @@ def test_build_status_clean(installed: Toy, capsys: Output) -> None:
     assert main(["clean", "--all"]) == 0
     assert "removed 1 builds" in capsys.readouterr().out
     assert not (installed.cache_dir / MODULE).exists()
+
+
+def test_compile_commands_are_what_the_loader_would_run(installed: Toy, capsys: Output) -> None:
+    output = installed.root / "compile_commands.json"
+    assert main(["build", f"--compile-commands={output}"]) == 0
+    assert f"1 sources for {cpu_target().label}" in capsys.readouterr().out
+    assert installed.builds() == []
+    (entry,) = json.loads(output.read_text())
+    assert entry["file"] == str(installed.source)
+    (source,) = default_loader().plan(MODULE, cpu_target()).sources
+    assert entry["arguments"][1:] == [*source.flags, "-c", str(installed.source)]
+    command = [*entry["arguments"], "-fsyntax-only"]
+    subprocess.run(command, cwd=entry["directory"], check=True)
+
+
+def test_compile_commands_of_the_package_name_every_source(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AITER_JIT_DIR", str(tmp_path))
+    default_loader.cache_clear()
+    output = tmp_path / "compile_commands.json"
+    assert main(["build", "--all", "--compile-commands", str(output)]) == 0
+    files = [Path(entry["file"]) for entry in json.loads(output.read_text())]
+    assert len(files) == len(set(files))
+    folders = [paths.csrc_dir() / name for name in ("kernels", "pybind")]
+    for source in (path for folder in folders for path in folder.iterdir()):
+        assert source in files
+    default_loader.cache_clear()
+
+
+def test_compile_commands_want_a_json_file(installed: Toy, capsys: Output) -> None:
+    assert main(["build", "--compile-commands", MODULE]) == 2
+    assert "expected a file that ends in .json, got module_toy" in capsys.readouterr().err
+    installed.configure(targets=["rocm"])
+    output = installed.root / "none.json"
+    assert main(["build", f"--compile-commands={output}"]) == 0
+    assert "left out, as not for cpu: module_toy" in capsys.readouterr().out
 
 
 def test_force_builds_again(installed: Toy, capsys: Output) -> None:
