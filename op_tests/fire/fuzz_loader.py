@@ -86,13 +86,16 @@ class LoaderJudges:
 
     def config_text(self, text: str) -> str:
         """Judges one text as the compiler config."""
-        data = text.encode("utf-8", "surrogatepass")
+        return self.config_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def config_bytes(self, data: bytes) -> str:
+        """Judges the contents of a file as the compiler config."""
         (self.folder / "drawn.json").write_bytes(data)
         try:
             path = self.folder / "drawn.json"
             names = module_names(path, self.csrc)
             for name in (*names[:3], MODULE):
-                _check_spec(load_spec(path, name, self.csrc, TARGETS[len(text) % len(TARGETS)]))
+                _check_spec(load_spec(path, name, self.csrc, TARGETS[len(data) % len(TARGETS)]))
         except ConfigError:
             return "ConfigError"
         return "accepted"
