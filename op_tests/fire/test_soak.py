@@ -27,7 +27,7 @@ def test_a_short_soak_is_right_and_flat() -> None:
 
 
 GROWN = {
-    "resident memory": Size(soak.MOST_GROWTH_BYTES + 1, 0, 9),
+    "resident memory": Size(soak.MOST_GROWTH_BYTES["cpu"] + 1, 0, 9),
     "GPU memory": Size(0, 1, 9),
     "open files": Size(0, 0, 10),
 }
@@ -35,12 +35,12 @@ GROWN = {
 
 @pytest.mark.parametrize("what", GROWN)
 def test_growth_is_a_problem(what: str) -> None:
-    (problem,) = problems(Size(0, 0, 9), GROWN[what])
+    (problem,) = problems("cpu", Size(0, 0, 9), GROWN[what])
     assert problem.startswith(f"{what}: expected at most ")
 
 
 def test_the_same_size_is_none() -> None:
-    assert problems(Size(5, 5, 5), Size(5, 5, 5)) == []
+    assert problems("cpu", Size(5, 5, 5), Size(5, 5, 5)) == []
 
 
 def test_a_wrong_result_ends_the_soak(
