@@ -150,6 +150,13 @@ inline TensorView tensor_arg(py::handle object, const char* name) {
   if (view.data == nullptr && view.numel() != 0) {
     fail_argument(name, "a tensor with memory", "shape " + shape_of(view) + " without any");
   }
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  if (view.dtype != DType::other && address % static_cast<uintptr_t>(view.itemsize) != 0) {
+    fail_argument(name,
+                  "memory aligned to the " + std::to_string(view.itemsize) + " bytes of " +
+                      to_string(view.dtype),
+                  "address " + std::to_string(address));
+  }
   return view;
 }
 
