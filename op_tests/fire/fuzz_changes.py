@@ -116,7 +116,7 @@ def _overlapping(rng: random.Random, tensor: Tensor, arguments: Arguments) -> Te
     return other
 
 
-def _misaligned(rng: random.Random, tensor: Tensor, arguments: Arguments) -> Tensor:
+def misaligned(rng: random.Random, tensor: Tensor, arguments: Arguments) -> Tensor:
     """The same values, one byte past where they may lie."""
     if tensor.device.type != "cpu" or tensor.numel() == 0 or not tensor.is_contiguous():
         return tensor
@@ -125,7 +125,7 @@ def _misaligned(rng: random.Random, tensor: Tensor, arguments: Arguments) -> Ten
     return moved.reshape(tensor.shape).copy_(tensor)
 
 
-def _emptied(rng: random.Random, tensor: Tensor, arguments: Arguments) -> Tensor:
+def emptied(rng: random.Random, tensor: Tensor, arguments: Arguments) -> Tensor:
     """A tensor whose memory was given back, as sharding does with parameters."""
     copy = tensor.clone()
     copy.untyped_storage().resize_(0)
@@ -152,5 +152,5 @@ def _other_values(rng: random.Random, tensor: Tensor, arguments: Arguments) -> T
 
 _TENSOR_CHANGES = (
     _other_device, _other_dtype, _same_bits, _other_rank, _other_size, _spread, _expanded,
-    _overlapping, _misaligned, _emptied, _odd_kind, _other_values,
+    _overlapping, misaligned, emptied, _odd_kind, _other_values,
 )  # fmt: skip
