@@ -14,7 +14,7 @@ import pytest
 import torch
 from targets import Target
 
-from aiter import fused_moe
+import aiter
 from aiter.integrations.transformers import use_aiter
 
 transformers = pytest.importorskip("transformers")
@@ -159,7 +159,7 @@ def test_bfloat16(target: Target) -> None:
 def test_chain_and_fused_are_told_apart() -> None:
     """A prefill beyond the fused launch's limit takes the chain, and `paths` says so."""
     model = make_model("mixtral")
-    limit = fused_moe.fused_topk_moe_sorting_max_tokens(8, 2, device="cpu")
+    limit = aiter.fused_topk_moe_sorting_max_tokens(8, 2, device="cpu")
     length = 100
     tokens = torch.randint(2, 97, (limit // length + 1, length))
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_handle_without_with() -> None:
     assert sorted(forwards(model)) == sorted(
         f"{block}.{part}" for block in BLOCKS for part in ("router", "experts")
     )
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: expected .* does not use aiter"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: .* replaced already \(by use_aiter"):
         use_aiter(model)
     patched.remove()
     patched.remove()
