@@ -186,7 +186,9 @@ def test_handle_without_with() -> None:
     assert sorted(forwards(model)) == sorted(
         f"{block}.{part}" for block in BLOCKS for part in ("router", "experts")
     )
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: .* replaced already \(by use_aiter"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp: .* replaced already \(by use_aiter"
+    ):
         use_aiter(model)
     patched.remove()
     patched.remove()
