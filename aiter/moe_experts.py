@@ -10,13 +10,13 @@ Nothing is read back to the host, every shape follows from the arguments' shapes
 added atomically: each entry is written to its own row [k, t] of a float32 buffer that is then summed
 over k. So a layer can be captured in a graph, and the same call gives the same bits.
 
-Launches of a layer without mask and biases: the routing, 13 small ones and the two products; with
-biases and Swiglu 21 small ones (ATen operations that are no view; routing and products count as
-one each). They are PyTorch's own, so that any device of PyTorch runs them, and traceable:
-torch.compile(fullgraph=True) fuses them to 5 kernels in both cases, and is the way to run decode
-where a step is short (PyTorch 2.13, CPU, counted by `python op_tests/bench_fused_moe.py --launches`,
-2026-11-23). Rejected: compiling these pieces here behind the caller's back, because a first call
-would then take seconds, need Triton, and recompile for every new number of tokens.
+A layer without mask is the routing, the two products and 13 small PyTorch operations, 21 with biases
+and Swiglu; transformers' grouped path has 23 and 28 in all, its router included. They are PyTorch's
+own, so that every device of PyTorch runs them, and traceable: torch.compile(fullgraph=True) makes 8
+kernels of them, 5 with biases and Swiglu, and is the way to run decode where a step is short. (PyTorch
+2.13, transformers 5.23, 2 cores of an AMD EPYC, counted by `python op_tests/bench_fused_moe.py
+--small --launches --compile`, 2026-11-23.) Rejected: compiling these pieces here behind the caller's
+back; a first call would take seconds, need a compiler of PyTorch's own, and recompile for new sizes.
 
 Two backends for the products; `expert_backend` says which one a pair of weights gets:
 
