@@ -109,7 +109,9 @@ def test_same_tokens(target: Target, name: str) -> None:
         with use_aiter(model) as patched:
             logits, got = model(tokens).logits, generate(model, tokens)
             assert patched.layers == BLOCKS
-            assert patched.paths == dict.fromkeys(BLOCKS, "fused")
+            # NOTE: which path is the fastest depends on the device, and on what was tuned there.
+            assert list(patched.paths) == BLOCKS
+            assert set(patched.paths.values()) <= {"fused", "oneshot", "multiphase"}
         after = model(tokens).logits
     scale = plain.abs().max().item()
     assert (logits - plain).abs().max().item() <= TOLERANCE * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import _checkout  # noqa: F401
@@ -22,7 +23,10 @@ def test_tokens_are_equal(target: Target, capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     assert "tokens equal to the untouched model's: 6 of 6" in printed
     for layer in range(2):
-        assert f"model.layers.{layer}.mlp  fused: 3 calls" in printed
+        # NOTE: which path is the fastest depends on the device, and on what was tuned there.
+        row = next(line for line in printed.splitlines() if f"layers.{layer}.mlp" in line)
+        calls = re.findall(r"(?:fused|oneshot|multiphase): (\d+) calls", row)
+        assert sum(map(int, calls)) == 3
 
 
 def test_other_tokens_are_noticed(
