@@ -10,6 +10,14 @@ Nothing is read back to the host, every shape follows from the arguments' shapes
 added atomically: each entry is written to its own row [k, t] of a float32 buffer that is then summed
 over k. So a layer can be captured in a graph, and the same call gives the same bits.
 
+A layer without mask is the routing, the two products and 13 small PyTorch operations, 21 with biases
+and Swiglu; transformers' grouped path has 23 and 28 in all, its router included. They are PyTorch's
+own, so that every device of PyTorch runs them, and traceable: torch.compile(fullgraph=True) makes 8
+kernels of them, 5 with biases and Swiglu, and is the way to run decode where a step is short. (PyTorch
+2.13, transformers 5.23, 2 cores of an AMD EPYC, counted by `python op_tests/bench_fused_moe.py
+--small --launches --compile`, 2026-11-23.) Rejected: compiling these pieces here behind the caller's
+back; a first call would take seconds, need a compiler of PyTorch's own, and recompile for new sizes.
+
 Two backends for the products; `expert_backend` says which one a pair of weights gets:
 
 - "grouped_mm": `torch.nn.functional.grouped_mm` over the entries of all experts at once. The sort
@@ -22,9 +30,10 @@ Two backends for the products; `expert_backend` says which one a pair of weights
 
 Where PyTorch has a grouped product but would serve it by a host loop that waits for the device (on
 GPUs, anything but bfloat16 on compute capability 9.x), "block_bmm" is chosen: waiting would break
-graph capture. A product over all experts with M rows each was rejected: it reads every expert's
-weights for a single token. `torch._grouped_mm`, the older name, was rejected too: PyTorch 2.8 has it
-for one GPU generation only and without a CPU kernel.
+graph capture. So it is under torch.compile for all but bfloat16, which PyTorch refuses to trace.
+A product over all experts with M rows each was rejected: it reads every expert's weights for a single
+token. `torch._grouped_mm`, the older name, was rejected too: PyTorch 2.8 has it for one GPU
+generation only and without a CPU kernel.
 """
 
 from __future__ import annotations
@@ -37,6 +46,7 @@ from torch.nn import functional as F
 
 from aiter.moe_routing import SortedBuffers
 from aiter.moe_types import ActivationType
+from aiter.torch_ops import traced
 
 Backend = Literal["grouped_mm", "block_bmm"]
 BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm")
@@ -48,6 +58,7 @@ CHUNK_BYTES = 256 << 20
 """How much of the experts' weights "block_bmm" copies at once."""
 
 TOKEN_BITS = 24
+SIGN_SLOT = 128  # the first slot number that sets the sign bit of a sorted id
 ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
 SWIGLU_LIMIT = 7.0
 SWIGLU_ALPHA = 1.702
@@ -79,7 +90,7 @@ def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
     if inner_bytes[0] % ALIGNMENT or inner_bytes[1] % ALIGNMENT:
         return "block_bmm"
     if w1.device.type == "cpu":
-        return "grouped_mm"
+        return "grouped_mm" if w1.dtype is torch.bfloat16 or not traced(w1) else "block_bmm"
     if w1.dtype is not torch.bfloat16 or torch.version.hip is not None:
         return "block_bmm"
     major: int = torch.cuda.get_device_properties(w1.device).major
@@ -115,12 +126,14 @@ def run_experts(
     # NOTE: an expert without a token has no block, so there are no more blocks than entries.
     blocks = min(sorted_ids.shape[0] // block_size, tokens * topk)
     rows = blocks * block_size
+    complete = all_routed and block_size == 1
     entries = sorted_ids[:rows]
     token = entries & ((1 << TOKEN_BITS) - 1)
-    slot = (entries >> TOKEN_BITS) & 0xFF
-    row_of_entry = token + slot.long() * tokens
+    slot = entries >> TOKEN_BITS
+    if not complete or topk > SIGN_SLOT:
+        slot = slot & 0xFF
+    row_of_entry = torch.add(token, slot, alpha=tokens)
     block_experts = sorted_expert_ids[:blocks]
-    complete = all_routed and block_size == 1
     if not complete:
         used = (torch.arange(rows, device=entries.device) < num_valid_ids[0]) & (slot < topk)
         token = torch.where(used, token, 0)
@@ -129,15 +142,15 @@ def run_experts(
         block_experts = torch.where(block_used, block_experts, num_experts)
     weights = sorted_weights[:rows].unsqueeze(1)
 
-    product = _Product(block_experts, block_size, num_experts, backend)
+    product = _Product(block_experts, block_size, num_experts, backend, complete)
     hidden = product(hidden_states.index_select(0, token), experts.w1)
     if weight_first:
         hidden = (hidden * weights).to(hidden_states.dtype)
     if experts.bias1 is not None:
-        hidden = hidden + product.per_row(experts.bias1).to(hidden.dtype)
+        hidden.add_(product.per_row(experts.bias1).to(hidden.dtype))
     out = product(activate(hidden, experts), experts.w2)
     if experts.bias2 is not None:
-        out = out + product.per_row(experts.bias2).to(out.dtype)
+        out.add_(product.per_row(experts.bias2).to(out.dtype))
     out = out.float() if weight_first else out * weights
     return _combine(out, row_of_entry, moe_buf, topk, complete)
 
@@ -154,22 +167,29 @@ def activate(hidden: Tensor, experts: Experts) -> Tensor:
     if kind == ActivationType.Swiglu:
         gate = gate.clamp(max=SWIGLU_LIMIT)
         up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+        gate = gate * torch.sigmoid(SWIGLU_ALPHA * gate)
+        return torch.addcmul(gate, gate, up)
     return (F.silu(gate) if kind == ActivationType.Silu else F.gelu(gate)) * up
 
 
 class _Product:
     """rows [R, X] of sorted entries times weight [E, Y, X] of each row's expert, transposed.
 
-    `block_experts` int32 [blocks] ascends; rows of blocks with expert E come out undefined.
+    `block_experts` int32 [blocks] ascends; rows of blocks with expert E come out undefined, and
+    there are none if `complete`.
     """
 
     def __init__(
-        self, block_experts: Tensor, block_size: int, num_experts: int, backend: Backend
+        self,
+        block_experts: Tensor,
+        block_size: int,
+        num_experts: int,
+        backend: Backend,
+        complete: bool,
     ) -> None:
         self.backend = backend
         self.block_size = block_size
-        self.known_experts = block_experts.clamp(max=num_experts - 1)
+        self.known_experts = block_experts if complete else block_experts.clamp(max=num_experts - 1)
         if backend == "grouped_mm":
             every = torch.arange(num_experts, dtype=torch.int32, device=block_experts.device)
             ends = torch.searchsorted(block_experts, every, right=True, out_int32=True)
@@ -205,7 +225,7 @@ def _combine(
 
     Args:
         out: float32 [R, D], weighted.
-        row_of_entry: int64 [R], slot * M + token; K * M for rows that are no entry.
+        row_of_entry: int32 [R], slot * M + token; K * M for rows that are no entry.
         complete: every one of the K * M rows has an entry.
     """
     tokens, model_dim = moe_buf.shape
@@ -213,14 +233,19 @@ def _combine(
         entries = out.new_empty((topk * tokens, model_dim))
     else:
         entries = out.new_zeros((topk * tokens + 1, model_dim))
-    entries.index_copy_(0, row_of_entry, out)
+    entries.index_copy_(0, row_of_entry.long(), out)
     total = entries[: topk * tokens].view(topk, tokens, model_dim).sum(dim=0)
     return moe_buf.copy_(total)
 
 
 def _rows_aligned(weight: Tensor) -> bool:
-    """One of the two inner dimensions is dense, and the other's stride is a multiple of 16 bytes."""
+    """One of the two inner dimensions is dense, and rows of the other start at multiples of 16 bytes.
+
+    Under a tracer, an allocation is taken to start at one: there is no address yet.
+    """
     size = weight.element_size()
+    if not traced(weight) and weight.data_ptr() % ALIGNMENT:
+        return False
     _, second, third = weight.stride()
     if third == 1:
         return second * size % ALIGNMENT == 0 and second >= weight.shape[2]

@@ -102,9 +102,16 @@ def fused_moe_expert_parallel(
         [M, D] of `hidden_states`' dtype.
 
     Raises:
-        ValueError, TypeError: as in `fused_moe_from_logits`; a rank that raises leaves the others
-            waiting in the all-reduce until the group's timeout.
+        ValueError, TypeError: the weights or the logits are not of the shard's size, or as in
+            `fused_moe_from_logits`; a rank that raises leaves the others waiting in the all-reduce
+            until the group's timeout.
     """
+    # NOTE: on a GPU the mask itself is not read back, so nobody else would notice.
+    if w1.shape[0] != shard.count or gating_output.shape[-1] != shard.num_experts:
+        raise ValueError(
+            f"w1: expected {shard.count} of {shard.num_experts} experts, as shard, got"
+            f" {w1.shape[0]} of {gating_output.shape[-1]}, the width of gating_output"
+        )
     partial = fused_moe_from_logits(
         hidden_states,
         w1,
@@ -115,5 +122,6 @@ def fused_moe_expert_parallel(
         dtype=reduce_dtype,
         **options,
     )
-    dist.all_reduce(partial, group=group)
+    if partial.shape[0]:
+        dist.all_reduce(partial, group=group)
     return partial.to(hidden_states.dtype)

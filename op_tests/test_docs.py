@@ -2,7 +2,7 @@
 
 A block's info string says what it is: `bash` and `python` are run from the checkout; `bash install`
 changes the environment and is left to `.ci/run`, `bash gpu` needs a GPU, `bash long` takes minutes
-and names what CI runs instead. Any other word after `bash` or `python` is an error.
+and names what CI runs instead, `models` needs transformers. Any other word is an error.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def test_block(page: str, language: str, marks: str, text: str) -> None:
         pytest.skip(LEFT_OUT[marks])
     if marks == "gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    assert marks in ("", "gpu"), f"{page}: unknown mark {marks!r}"
+    if marks == "models":
+        pytest.importorskip("transformers")
+    assert marks in ("", "gpu", "models"), f"{page}: unknown mark {marks!r}"
     code = (
         text
         if language == "python"

@@ -1,165 +1,32 @@
 """Is `fused_moe` the layer that its formula says, on every backend, for every kind of argument?
 
-The expected output is `aiter.reference_moe.moe_layer`, a float64 loop over (token, slot) pairs. Both
-entries run on every case: `fused_moe` with ready ids and `fused_moe_from_logits` with logits; they
-share the sorted entries' values, so their results are compared bit for bit.
+`moe_layers` says how a case is run and what its output is compared with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import _checkout  # noqa: F401
 import pytest
 import torch
-from buffers import FrozenInputs
+from moe_layers import (
+    BASE,
+    DTYPES,
+    GPT_OSS,
+    LayerInputs,
+    check_close,
+    make_layer,
+    run_layer,
+)
 from targets import Target
 from torch import Tensor
 
-from aiter import ActivationType, QuantType
+from aiter import ActivationType
 from aiter import fused_moe as layer
 from aiter.moe_experts import BACKENDS, CHUNK_BYTES
 from aiter.reference_moe import moe_layer
 
-# Largest error over the largest value of the output. float32: sums of some hundred terms in another
-# order. 16-bit: the two products, the activation's steps and the output are rounded once each.
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-DTYPES = tuple(TOLERANCE)
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    """One layer's shape and options; sizes in the names of the contract."""
-
-    num_tokens: int = 9
-    num_experts: int = 8
-    topk: int = 3
-    model_dim: int = 64
-    inter: int = 48
-    dtype: torch.dtype = torch.float32
-    activation: ActivationType = ActivationType.Silu
-    gated: bool = True
-    interleaved: bool = False
-    bias: bool = False
-    weight_first: bool = False
-    renorm: bool = True
-    mask: tuple[int, ...] | None = None
-    num_local: int | None = None
-    transposed: bool = False
-    scale: float = 1.0
-    block_size: int | None = None
-    policy: int = 0
-
-
-@dataclass
-class LayerInputs:
-    """The tensors of a case, all on the target's device."""
-
-    hidden: Tensor
-    logits: Tensor
-    w1: Tensor
-    w2: Tensor
-    bias1: Tensor | None
-    bias2: Tensor | None
-    mask: Tensor | None
-    num_local: Tensor | None
-
-    def named(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def make_layer(case: LayerCase, device: str) -> LayerInputs:
-    """Random inputs; rows from `num_local` on hold NaN."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    local = sum(case.mask) if case.mask else case.num_experts
-    rows = case.inter * (2 if case.gated else 1)
-    w1 = random(local, rows, case.model_dim) * case.scale / case.model_dim**0.5
-    w2 = random(local, case.model_dim, case.inter) / case.inter**0.5
-    if case.transposed:
-        w1, w2 = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w1, w2))
-    hidden = random(case.num_tokens, case.model_dim)
-    logits = random(case.num_tokens, case.num_experts)
-    if case.num_local is not None:
-        hidden[case.num_local :] = float("nan")
-    biases = (random(local, rows), random(local, case.model_dim)) if case.bias else (None, None)
-    count = None if case.num_local is None else torch.tensor([case.num_local], dtype=torch.int32)
-    mask = None if case.mask is None else torch.tensor(case.mask, dtype=torch.int32)
-
-    def placed(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device=device, dtype=dtype or tensor.dtype)
-
-    floats = [placed(t, case.dtype) for t in (hidden, logits, w1, w2, *biases)]
-    return LayerInputs(*floats, placed(mask), placed(count))  # type: ignore[arg-type]
-
-
-def options_of(case: LayerCase, inputs: LayerInputs) -> dict[str, Any]:
-    """The keyword arguments that both entries share."""
-    return {
-        "expert_mask": inputs.mask,
-        "activation": case.activation,
-        "doweight_stage1": case.weight_first,
-        "block_size_M": case.block_size,
-        "num_local_tokens": inputs.num_local,
-        "moe_sorting_dispatch_policy": case.policy,
-        "bias1": inputs.bias1,
-        "bias2": inputs.bias2,
-        "gate_up_interleaved": case.interleaved,
-    }
-
-
-def run_layer(case: LayerCase, target: Target, backend: str | None) -> Tensor:
-    """Runs both entries and checks them; returns the output."""
-    inputs = make_layer(case, target.device)
-    frozen = FrozenInputs(inputs.named())
-    options = options_of(case, inputs) | {"backend": backend}
-    with target.active():
-        weights, ids = layer.fused_topk(inputs.hidden, inputs.logits, case.topk, case.renorm)
-        from_ids = layer.fused_moe(inputs.hidden, inputs.w1, inputs.w2, weights, ids, **options)
-        from_logits = layer.fused_moe_from_logits(
-            inputs.hidden, inputs.w1, inputs.w2, inputs.logits, case.topk, case.renorm, **options
-        )
-    target.synchronize()
-    frozen.check()
-    assert from_logits.shape == inputs.hidden.shape and from_logits.dtype == case.dtype
-    # NOTE: a weight may differ in its last bit between the launches (the contract says 1e-6).
-    torch.testing.assert_close(from_logits, from_ids, rtol=1e-6, atol=TOLERANCE[case.dtype] / 10)
-    expected = moe_layer(
-        inputs.hidden.cpu(),
-        inputs.w1.cpu(),
-        inputs.w2.cpu(),
-        weights.cpu(),
-        ids.cpu(),
-        expert_mask=None if inputs.mask is None else inputs.mask.cpu(),
-        activation=case.activation.name.lower(),
-        doweight_stage1=case.weight_first,
-        num_local_tokens=case.num_local,
-        bias1=None if inputs.bias1 is None else inputs.bias1.cpu(),
-        bias2=None if inputs.bias2 is None else inputs.bias2.cpu(),
-        gate_up_interleaved=case.interleaved,
-    )
-    check_close(from_ids, expected)
-    check_close(from_logits, expected)
-    return from_logits
-
-
-def check_close(output: Tensor, expected: Tensor) -> None:
-    """Within the dtype's tolerance of the float64 output; NaN is never."""
-    if not expected.numel():
-        return
-    error = (output.cpu().double() - expected).abs().max().item()
-    scale = expected.abs().max().item()
-    assert error <= TOLERANCE[output.dtype] * max(scale, 1e-30), f"error {error:.2e} of {scale:.2e}"
-
-
-BASE = LayerCase()
-GPT_OSS = replace(
-    BASE, activation=ActivationType.Swiglu, bias=True, interleaved=True, transposed=True, scale=6.0
-)
 CASES = {
     "silu": BASE,
     "gelu": replace(BASE, activation=ActivationType.Gelu),
@@ -238,6 +105,8 @@ def test_backend_follows_from_the_weights() -> None:
     w1, w2 = torch.empty(4, 64, 128), torch.empty(4, 64, 64)
     assert layer.expert_backend(w1.transpose(1, 2), w2) == "grouped_mm"
     assert layer.expert_backend(w1[:, :, ::2].transpose(1, 2), w2) == "block_bmm"
+    shifted = torch.empty(4 * 128 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 128, 64)
+    assert layer.expert_backend(shifted, torch.empty(4, 64, 64)) == "block_bmm"
 
 
 def test_same_bits_every_time(target: Target) -> None:
@@ -335,88 +204,3 @@ def test_graph_replay(target: Target) -> None:
             graph.replay()
             target.synchronize()
             assert torch.equal(output, call())
-
-
-def refused(words: str, kind: type[Exception] = ValueError, **changes: Any) -> None:
-    inputs = make_layer(BASE, "cpu")
-    weights, ids = torch.ones(9, 3), torch.arange(3, dtype=torch.int32).repeat(9, 1)
-    arguments: dict[str, Any] = {
-        "hidden_states": inputs.hidden,
-        "w1": inputs.w1,
-        "w2": inputs.w2,
-        "topk_weight": weights,
-        "topk_ids": ids,
-    }
-    with pytest.raises(kind, match=words):
-        layer.fused_moe(**(arguments | changes))
-
-
-UNSUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
-    "quant_type": (r"expected QuantType.No.*got.*4", {"quant_type": QuantType.per_1x128}),
-    "w1_scale": (r"expected None.*got a tensor of shape \[1\]", {"w1_scale": torch.ones(1)}),
-    "w2_scale": (r"expected None", {"w2_scale": torch.ones(1)}),
-    "a1_scale": (r"expected None", {"a1_scale": torch.ones(1)}),
-    "a2_scale": (r"expected None", {"a2_scale": torch.ones(1)}),
-    "hidden_pad": (r"expected 0.*got 64", {"hidden_pad": 64}),
-    "intermediate_pad": (r"expected 0.*got 192", {"intermediate_pad": 192}),
-    "activation": (r"expected Silu, Gelu or Swiglu, got No", {"activation": ActivationType.No}),
-    "dtype": (r"expected float32.*got torch.int8", {"dtype": torch.int8}),
-    "block_size_M": (r"expected at least 1.*got -1", {"block_size_M": -1}),
-    "backend": (r"expected one of.*got 'cutlass'", {"backend": "cutlass"}),
-    "moe_sorting_dispatch_policy": ("got 3", {"moe_sorting_dispatch_policy": 3}),
-}
-
-
-@pytest.mark.parametrize("argument", UNSUPPORTED)
-def test_what_is_not_supported_is_refused(argument: str) -> None:
-    words, changes = UNSUPPORTED[argument]
-    name = argument.removeprefix("moe_sorting_")
-    refused(f"{name}: {words}" if name == argument else f"{name}.*{words}", **changes)
-
-
-def test_tensors_that_do_not_fit_are_refused() -> None:
-    inputs = make_layer(BASE, "cpu")
-    refused(r"hidden_states: expected 64 columns.*\[9, 60\]", hidden_states=torch.ones(9, 60))
-    refused(r"hidden_states: expected dtype", hidden_states=torch.ones(9, 64, dtype=torch.int8))
-    refused(r"w1: expected torch.float32.*float8", w1=inputs.w1.to(torch.float8_e4m3fn))
-    refused(r"w1: expected a tensor of rank 3, got shape \[96, 64\]", w1=inputs.w1[0])
-    refused(r"w1: expected 96 rows.*or 48", w1=torch.ones(8, 64, 64))
-    refused(r"w2: expected shape \[8, 64, inter\].*\[7, 64, 48\]", w2=inputs.w2[1:])
-    refused(r"w2: expected torch.float32", w2=inputs.w2.half())
-    refused(r"bias1: expected shape \[8, 96\], got \[8, 64\]", bias1=torch.ones(8, 64))
-    refused(r"bias2: expected dtype", bias2=torch.ones(8, 64, dtype=torch.int32))
-    refused(r"topk_ids: expected a tensor of rank 2 with 9 rows", topk_ids=torch.ones(8, 3))
-    refused(r"topk_ids", topk_ids=torch.ones(9, 3, dtype=torch.int64))
-    refused("w1: expected a tensor, got list", TypeError, w1=[])
-    refused("expert_mask: expected a tensor, got list", TypeError, expert_mask=[1] * 8)
-    refused("activation: expected an ActivationType, got str", TypeError, activation="silu")
-    refused("quant_type: expected a QuantType", TypeError, quant_type=0)
-    refused("block_size_M: expected an int", TypeError, block_size_M=1.5)
-    mask = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.int32)
-    refused("w1: expected 4 experts, the ones in expert_mask, got 8", expert_mask=mask)
-    flat = {"w1": inputs.w1[:, :48]}
-    refused("activation: expected Silu or Gelu", activation=ActivationType.Swiglu, **flat)
-    refused("gate_up_interleaved: expected False", gate_up_interleaved=True, **flat)
-
-
-def test_logits_that_do_not_fit_are_refused() -> None:
-    inputs = make_layer(BASE, "cpu")
-    arguments = (inputs.hidden, inputs.w1, inputs.w2)
-    with pytest.raises(ValueError, match="w1: expected 9 experts, the width of gating_output"):
-        layer.fused_moe_from_logits(*arguments, torch.ones(9, 9), 3)
-    with pytest.raises(ValueError, match=r"gating_output: expected .* 9 rows.*\[4, 8\]"):
-        layer.fused_moe_from_logits(*arguments, torch.ones(4, 8), 3)
-    with pytest.raises(ValueError, match="topk"):
-        layer.fused_moe_from_logits(*arguments, inputs.logits, 9)
-
-
-def test_gradients_are_refused() -> None:
-    inputs = make_layer(BASE, "cpu")
-    inputs.w1.requires_grad_()
-    arguments = (inputs.hidden, inputs.w1, inputs.w2, inputs.logits, 3)
-    with pytest.raises(ValueError, match="w1: expected a tensor that needs no gradient"):
-        layer.fused_moe_from_logits(*arguments)
-    with torch.no_grad():
-        plain = layer.fused_moe_from_logits(*arguments)
-    with torch.inference_mode():
-        assert torch.equal(layer.fused_moe_from_logits(*arguments), plain)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from targets import Target
 
-from aiter import fused_moe
+import aiter
 from aiter.integrations.transformers import use_aiter
 
 transformers = pytest.importorskip("transformers")
@@ -109,7 +109,9 @@ def test_same_tokens(target: Target, name: str) -> None:
         with use_aiter(model) as patched:
             logits, got = model(tokens).logits, generate(model, tokens)
             assert patched.layers == BLOCKS
-            assert patched.paths == dict.fromkeys(BLOCKS, "fused")
+            # NOTE: which path is the fastest depends on the device, and on what was tuned there.
+            assert list(patched.paths) == BLOCKS
+            assert set(patched.paths.values()) <= {"fused", "oneshot", "multiphase"}
         after = model(tokens).logits
     scale = plain.abs().max().item()
     assert (logits - plain).abs().max().item() <= TOLERANCE * scale
@@ -153,13 +155,13 @@ def test_bfloat16(target: Target) -> None:
         plain = (model(tokens).logits.float() - exact).norm().item()
         with use_aiter(model):
             got = (model(tokens).logits.float() - exact).norm().item()
-    assert got <= 1.5 * plain
+    assert got <= 2 * plain
 
 
 def test_chain_and_fused_are_told_apart() -> None:
     """A prefill beyond the fused launch's limit takes the chain, and `paths` says so."""
     model = make_model("mixtral")
-    limit = fused_moe.fused_topk_moe_sorting_max_tokens(8, 2, device="cpu")
+    limit = aiter.fused_topk_moe_sorting_max_tokens(8, 2, device="cpu")
     length = 100
     tokens = torch.randint(2, 97, (limit // length + 1, length))
     with torch.no_grad():
@@ -186,7 +188,9 @@ def test_handle_without_with() -> None:
     assert sorted(forwards(model)) == sorted(
         f"{block}.{part}" for block in BLOCKS for part in ("router", "experts")
     )
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: expected .* does not use aiter"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp: .* replaced already \(by use_aiter"
+    ):
         use_aiter(model)
     patched.remove()
     patched.remove()
@@ -238,6 +242,31 @@ def test_what_does_not_fit_is_refused() -> None:
     model = make_model("mixtral")
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     refused(model, "expected all experts on this rank")
+
+
+class Sharded(torch.Tensor):
+    """Stands for any tensor that is more than its values."""
+
+
+def test_hooked_and_sharded_blocks_are_refused() -> None:
+    model = make_model("gpt-oss")
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.detach().as_subclass(Sharded))
+    refused(model, r"layers\.1\.mlp\.experts\.down_proj: expected a plain parameter.*got Sharded")
+    model = make_model("gpt-oss")
+    hooked = model.model.layers[1].mlp
+    hooked.forward = hooked.forward
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: .* replaced already .*device_map"):
+        use_aiter(model)
+    assert list(forwards(model)) == ["model.layers.1.mlp"]
+
+
+def test_backends_follow_the_weights() -> None:
+    model = make_model("mixtral", intermediate_size=44)
+    with use_aiter(model) as patched:
+        assert patched.backends == dict.fromkeys(BLOCKS, "grouped_mm")  # float32 rows of 176 bytes
+        model.to(torch.bfloat16)
+        assert patched.backends == dict.fromkeys(BLOCKS, "block_bmm")  # 88 bytes
 
 
 def test_a_wrong_router_is_noticed() -> None:

@@ -5,6 +5,8 @@ model's (2880 wide there), because a laptop has to hold and to multiply them. Ev
 step goes router logits -> `topk_softmax_sorting` -> expert GEMMs over the sorted blocks, added into
 the `moe_buf` that the launch zeroed. Every routing is compared with `aiter.reference`, and the
 output of every layer's first step with a plain loop over tokens and slots.
+
+`--model` shows the whole layer in a transformers model instead: see `aiter.cli.demo_model`.
 """
 
 from __future__ import annotations
@@ -60,6 +62,10 @@ class Mismatch(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Runs the demo; 0 if every routing was right, 1 if not."""
+    if any(word == "--model" or word.startswith("--model=") for word in argv):
+        from aiter.cli import demo_model
+
+        return demo_model.main(argv)
     options = _parse(argv)
     device = current_device(options.device)
     logging.getLogger("aiter").setLevel(logging.INFO)
@@ -84,7 +90,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m aiter demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m aiter demo", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        help="generate with a small transformers model instead: gpt-oss, mixtral, qwen3-moe or"
+        " qwen3-next (--model gpt-oss --help shows its options)",
+    )
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
     parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
     parser.add_argument("--tokens", type=int, default=8, help="sequences decoded at once (M)")

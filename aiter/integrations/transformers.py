@@ -18,7 +18,8 @@ which gets ready top-k ids, when the routing launch has already been paid for.
 Only blocks whose router is known to be a plain softmax are taken, by class name; every other block
 with experts is refused, because a router that differs in one detail (sigmoid, groups, a correction
 bias) would give plausible and wrong tokens. Weights keep their layout: gpt-oss stores both products
-transposed, with gate and up interleaved, and is read through views.
+transposed, with gate and up interleaved, and is read through views. The classes are those of
+transformers 5; it was run with 5.17 and 5.23.
 """
 
 from __future__ import annotations
@@ -64,7 +65,6 @@ _ACTIVATIONS = {
     "GELUActivation": ActivationType.Gelu,
     "GELU": ActivationType.Gelu,
 }
-_MARK = "_aiter_patched"
 
 
 @dataclass
@@ -73,19 +73,23 @@ class Patched:
 
     Attributes:
         layers: the names of the blocks in the model.
-        paths: the routing path that each block's last eager call took.
-        backends: the backend of each block's expert products.
+        paths: the routing path that each block's last eager call took; None before the first.
     """
 
     layers: list[str] = field(default_factory=list)
     paths: dict[str, Path | None] = field(default_factory=dict)
-    backends: dict[str, Backend] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list)
+    _weights: dict[str, Callable[[], tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def backends(self) -> dict[str, Backend]:
+        """The backend of each block's expert products, on the device where its weights are now."""
+        return {name: expert_backend(*weights()) for name, weights in self._weights.items()}
 
     def remove(self) -> None:
         """Gives every block its own forwards back; a second call does nothing."""
         for module in self._modules:
-            del module.forward, module._aiter_patched
+            del module.forward
         self._modules.clear()
 
     def __enter__(self) -> Patched:
@@ -112,8 +116,8 @@ def use_aiter(model: nn.Module) -> Patched:
         A handle; `remove()`, or leaving it as a context manager, undoes everything.
 
     Raises:
-        ValueError: a block with experts is of another kind, quantised, sharded or has an activation
-            that is not supported, or the model has no MoE block; nothing was changed.
+        ValueError: a block with experts is of another kind, quantised, sharded, hooked, or has an
+            activation that is not supported, or the model has no MoE block; nothing was changed.
     """
     found: list[tuple[str, nn.Module, Family]] = []
     for name, module in model.named_modules():
@@ -149,18 +153,15 @@ def _check_block(name: str, block: nn.Module, family: Family) -> None:
                 f"{name}: expected {expected} (quantised and customised blocks are not supported),"
                 f" got {type(part).__name__}"
             )
-    for part in (router, experts):
-        if getattr(part, _MARK, False):
+    for part in (block, router, experts):
+        if "forward" in vars(part):
             raise ValueError(
-                f"{name}: expected a block that does not use aiter yet, got one that does"
+                f"{name}: expected a block with its class's forward, got one whose forward is"
+                " replaced already (by use_aiter, by hooks of accelerate's device_map, or by a"
+                " kernel of the hub)"
             )
     for weight in ("gate_up_proj", "down_proj"):
-        dtype = getattr(experts, weight).dtype
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"{name}.experts.{weight}: expected float32, float16 or bfloat16 (quantised experts"
-                f" are not supported), got {dtype}"
-            )
+        _check_weight(f"{name}.experts.{weight}", getattr(experts, weight))
     if getattr(experts, "_is_expert_parallel", False):
         raise ValueError(
             f"{name}.experts: expected all experts on this rank, got a shard of transformers' own"
@@ -169,13 +170,25 @@ def _check_block(name: str, block: nn.Module, family: Family) -> None:
     _activation(name, experts, family)
 
 
-def _parts(block: nn.Module, family: Family) -> tuple[nn.Module, nn.Module]:
-    router, experts = getattr(block, family.router), block.experts
-    assert isinstance(router, nn.Module) and isinstance(experts, nn.Module)
-    return router, experts
+def _check_weight(name: str, weight: Tensor) -> None:
+    """Raises for weights that are no plain float tensor."""
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: expected float32, float16 or bfloat16 (quantised experts are not supported),"
+            f" got {weight.dtype}"
+        )
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"{name}: expected a plain parameter (sharded and quantised ones are not supported),"
+            f" got {type(weight).__name__}"
+        )
 
 
-def _activation(name: str, experts: nn.Module, family: Family) -> ActivationType:
+def _parts(block: Any, family: Family) -> tuple[Any, Any]:
+    return getattr(block, family.router), block.experts
+
+
+def _activation(name: str, experts: Any, family: Family) -> ActivationType:
     if family.gpt_oss:
         got = (experts.alpha, experts.limit)
         if got != (SWIGLU_ALPHA, SWIGLU_LIMIT):
@@ -203,14 +216,10 @@ def _patch(name: str, block: nn.Module, family: Family, patched: Patched) -> Non
     router, experts = _parts(block, family)
     patched.layers.append(name)
     patched.paths[name] = None
-    patched.backends[name] = expert_backend(*_weights(experts, family))
-    for module, forward in (
-        (router, _router_forward(router)),
-        (experts, _experts_forward(name, router, experts, family, patched.paths)),
-    ):
-        module.forward = forward  # type: ignore[method-assign]
-        setattr(module, _MARK, True)
-        patched._modules.append(module)
+    patched._weights[name] = lambda: _weights(experts, family)
+    router.forward = _router_forward(router)
+    experts.forward = _experts_forward(name, router, experts, family, patched.paths)
+    patched._modules += [router, experts]
 
 
 def _router_forward(router: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, None]]:
@@ -227,6 +236,7 @@ def _router_forward(router: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, Non
 def _experts_forward(
     name: str, router: Any, experts: Any, family: Family, paths: dict[str, Path | None]
 ) -> Callable[[Tensor, None, Tensor], Tensor]:
+    """(hidden_states, indices, scores), as the router's forward above returns the last two."""
     activation = _activation(name, experts, family)
     renormalize = router.norm_topk_prob if family.renormalize is None else family.renormalize
 
