@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from aiter.jit.errors import ToolchainError
 
 MIX_CLASSES = (
-    "VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "s_nop", "other",
+    "VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "nop", "other",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ ARCHS: dict[str, Arch] = {
     "gfx950": Arch(64, 512, 8, 8, _GFX9_SGPRS, 4, 160 * 1024),
     "gfx1100": _RDNA,
     "gfx1201": _RDNA,
-    "gfx1250": Arch(32, 1024, 16, 16, (), 4, 64 * 1024),
+    "gfx1250": Arch(32, 1024, 16, 16, (), 4, 320 * 1024),
 }
 
 
@@ -164,8 +164,8 @@ def instruction_lines(body: str) -> list[str]:
 def instruction_class(line: str) -> str:
     """Which of MIX_CLASSES an instruction belongs to."""
     mnemonic = line.split(maxsplit=1)[0]
-    if mnemonic == "s_nop":
-        return "s_nop"
+    if mnemonic in ("s_nop", "v_nop"):
+        return "nop"
     if mnemonic.startswith(("s_waitcnt", "s_wait_", "s_delay_alu")):
         return "waitcnt"
     if "barrier" in mnemonic:

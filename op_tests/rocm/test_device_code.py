@@ -97,9 +97,9 @@ def test_occupancy(arch: str, vgprs: int, sgprs: int, waves: int) -> None:
         ("v_readlane_b32 s0, v1, 63", "VALU"), ("s_and_saveexec_b64 s[0:1], vcc", "SALU"),
         ("s_load_dwordx2 s[0:1], s[2:3], 0x0", "SMEM"), ("ds_bpermute_b32 v0, v1, v2", "LDS"),
         ("global_store_dword v[0:1], v2, off", "VMEM"), ("s_cbranch_scc1 .LBB0_1", "branch"),
-        ("s_barrier_signal -1", "barrier"), ("s_wait_kmcnt 0x0", "waitcnt"), ("s_nop 1", "s_nop"),
+        ("s_barrier_signal -1", "barrier"), ("s_wait_kmcnt 0x0", "waitcnt"), ("s_nop 1", "nop"),
         ("s_delay_alu instid0(VALU_DEP_1)", "waitcnt"), ("s_clause 0x1", "other"),
-        ("global_inv scope:SCOPE_SE", "other"),
+        ("global_inv scope:SCOPE_SE", "other"), ("v_nop", "nop"),
     ],
 )  # fmt: skip
 def test_instruction_class(line: str, name: str) -> None:

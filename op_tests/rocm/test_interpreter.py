@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 from amdgcn import exact
 from amdgcn.assembly import parse_instruction
-from amdgcn.wave import Fault
+from amdgcn.memory import GlobalMemory
+from amdgcn.memory_ops import Memories, decode_memory
+from amdgcn.operations import OPERATIONS
+from amdgcn.scalar import decode_scalar
+from amdgcn.vector import decode_vector
+from amdgcn.wave import Fault, Wave
 from numpy.typing import NDArray
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
@@ -100,6 +105,10 @@ def test_endless_loop(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "v_add_u32_dpp v0, v0, v0 row_frobnicate:1 row_mask:0xf bank_mask:0xf",
         "global_load_dword v0, v[0:1], off frobnicate",
         "v_add_u32_e32 v0, v1",
+        "v_dual_mov_b32 v0, v1 :: v_dual_mul_f32 v1, v2, v3 clamp",
+        "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 4, 2), 0",
+        "s_getreg_b32 s0, hwreg(HW_REG_HW_ID)",
+        "global_load_b32 v0, v[2:3], off scale_offset",
     ],
 )
 def test_unknown_instruction(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +120,79 @@ def test_unknown_instruction(line: str, monkeypatch: pytest.MonkeyPatch) -> None
         Fault, match=re.escape(f"read_lane on gfx942, line 7, decoding: `{line}`: ")
     ):
         run_primitive("gfx942", "read_lane", words(64))
+
+
+def a_wave(width: int = 32) -> Wave:
+    return Wave(width, 0, 8, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("is_signed", "modifier", "expected"),
+    [(True, "", 49), (True, " scale_offset", 46), (True, " offset:8", 51), (False, "", None)],
+)
+def test_offsets_beside_a_scalar_address(
+    is_signed: bool, modifier: str, expected: int | None
+) -> None:
+    """An offset of -4 from word 50: signed and scaled by the access on gfx1250, 4 GiB elsewhere."""
+    memory = GlobalMemory()
+    address = memory.add("words", words(100)) + 4 * 49
+    wave = a_wave()
+    wave.s[2], wave.s[3] = address & 0xFFFFFFFF, address >> 32
+    wave.v[1] = np.full(32, 2**32 - 4, np.uint32)
+    load = parse_instruction(f"global_load_b32 v0, v1, s[2:3]{modifier}", 1)
+    operation = decode_memory(load, Memories(memory, signed_offsets=is_signed))
+    if expected is None:
+        with pytest.raises(Fault, match="expected an address in a buffer"):
+            operation(wave)
+    else:
+        operation(wave)
+        assert (wave.v[0] == expected).all()
+
+
+def test_two_sources_of_a_dual_instruction() -> None:
+    """0x14 is the table of xor where the third source is 0."""
+    wave = a_wave()
+    wave.v[1], wave.v[2] = words(32) * 7, words(32) * 1001
+    expected = wave.v[1] ^ wave.v[2], wave.v[2].copy()
+    dual = "v_dual_bitop2_b32 v2, v1, v2 bitop3:0x14 :: v_dual_mov_b32 v1, v2"
+    decode_vector(parse_instruction(dual, 1), 32, 0)(wave)
+    assert np.array_equal(wave.v[2], expected[0]) and np.array_equal(wave.v[1], expected[1])
+
+
+def test_a_launch_without_clusters() -> None:
+    wave = a_wave()
+    getreg = parse_instruction("s_getreg_b32 s4, hwreg(HW_REG_IB_STS2, 6, 4)", 1)
+    decode_scalar(getreg, {}, 0)(wave)
+    assert wave.s[4] == 0
+
+
+WIDE = {
+    "v_add_u64": lambda a, b: a + b, "v_sub_u64": lambda a, b: a - b,
+    "v_mul_u64": lambda a, b: a * b, "v_max_u64": max, "v_min_u64": min,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_integers(name: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2**64, (2, 200), np.uint64)
+    got = OPERATIONS[name][1](a, b)
+    expected = [WIDE[name](int(x), int(y)) % 2**64 for x, y in zip(a, b, strict=True)]
+    assert [int(x) for x in got] == expected
+
+
+def test_wide_multiply_and_add() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2**32, (2, 200), np.uint32)
+    c = rng.integers(0, 2**64, 200, np.uint64)
+    unsigned = [(int(x) * int(y) + int(z)) % 2**64 for x, y, z in zip(a, b, c, strict=True)]
+    assert [int(x) for x in OPERATIONS["v_mad_nc_u64_u32"][1](a, b, c)] == unsigned
+    narrow = [total % 2**32 for total in unsigned]
+    assert [int(x) for x in OPERATIONS["v_mad_u32"][1](a, b, c.astype(np.uint32))] == narrow
+    i, j, k = a.view(np.int32), b.view(np.int32), c.view(np.int64)
+    signed = [(int(x) * int(y) + int(z)) % 2**64 for x, y, z in zip(i, j, k, strict=True)]
+    wide = OPERATIONS["v_mad_nc_i64_i32"][1](i, j, k).view(np.uint64)
+    assert [int(x) for x in wide] == signed
 
 
 def nearest(value: Fraction) -> np.float32:

@@ -30,7 +30,6 @@ MAX_STEPS = 3_000_000
 # User SGPRs around the address of the arguments, in the hardware's order; these stay noise.
 _USER_SGPRS_BEFORE = (("private_segment_buffer", 4), ("dispatch_ptr", 2), ("queue_ptr", 2))
 _USER_SGPRS_AFTER = (("dispatch_id", 2), ("flat_scratch_init", 2), ("private_segment_size", 1))
-INTERPRETED_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
             message names the kernel, the instruction, the wave and the workgroup.
     """
     arch = kernel.code.arch
-    if arch not in INTERPRETED_ARCHS:
-        raise Fault(f"arch: expected one of {', '.join(INTERPRETED_ARCHS)}, got {arch}")
+    if arch not in ARCHS:
+        raise Fault(f"arch: expected one of {', '.join(ARCHS)}, got {arch}")
     if launch.threads > kernel.code.max_threads or launch.threads % kernel.code.wave_size:
         raise Fault(
             f"{kernel.code.name}: expected at most {kernel.code.max_threads} threads in whole waves"
@@ -131,7 +130,7 @@ def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
 def _decode(kernel: KernelText, rcp_rounding: int) -> tuple[Memories, list[Operation]]:
     """The instructions as functions, decoded once, and the memories that these look into."""
     if rcp_rounding not in kernel.decoded:
-        memories = Memories(GlobalMemory())
+        memories = Memories(GlobalMemory(), signed_offsets=kernel.code.arch == "gfx1250")
         operations = [
             _decode_one(kernel, instruction, memories, rcp_rounding)
             for instruction in kernel.instructions
@@ -149,7 +148,7 @@ def _decode_one(
         try:
             if name.startswith(("s_load_", "ds_", "global_read_", "global_write_")):
                 return decode_memory(instruction, memories)
-            if name.startswith("v_") and name != "v_s_rcp_f32":
+            if name.startswith("v_") and name not in ("v_s_rcp_f32", "v_nop"):
                 return decode_vector(instruction, kernel.code.wave_size, rcp_rounding)
             return decode_scalar(instruction, kernel.labels, rcp_rounding)
         except (IndexError, KeyError, ValueError) as error:

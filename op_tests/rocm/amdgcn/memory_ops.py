@@ -31,10 +31,17 @@ _CACHE_POLICIES = {"sc0", "sc1", "nt", "glc", "slc", "dlc", "th", "scope"}
 
 
 class Memories:
-    """What a running workgroup sees; replaced for every launch and every workgroup."""
+    """What a running workgroup sees; replaced for every launch and every workgroup.
 
-    def __init__(self, memory: GlobalMemory) -> None:
+    Attributes:
+        memory: the buffers of the launch.
+        lds: of the running workgroup.
+        signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
+    """
+
+    def __init__(self, memory: GlobalMemory, signed_offsets: bool = False) -> None:
         self.memory = memory
+        self.signed_offsets = signed_offsets
         self.lds: Lds | None = None
 
     def local(self) -> Lds:
@@ -71,7 +78,7 @@ def _only(instruction: Instruction, *known: str) -> None:
 
 
 def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
-    _only(instruction, "offset")
+    _only(instruction, "offset", "nv")
     destination = scalar_index(instruction.operands[0])
     base = read_scalar(instruction.operands[1], 64)
     offset = read_scalar(instruction.operands[2]) if len(instruction.operands) > 2 else lambda w: 0
@@ -88,16 +95,28 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
     return run
 
 
-def _global_addresses(instruction: Instruction, position: int) -> Callable[[Wave], Array]:
-    """The addresses of the active lanes."""
-    _only(instruction, "offset")
+def _global_addresses(
+    instruction: Instruction, position: int, size: int, memories: Memories
+) -> Callable[[Wave], Array]:
+    """The addresses of the active lanes; `size` bytes is what `scale_offset` multiplies by."""
+    _only(instruction, "offset", "scale_offset", "nv")
     vector, scalar = instruction.operands[position], instruction.operands[-1]
     offset = np.int64(_number(instruction, "offset"))
+    is_scaled = "scale_offset" in instruction.modifiers
     if scalar == "off":
+        if is_scaled:
+            raise Fault("scale_offset: expected a scalar address beside the offset, got off")
         wide = read_lanes(vector, 64)
         return lambda w: wide(w)[w.mask].view(np.int64) + offset
     base, narrow = read_scalar(scalar, 64), read_lanes(vector, 32)
-    return lambda w: narrow(w)[w.mask].astype(np.int64) + (np.int64(base(w)) + offset)
+    scale = np.int64(size if is_scaled else 1)
+    kind = np.int32 if memories.signed_offsets else np.uint32
+
+    def addresses(w: Wave) -> Array:
+        steps = narrow(w)[w.mask].view(kind).astype(np.int64)
+        return steps * scale + (np.int64(base(w)) + offset)
+
+    return addresses
 
 
 # Loads below 32 bits: (bytes, whether signed)
@@ -150,7 +169,7 @@ def _bytes_of(kind: str) -> int:
 
 def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     size = _bytes_of(kind)
-    addresses = _global_addresses(instruction, 1)
+    addresses = _global_addresses(instruction, 1, size, memories)
     write = _writer(instruction.operands[0], kind)
 
     def run(w: Wave) -> None:
@@ -177,7 +196,7 @@ def _source_rows(operand: str, size: int) -> Callable[[Wave], NDArray[np.uint8]]
 
 def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     size = _bytes_of(kind.replace("d16_hi_", "").replace("d16_", ""))
-    addresses = _global_addresses(instruction, 0)
+    addresses = _global_addresses(instruction, 0, size, memories)
     high = ".h" if "d16_hi" in kind else ""
     rows = _source_rows(instruction.operands[1] + high, size)
     # NOTE: 16 bytes come only from types that are aligned to them.

@@ -26,8 +26,13 @@ U64 = (1 << 64) - 1
 NO_EFFECT = (
     "s_nop", "s_wait", "s_delay_alu", "s_clause", "s_set_inst_prefetch_distance", "s_sendmsg",
     "s_barrier_signal", "buffer_gl0_inv", "buffer_inv", "buffer_wbl2", "global_inv", "global_wb",
-    "s_setprio", "s_code_end", "s_inst_prefetch", "s_set_gpr_idx_off",
+    "s_setprio", "s_code_end", "s_inst_prefetch", "s_set_gpr_idx_off", "v_nop", "s_sleep",
 )  # fmt: skip
+
+# gfx1250: how a wave recovers from a page fault, which no result shows.
+_REPLAY_MODE = "hwreg(HW_REG_WAVE_MODE, 25, 1)"
+# gfx1250: 0 for a launch without workgroup clusters, which is how these kernels are launched.
+_CLUSTER_SHAPE = "hwreg(HW_REG_IB_STS2, 6, 4)"
 
 
 def signed(value: int, bits: int = 32) -> int:
@@ -282,6 +287,11 @@ def _other(name: str, operands: list[str]) -> Operation | None:
         read, read_bit = read_scalar(operands[0]), read_scalar(operands[1])
         wanted = int(name[8])
         return _setting_scc(lambda w: (read(w) >> (read_bit(w) & 31) & 1) == wanted)
+    if name == "s_setreg_imm32_b32" and operands[0] == _REPLAY_MODE:
+        return lambda w: None
+    if name == "s_getreg_b32" and operands[1] == _CLUSTER_SHAPE:
+        write_zero = write_scalar(operands[0])
+        return lambda w: write_zero(w, 0)
     if name not in ("s_cselect_b32", "s_cselect_b64", "s_movk_i32", "s_addk_i32", "s_mulk_i32",
                     "s_addc_u32", "s_subb_u32", "s_fmac_f32", "s_fmaak_f32", "s_fmamk_f32"):  # fmt: skip
         return None
