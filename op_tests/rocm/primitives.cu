@@ -100,6 +100,6 @@ PRIMITIVE(lds_past_the_end) {
 }
 
 PRIMITIVE(endless_loop) {
-  while (argument != 0) __asm__ volatile("s_nop 0");
+  while (argument != 0) __asm__ volatile("");
   out[threadIdx.x] = in[threadIdx.x];
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from amdgcn.assembly import KernelText, parse
 from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
+from amdgcn.statistics import Statistics
 from numpy.typing import NDArray
 
 from aiter.jit.device_code import compile_source
@@ -38,7 +40,7 @@ def primitives(arch: str) -> dict[str, KernelText]:
     return parse(assembly.text, arch)
 
 
-def run_primitive(
+def execute(
     arch: str,
     name: str,
     words: Words,
@@ -47,8 +49,8 @@ def run_primitive(
     lds_bytes: int = 0,
     seed: int = 0,
     rcp_rounding: int = 0,
-) -> Words:
-    """What one workgroup writes for the input `words`; as many words out as in.
+) -> tuple[Statistics, Words]:
+    """What one workgroup executes and writes for the input `words`; as many words out as in.
 
     Args:
         threads: of the workgroup, whole waves; one wave if None.
@@ -66,5 +68,9 @@ def run_primitive(
     # NOTE: the struct ends in padding, which is no part of the arguments.
     content = bytes(arguments)[: Arguments.argument.offset + 4]
     launch = Launch(1, threads or ARCHS[arch].wave_size, lds_bytes, content, seed, rcp_rounding)
-    run(primitives(arch)[name], memory, launch)
-    return output
+    return run(primitives(arch)[name], memory, launch), output
+
+
+def run_primitive(arch: str, name: str, words: Words, *arguments: Any, **options: Any) -> Words:
+    """The output of `execute`."""
+    return execute(arch, name, words, *arguments, **options)[1]

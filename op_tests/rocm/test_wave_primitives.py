@@ -1,7 +1,7 @@
 """Do the wave operations and the arithmetic of the kernels do on AMD GPUs what their headers say?
 
 Each is a small kernel (`primitives.cu`), compiled for real and executed by the interpreter, against
-numpy; and the instructions that it becomes are those that the headers promise.
+numpy. Which instructions they become is held by `test_wave_instructions`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
-from primitives import primitives, run_primitive  # noqa: E402
+from primitives import run_primitive  # noqa: E402
 
 from aiter.jit.device_kernels import ARCHS as FACTS  # noqa: E402
 
@@ -166,6 +166,7 @@ def test_f32_keys_are_ordered(arch: str) -> None:
     assert np.array_equal(keys[1:] > keys[:-1], ordered[1:] > ordered[:-1])
     assert np.array_equal(keys[1:] == keys[:-1], ordered[1:] == ordered[:-1])
     assert (got > 0).all()
+<<<<<<< HEAD
 
 
 # Primitive: instructions that it must become, instructions that it must not; gfx9 and gfx11 on.
@@ -195,3 +196,5 @@ def test_instructions(arch: str, primitive: str) -> None:
         forbidden += " ds_"
     for word in forbidden.split():
         assert not [text for text in texts if text.startswith(word)], f"{word} in {texts}"
+=======
+>>>>>>> a448329 (Hold wave.h's table of instructions by their disassembly; gfx950 sums without LDS)

@@ -6,6 +6,8 @@
 - `vector`      vector instructions; `operations` has their functions, `exact` the float arithmetic
 - `lanes`       DPP, SDWA and moves between lanes
 - `memory`      global memory and LDS with bounds, alignment and race checks; `memory_ops` uses them
+- `banks`       how many passes over its banks LDS needs for an access
+- `statistics`  what was executed, by instruction and by stretch between barriers
 - `machine`     a launch: workgroups, waves, barriers, the initial registers
 
 Knows gfx90a, gfx942 and gfx950 (wave64), gfx1100, gfx1201 and gfx1250 (wave32), as far as this

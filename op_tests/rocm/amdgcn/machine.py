@@ -10,19 +10,19 @@ they are the compiler's business and no part of what this checks.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aiter.jit.device_kernels import ARCHS, instruction_class
+from aiter.jit.device_kernels import ARCHS
 from amdgcn.assembly import Instruction, KernelText
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.scalar import BARRIER, END, Operation, decode_scalar
+from amdgcn.statistics import Statistics
 from amdgcn.vector import decode_vector
 from amdgcn.wave import TTMP, Fault, Wave
 
@@ -43,6 +43,7 @@ class Launch:
         arguments: the bytes of the kernel's own arguments.
         seed: of the noise and of the order in which waves and workgroups run.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
+        counts_banks: whether to count the passes of LDS accesses over the banks.
     """
 
     grid: int
@@ -51,14 +52,7 @@ class Launch:
     arguments: bytes
     seed: int = 0
     rcp_rounding: int = 0
-
-
-@dataclass
-class Statistics:
-    """What was executed: instructions of all waves by class, and waves."""
-
-    mix: Counter[str] = field(default_factory=Counter)
-    waves: int = 0
+    counts_banks: bool = False
 
 
 def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
@@ -87,8 +81,9 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
     address = memory.add("kernel arguments", segment, writable=False)
     memories, operations = _decode(kernel, launch.rcp_rounding)
     memories.memory = memory
-    counts = [0] * len(operations)
     num_waves = launch.threads // kernel.code.wave_size
+    statistics = Statistics(kernel.instructions, num_waves * launch.grid)
+    memories.banks = statistics.banks if launch.counts_banks else None
     with np.errstate(all="ignore"):
         for workgroup in rng.permutation(launch.grid):
             memories.lds = Lds(lds_bytes, rng)
@@ -96,11 +91,8 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
                 _start_wave(kernel, index, int(workgroup), address, segment, rng)
                 for index in range(num_waves)
             ]
-            _run_workgroup(kernel, operations, waves, int(workgroup), rng, counts)
+            _run_workgroup(kernel, operations, waves, int(workgroup), rng, statistics)
     memory.buffers.pop()
-    statistics = Statistics(waves=num_waves * launch.grid)
-    for instruction, count in zip(kernel.instructions, counts, strict=True):
-        statistics.mix[instruction_class(instruction.text)] += count
     return statistics
 
 
@@ -191,11 +183,12 @@ def _run_workgroup(
     waves: list[Wave],
     workgroup: int,
     rng: np.random.Generator,
-    counts: list[int],
+    statistics: Statistics,
 ) -> None:
     """Runs the waves from barrier to barrier until all have ended."""
     running = waves
     while running:
+        counts = statistics.counts[workgroup, running[0].epoch] = [0] * len(operations)
         for position in rng.permutation(len(running)):
             _run_wave(kernel, operations, running[position], workgroup, counts)
         running = [wave for wave in running if not wave.done]

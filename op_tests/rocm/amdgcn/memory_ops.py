@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amdgcn.assembly import Instruction
+from amdgcn.banks import BankTally, passes
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.scalar import Operation
 from amdgcn.wave import (
@@ -36,6 +37,7 @@ class Memories:
     Attributes:
         memory: the buffers of the launch.
         lds: of the running workgroup.
+        banks: where the passes of LDS accesses are counted, by line; None for nowhere.
         signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
     """
 
@@ -43,6 +45,15 @@ class Memories:
         self.memory = memory
         self.signed_offsets = signed_offsets
         self.lds: Lds | None = None
+        self.banks: dict[int, BankTally] | None = None
+
+    def note_banks(
+        self, line: int, w: Wave, offsets: Array, size: int, is_atomic: bool = False
+    ) -> None:
+        """Counts the passes of an LDS access, if the launch asked for it."""
+        if self.banks is not None:
+            tally = self.banks.setdefault(line, BankTally())
+            tally.note(passes(offsets, np.flatnonzero(w.mask), size, is_atomic))
 
     def local(self) -> Lds:
         """The LDS of the running workgroup."""
@@ -235,7 +246,10 @@ def _lds_load(instruction: Instruction, kind: str, memories: Memories) -> Operat
 
     def run(w: Wave) -> None:
         if w.mask.any():
-            rows = [memories.local().load(part(w), size, w.index, w.epoch) for part in parts]
+            places = [part(w) for part in parts]
+            rows = [memories.local().load(place, size, w.index, w.epoch) for place in places]
+            for place in places:
+                memories.note_banks(instruction.line, w, place, size)
             write(w, np.concatenate(rows, axis=1))
 
     return run
@@ -254,7 +268,9 @@ def _lds_store(instruction: Instruction, kind: str, memories: Memories) -> Opera
     def run(w: Wave) -> None:
         if w.mask.any():
             for where, rows in parts:
-                memories.local().store(where(w), rows(w), w.index, w.epoch)
+                place = where(w)
+                memories.local().store(place, rows(w), w.index, w.epoch)
+                memories.note_banks(instruction.line, w, place, size)
 
     return run
 
@@ -278,6 +294,7 @@ def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Oper
         if w.mask.any():
             offsets = where(w)
             words = memories.local().atomic(offsets, w.index, w.epoch)
+            memories.note_banks(instruction.line, w, offsets, 4, is_atomic=True)
             function.at(words, offsets // 4, value(w)[w.mask])
 
     return run
