@@ -32,12 +32,15 @@ from aiter.jit.errors import BuildError, CacheError, ConfigError, ToolchainError
 from aiter.jit.load import Loader, default_loader
 from aiter.jit.log import get_logger
 from aiter.jit.progress import Progress
+from aiter.jit.rocm_flags import ROCM_FLAGS, rocm_flags
 from aiter.jit.spec import load_spec
 from aiter.jit.target import Target
 
 DEVICE_CODE_DIR = ".device_code"
 
-# NOTE: what decides the code is as in the rocm profile of `toolchain`; the rest replaces ROCm.
+# NOTE: what decides the code is as in the rocm profile of `toolchain` for the newest hipcc; the rest
+# replaces ROCm.
+_NEWEST = max(flag.since for flag in ROCM_FLAGS)
 DEVICE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -165,6 +168,7 @@ def compile_source(
     words = (
         *command,
         f"--offload-arch={arch}",
+        *rocm_flags(_NEWEST, (arch,)),
         *DEVICE_FLAGS,
         *(f"-I{folder}" for folder in folders),
         "-idirafter",

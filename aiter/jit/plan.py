@@ -138,16 +138,18 @@ def make_plan(
     compiler = compilers.find_compiler(target.kind)
     pybind11_dir = compilers.pybind11_include()
     roots = Roots(csrc_dir, pybind11_dir, toolchain.python_include())
-    profile = toolchain.make_profile(spec, target, compiler, csrc_dir, pybind11_dir)
+    environment = toolchain.target_environment(target.kind)
+    identity, version = _identity(compiler, memo_dir, environment)
+    profile = toolchain.make_profile(spec, target, compiler, csrc_dir, pybind11_dir, version)
     variables = {**template_variables(module, csrc_dir, target), **spec.template_args}
     sources = (
         *(_read_source(module, path, _flags_of(path, profile), variables) for path in spec.srcs),
         *(_read_source(module, path, profile.extra, variables) for path in profile.extra_sources),
     )
-    identities = [_identity(compiler, memo_dir, profile.environment)]
+    identities = [identity]
     if compiler.family == "nvcc":
         behind = compilers.host_compiler_of_nvcc()
-        identities += [_identity(behind, memo_dir, {})] if behind is not None else []
+        identities += [_identity(behind, memo_dir, {})[0]] if behind is not None else []
     inputs = {
         "format": FORMAT,
         "module": module,
@@ -177,9 +179,12 @@ def make_plan(
     )
 
 
-def _identity(compiler: Compiler, memo_dir: Path, environment: dict[str, str]) -> list[str]:
+def _identity(
+    compiler: Compiler, memo_dir: Path, environment: dict[str, str]
+) -> tuple[list[str], str]:
+    """What stands for a compiler in the key, and its version text."""
     version = compilers.compiler_version(compiler, memo_dir, environment)
-    return [*compiler.command[1:], str(compiler.executable), version]
+    return [*compiler.command[1:], str(compiler.executable), version], version
 
 
 def _flags_of(path: Path, profile: toolchain.Profile) -> tuple[str, ...]:

@@ -122,14 +122,23 @@ def test_readable_name(symbol: str, name: str) -> None:
     assert readable_name(symbol) == name
 
 
-def test_code_generation_flags_are_those_of_the_rocm_target() -> None:
+def test_code_generation_flags_are_those_of_the_rocm_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = Compiler(("hipcc",), Path("hipcc"), "a test", "hipcc")
     spec, target = ModuleSpec("module", ()), Target("rocm", ("gfx942",))
-    profile = toolchain.make_profile(spec, target, compiler, Path("csrc"), Path("pybind11"))
-    deciding = ("-O", "-std=", "-ff", "-fno-f", "-DAITER_TARGET", "-mllvm", "-munsafe")
+    folders = Path("csrc"), Path("pybind11")
+    profile = toolchain.make_profile(spec, target, compiler, *folders, "HIP version: 99.0.0-x")
+    deciding = ("-O", "-std=", "-ff", "-fno-f", "-DAITER_TARGET", "-mllvm", "-amdgpu", "-munsafe")
     wanted = [flag for flag in profile.device
               if flag.startswith(deciding) and not flag.startswith("-ffile-prefix-map")]  # fmt: skip
-    assert wanted and set(wanted) <= set(device_code.DEVICE_FLAGS)
+    commands = []
+    monkeypatch.setattr(device_code, "run_jobs", lambda jobs, *rest: commands.extend(jobs))
+    source = tmp_path / "any.cu"
+    source.touch()
+    with pytest.raises(CacheError):
+        compile_source(source, "gfx942", Loader(cache_dir=tmp_path / "cache"))
+    assert wanted.count("-mllvm") == 3 and set(wanted) <= set(commands[0].command)
 
 
 def test_command_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> None:
