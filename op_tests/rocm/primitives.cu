@@ -103,3 +103,18 @@ PRIMITIVE(endless_loop) {
   while (argument != 0) __asm__ volatile("");
   out[threadIdx.x] = in[threadIdx.x];
 }
+
+// How workgroups would talk: a counter of arrivals, with and without an order on other memory.
+PRIMITIVE(count_arrivals_in_order) {
+  out[threadIdx.x] = in[threadIdx.x];
+  const uint32_t before = __hip_atomic_fetch_add(out + blockDim.x, argument, __ATOMIC_ACQ_REL,
+                                                 __HIP_MEMORY_SCOPE_AGENT);
+  out[blockDim.x + 1 + threadIdx.x] = before;
+}
+
+PRIMITIVE(count_arrivals_in_a_workgroup) {
+  out[threadIdx.x] = in[threadIdx.x];
+  const uint32_t before = __hip_atomic_fetch_add(out + blockDim.x, argument, __ATOMIC_ACQ_REL,
+                                                 __HIP_MEMORY_SCOPE_WORKGROUP);
+  out[blockDim.x + 1 + threadIdx.x] = before;
+}

@@ -28,6 +28,8 @@ pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 import primitives as primitive_kernels  # noqa: E402
 from primitives import primitives, run_primitive  # noqa: E402
 
+from aiter.jit.device_kernels import ARCHS as FACTS  # noqa: E402
+
 ARCHS = ("gfx942", "gfx1201")
 
 
@@ -69,6 +71,20 @@ def test_faultless_twins(arch: str) -> None:
     assert np.array_equal(got, data[::-1] + 5)
 
 
+@pytest.mark.parametrize("arch", FACTS)
+def test_arrivals_are_counted(arch: str) -> None:
+    """Every wave adds once for its lanes and hands out what was there before, in some order."""
+    threads = 4 * FACTS[arch].wave_size
+    data = words(2 * threads + 1)
+    data[:] = 5
+    got = run_primitive(arch, "count_arrivals_in_order", data, 3, threads=threads)
+    # NOTE: memory that nobody wrote holds this pattern, which the counter starts from.
+    start = 0xA5A5A5A5
+    assert (got[:threads] == 5).all() and got[threads] == start + 3 * threads
+    expected = start + 3 * np.arange(threads)
+    assert np.array_equal(np.sort(got[threads + 1 :]), expected.astype(np.uint32))
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_wave_order_alone_shows_a_missing_barrier(
     arch: str, monkeypatch: pytest.MonkeyPatch
@@ -98,7 +114,7 @@ def test_endless_loop(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "v_frobnicate_f32 v0, v1, v2",
         "s_frobnicate_b32 s0, s1",
         "ds_frobnicate_b32 v0, v1",
-        "global_atomic_add v0, v1, s[0:1]",
+        "global_atomic_pk_add_bf16 v0, v1, s[0:1]",
         "v_add_f32_e64 v0, v1, v2 clamp",
         "v_mul_f32_e64 v0, v1, v2 mul:2",
         "v_mov_b32_e32 v0, src_shared_base",

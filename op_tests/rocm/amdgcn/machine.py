@@ -27,6 +27,7 @@ from amdgcn.vector import decode_vector
 from amdgcn.wave import TTMP, Fault, Wave
 
 MAX_STEPS = 3_000_000
+_MEMORY = ("s_load_", "ds_", "global_read_", "global_write_", "global_atomic_")
 # User SGPRs around the address of the arguments, in the hardware's order; these stay noise.
 _USER_SGPRS_BEFORE = (("private_segment_buffer", 4), ("dispatch_ptr", 2), ("queue_ptr", 2))
 _USER_SGPRS_AFTER = (("dispatch_id", 2), ("flat_scratch_init", 2), ("private_segment_size", 1))
@@ -138,7 +139,7 @@ def _decode_one(
     name = instruction.mnemonic
     with _located(kernel, instruction, "decoding"):
         try:
-            if name.startswith(("s_load_", "ds_", "global_read_", "global_write_")):
+            if name.startswith(_MEMORY):
                 return decode_memory(instruction, memories)
             if name.startswith("v_") and name not in ("v_s_rcp_f32", "v_nop"):
                 return decode_vector(instruction, kernel.code.wave_size, rcp_rounding)

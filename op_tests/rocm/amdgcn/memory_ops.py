@@ -70,7 +70,8 @@ def decode_memory(instruction: Instruction, memories: Memories) -> Operation:
     if name in ("ds_swizzle_b32", "ds_bpermute_b32", "ds_permute_b32"):
         return _permute(instruction)
     for prefix, decode in (
-        ("global_read_", _global_load), ("global_write_", _global_store), ("ds_read_", _lds_load),
+        ("global_read_", _global_load), ("global_write_", _global_store),
+        ("global_atomic_", _global_atomic), ("ds_read_", _lds_load),
         ("ds_write_", _lds_store), ("ds_", _lds_atomic),
     ):  # fmt: skip
         if name.startswith(prefix):
@@ -279,6 +280,38 @@ _ATOMICS: dict[str, Any] = {
     "add": np.add, "sub": np.subtract, "or": np.bitwise_or, "and": np.bitwise_and,
     "xor": np.bitwise_xor, "max": np.maximum, "min": np.minimum,
 }  # fmt: skip
+
+
+_GLOBAL_ATOMICS = {**_ATOMICS, "swap": lambda old, new: new}
+
+
+def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    """32-bit atomics, with or without the old value as a result; lanes go one after the other."""
+    match = re.fullmatch(r"(add|sub|or|and|xor|u?max|u?min|swap)(?:_[ub]32)?", kind)
+    if match is None:
+        raise Fault(f"unknown instruction {instruction.mnemonic}")
+    function = _GLOBAL_ATOMICS[match[1].removeprefix("u")]
+    modifiers = instruction.modifiers
+    returns = len(instruction.operands) == 4 or "sc0" in modifiers or "glc" in modifiers
+    first = int(returns)
+    addresses = _global_addresses(instruction, first, 4, memories)
+    value = read_lanes(instruction.operands[first + 1])
+    write = _writer(instruction.operands[0], "b32") if returns else None
+
+    def run(w: Wave) -> None:
+        if not w.mask.any():
+            return
+        before = []
+        for address, new in zip(addresses(w), value(w)[w.mask], strict=True):
+            where = np.array([address])
+            old = memories.memory.load(where, 4, 4).view(np.uint32).reshape(-1)
+            now = np.asarray(function(old, np.uint32(new)), np.uint32).reshape(-1)
+            memories.memory.store(where, now.view(np.uint8).reshape(1, 4), 4)
+            before.append(old.view(np.uint8))
+        if write is not None:
+            write(w, np.stack(before))
+
+    return run
 
 
 def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:

@@ -25,7 +25,8 @@ U64 = (1 << 64) - 1
 # NOTE: hazards and waits are the compiler's duty; memory operations complete at once here.
 NO_EFFECT = (
     "s_nop", "s_wait", "s_delay_alu", "s_clause", "s_set_inst_prefetch_distance", "s_sendmsg",
-    "s_barrier_signal", "buffer_gl0_inv", "buffer_inv", "buffer_wbl2", "global_inv", "global_wb",
+    "s_barrier_signal", "buffer_gl0_inv", "buffer_gl1_inv", "buffer_inv", "buffer_wbinvl1",
+    "buffer_wbl2", "global_inv", "global_wb",
     "s_setprio", "s_code_end", "s_inst_prefetch", "s_set_gpr_idx_off", "v_nop", "s_sleep",
 )  # fmt: skip
 
