@@ -60,11 +60,13 @@ class Phase:
         mix: instructions of all waves by class.
         idle: issue slots of s_nop and v_nop.
         static: instructions of the kernel that are executed at least once.
+        round_trips: how often the wave that waits most waits for loads from memory.
     """
 
     mix: Counter[str]
     idle: int
     static: int
+    round_trips: int
 
 
 def phases(statistics: Statistics) -> dict[str, Phase]:
@@ -79,7 +81,12 @@ def phases(statistics: Statistics) -> dict[str, Phase]:
             return phase_of(where, last) == name
 
         static = sum(count > 0 for count in statistics.executed(chosen))
-        found[name] = Phase(statistics.mix(chosen), statistics.idle_slots(chosen), static)
+        found[name] = Phase(
+            statistics.mix(chosen),
+            statistics.idle_slots(chosen),
+            static,
+            statistics.most_round_trips(chosen),
+        )
     return found
 
 

@@ -143,12 +143,15 @@ def a_wave(width: int = 32) -> Wave:
 
 
 @pytest.mark.parametrize(
-    ("is_signed", "modifier", "expected"),
-    [(True, "", 49), (True, " scale_offset", 46), (True, " offset:8", 51), (False, "", None)],
+    ("arch", "modifier", "expected"),
+    [
+        ("gfx1250", "", 49),
+        ("gfx1250", " scale_offset", 46),
+        ("gfx1250", " offset:8", 51),
+        ("gfx1201", "", None),
+    ],
 )
-def test_offsets_beside_a_scalar_address(
-    is_signed: bool, modifier: str, expected: int | None
-) -> None:
+def test_offsets_beside_a_scalar_address(arch: str, modifier: str, expected: int | None) -> None:
     """An offset of -4 from word 50: signed and scaled by the access on gfx1250, 4 GiB elsewhere."""
     memory = GlobalMemory()
     address = memory.add("words", words(100)) + 4 * 49
@@ -156,7 +159,7 @@ def test_offsets_beside_a_scalar_address(
     wave.s[2], wave.s[3] = address & 0xFFFFFFFF, address >> 32
     wave.v[1] = np.full(32, 2**32 - 4, np.uint32)
     load = parse_instruction(f"global_load_b32 v0, v1, s[2:3]{modifier}", 1)
-    operation = decode_memory(load, Memories(memory, signed_offsets=is_signed))
+    operation = decode_memory(load, Memories(memory, arch))
     if expected is None:
         with pytest.raises(Fault, match="expected an address in a buffer"):
             operation(wave)
@@ -180,6 +183,36 @@ def test_a_launch_without_clusters() -> None:
     getreg = parse_instruction("s_getreg_b32 s4, hwreg(HW_REG_IB_STS2, 6, 4)", 1)
     decode_scalar(getreg, {}, 0)(wave)
     assert wave.s[4] == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "code", "round_trips"),
+    [
+        ("gfx942", ["load", "load", "s_waitcnt vmcnt(0)"], 1),
+        ("gfx942", ["load", "s_waitcnt vmcnt(0)", "load", "s_waitcnt vmcnt(0)"], 2),
+        ("gfx942", ["load", "load", "s_waitcnt vmcnt(1)", "s_waitcnt vmcnt(0)"], 2),
+        ("gfx942", ["load", "s_waitcnt lgkmcnt(0)", "s_waitcnt vmcnt(1)"], 0),
+        ("gfx942", ["store", "s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0)"], 0),
+        ("gfx942", ["load", "store", "s_waitcnt vmcnt(1)"], 1),
+        ("gfx1201", ["load", "store", "s_wait_loadcnt 0x1", "s_wait_loadcnt 0x0"], 1),
+        ("gfx1201", ["load", "s_wait_loadcnt_dscnt 0x103", "s_wait_loadcnt_dscnt 0x3"], 1),
+    ],
+)
+def test_round_trips(arch: str, code: list[str], round_trips: int) -> None:
+    memory = GlobalMemory()
+    address = memory.add("words", words(64))
+    wave = a_wave()
+    wave.s[2], wave.s[3] = address & 0xFFFFFFFF, address >> 32
+    wave.v[1] = 4 * words(32)
+    access = {"load": "global_load_dword v0, v1, s[2:3]",
+              "store": "global_store_dword v1, v1, s[2:3]"}  # fmt: skip
+    for text in code:
+        instruction = parse_instruction(access.get(text, text), 1)
+        if text in access:
+            decode_memory(instruction, Memories(memory, arch))(wave)
+        else:
+            decode_scalar(instruction, {}, 0)(wave)
+    assert wave.round_trips == round_trips
 
 
 WIDE = {

@@ -4,8 +4,8 @@ Each instruction is decoded once, to a Python function of a wave; a wave is then
 Waves of a workgroup run one after the other up to the next barrier, in a random order that a seed
 fixes, and workgroups too. Registers, SGPRs and LDS start as noise; the kernel gets what its
 `.amdhsa_` directives say: the address of its arguments, preloaded arguments, workgroup ids and
-work-item ids. Compiled code is taken as it is: waits, hazards and scheduling hints have no effect,
-they are the compiler's business and no part of what this checks.
+work-item ids. Compiled code is taken as it is: waits, hazards and scheduling hints have no effect on
+what it computes, they are the compiler's business. Waits are counted where a load was in flight.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
 def _decode(kernel: KernelText, rcp_rounding: int) -> tuple[Memories, list[Operation]]:
     """The instructions as functions, decoded once, and the memories that these look into."""
     if rcp_rounding not in kernel.decoded:
-        memories = Memories(GlobalMemory(), signed_offsets=kernel.code.arch == "gfx1250")
+        memories = Memories(GlobalMemory(), kernel.code.arch)
         operations = [
             _decode_one(kernel, instruction, memories, rcp_rounding)
             for instruction in kernel.instructions
@@ -190,8 +190,12 @@ def _run_workgroup(
     running = waves
     while running:
         counts = statistics.counts[workgroup, running[0].epoch] = [0] * len(operations)
+        trips = statistics.round_trips[workgroup, running[0].epoch] = {}
         for position in rng.permutation(len(running)):
-            _run_wave(kernel, operations, running[position], workgroup, counts)
+            wave = running[position]
+            before = wave.round_trips
+            _run_wave(kernel, operations, wave, workgroup, counts)
+            trips[wave.index] = wave.round_trips - before
         running = [wave for wave in running if not wave.done]
         for wave in running:
             wave.epoch += 1

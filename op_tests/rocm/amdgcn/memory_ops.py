@@ -39,11 +39,13 @@ class Memories:
         lds: of the running workgroup.
         banks: where the passes of LDS accesses are counted, by line; None for nowhere.
         signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
+        waits_for_stores: whether vmcnt counts stores as well (gfx9).
     """
 
-    def __init__(self, memory: GlobalMemory, signed_offsets: bool = False) -> None:
+    def __init__(self, memory: GlobalMemory, arch: str = "") -> None:
         self.memory = memory
-        self.signed_offsets = signed_offsets
+        self.signed_offsets = arch == "gfx1250"
+        self.waits_for_stores = arch.startswith("gfx9")
         self.lds: Lds | None = None
         self.banks: dict[int, BankTally] | None = None
 
@@ -186,6 +188,7 @@ def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Ope
 
     def run(w: Wave) -> None:
         if w.mask.any():
+            w.in_flight.append(True)
             write(w, memories.memory.load(addresses(w), size, min(size, 4)))
 
     return run
@@ -216,6 +219,8 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
 
     def run(w: Wave) -> None:
         if w.mask.any():
+            if memories.waits_for_stores:
+                w.in_flight.append(False)
             memories.memory.store(addresses(w), rows(w), align)
 
     return run
@@ -301,6 +306,8 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
     def run(w: Wave) -> None:
         if not w.mask.any():
             return
+        if returns or memories.waits_for_stores:
+            w.in_flight.append(returns)
         before = []
         for address, new in zip(addresses(w), value(w)[w.mask], strict=True):
             where = np.array([address])

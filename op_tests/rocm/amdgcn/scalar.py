@@ -6,6 +6,7 @@ the result and the new SCC, None where SCC stays.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ U64 = (1 << 64) - 1
 
 # NOTE: hazards and waits are the compiler's duty; memory operations complete at once here.
 NO_EFFECT = (
-    "s_nop", "s_wait", "s_delay_alu", "s_clause", "s_set_inst_prefetch_distance", "s_sendmsg",
+    "s_nop", "s_delay_alu", "s_clause", "s_set_inst_prefetch_distance", "s_sendmsg",
     "s_barrier_signal", "buffer_gl0_inv", "buffer_gl1_inv", "buffer_inv", "buffer_wbinvl1",
     "buffer_wbl2", "global_inv", "global_wb",
     "s_setprio", "s_code_end", "s_inst_prefetch", "s_set_gpr_idx_off", "v_nop", "s_sleep",
@@ -166,6 +167,8 @@ _SAVEEXEC: dict[str, Callable[[int, int], int]] = {
 def decode_scalar(instruction: Instruction, labels: dict[str, int], rcp_rounding: int) -> Operation:
     """The function of a scalar instruction; raises Fault for one that is not known."""
     name, operands = instruction.mnemonic, instruction.operands
+    if name.startswith("s_wait"):
+        return _wait(instruction.text)
     if name.startswith(NO_EFFECT) and name != "s_barrier_wait":
         return lambda w: None
     if name in ("s_barrier", "s_barrier_wait"):
@@ -188,6 +191,26 @@ def decode_scalar(instruction: Instruction, labels: dict[str, int], rcp_rounding
     if other is None:
         raise Fault(f"unknown instruction {name}")
     return other
+
+
+def _wait(text: str) -> Operation:
+    """Ends the loads of a wave down to what a wait allows; other counters have no effect."""
+    name, _, value = text.partition(" ")
+    counter = re.search(r"vmcnt\((\d+)\)", value)
+    if name.startswith("s_wait_loadcnt"):
+        shift = 8 if name == "s_wait_loadcnt_dscnt" else 0
+        most = int(value, 0) >> shift
+    elif name == "s_waitcnt" and counter is not None:
+        most = int(counter[1])
+    else:
+        return lambda w: None
+
+    def run(w: Wave) -> None:
+        ended = w.in_flight[: max(0, len(w.in_flight) - most)]
+        del w.in_flight[: len(ended)]
+        w.round_trips += any(ended)
+
+    return run
 
 
 def _branch(name: str, target: int) -> Operation:

@@ -28,12 +28,14 @@ class Statistics:
         instructions: the kernel's.
         waves: that ran.
         counts: executions of every instruction by all waves, by (workgroup, barriers passed).
+        round_trips: how often each wave, by its index, had to wait for loads, likewise.
         banks: LDS passes by the line of the instruction, if the launch asked for them.
     """
 
     instructions: list[Instruction]
     waves: int
     counts: dict[Where, list[int]] = field(default_factory=dict)
+    round_trips: dict[Where, dict[int, int]] = field(default_factory=dict)
     banks: dict[int, BankTally] = field(default_factory=dict)
 
     def executed(self, chosen: Callable[[Where], bool] = lambda where: True) -> list[int]:
@@ -67,3 +69,11 @@ class Statistics:
             if name in ("s_nop", "v_nop"):
                 slots += count * (1 + (int(rest, 0) if rest.strip() else 0))
         return slots
+
+    def most_round_trips(self, chosen: Callable[[Where], bool] = lambda where: True) -> int:
+        """How often the wave that waits most had to wait for loads from memory."""
+        totals: Counter[tuple[int, int]] = Counter()
+        for where, waves in self.round_trips.items():
+            if chosen(where):
+                totals.update({(where[0], wave): count for wave, count in waves.items()})
+        return max(totals.values(), default=0)
