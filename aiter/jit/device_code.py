@@ -81,6 +81,12 @@ BUDGETS = (
         " the fused kernel on gfx9 keep that many out of the 102 scalar registers around the loop"
         " over rows, more would be a change for the worse",
     ),
+    Budget(
+        "indexed_registers",
+        0,
+        "an array of registers was indexed by a variable, which takes one access after the other;"
+        " unroll the loop",
+    ),
     Budget("lds_bytes", None, "a workgroup cannot be launched with more LDS than its unit has"),
 )
 

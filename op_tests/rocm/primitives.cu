@@ -118,3 +118,19 @@ PRIMITIVE(count_arrivals_in_a_workgroup) {
                                                  __HIP_MEMORY_SCOPE_WORKGROUP);
   out[blockDim.x + 1 + threadIdx.x] = before;
 }
+
+// What row_topk.h must not do: registers that are indexed by a variable, the same in all lanes, and
+// an array that only memory can hold.
+PRIMITIVE(indexed_registers) {
+  uint32_t values[32];
+  for (int i = 0; i < 32; ++i) values[i] = in[threadIdx.x * 32 + i];
+  for (uint32_t i = 0; i < argument; ++i) values[(argument >> i) & 31] += i;
+  for (int i = 0; i < 32; ++i) out[threadIdx.x * 32 + i] = values[i];
+}
+
+PRIMITIVE(array_in_scratch) {
+  uint32_t values[64];
+  for (int i = 0; i < 64; ++i) values[i] = i * argument;
+  for (uint32_t i = 0; i < argument; ++i) values[in[i] & 63] += values[in[i + 1] & 63];
+  out[threadIdx.x] = values[in[threadIdx.x] & 63];
+}

@@ -72,6 +72,17 @@ def test_excess_is_reported(figure: str) -> None:
     assert f"got {1 << 20}; " in problem
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_arrays_with_variable_indices_are_over_budget(arch: str) -> None:
+    loader = default_loader()
+    source = Path(__file__).with_name("primitives.cu")
+    kernels = compile_source(source, arch, loader, (loader.csrc_dir / "include",)).kernels()
+    problems = {kernel.name: " ".join(over_budget(kernel)) for kernel in kernels}
+    assert "indexed_registers: expected at most 0, got" in problems["indexed_registers"]
+    assert "scratch_bytes: expected at most 0, got" in problems["array_in_scratch"]
+    assert problems["wave_max_32"] == ""
+
+
 def test_unlaunchable_workgroup_is_reported() -> None:
     (problem,) = over_budget(replace(one_kernel(), waves_per_simd=3))
     assert "expected registers for a workgroup of 1024 threads (16 waves)" in problem
