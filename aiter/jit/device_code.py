@@ -76,10 +76,11 @@ BUDGETS = (
     Budget("vgpr_spills", 0, "a spilled vector register costs two memory accesses per use"),
     Budget(
         "sgpr_spills",
-        5,
-        "scalar spills go to lanes of a vector register (v_writelane, no memory); some instances of"
-        " the fused kernel on gfx9 keep that many out of the 102 scalar registers around the loop"
-        " over rows, more would be a change for the worse",
+        16,
+        "scalar spills go to lanes of a vector register (v_writelane, no memory); the fused kernel"
+        " keeps up to 4 on gfx90a, which has 96 scalar registers to give where gfx942 has 102, and"
+        " up to 16 with 32 f32 logits per lane on gfx11 and gfx12;"
+        " more would be a change for the worse",
     ),
     Budget(
         "indexed_registers",

@@ -1,8 +1,9 @@
 """What does each phase of the fused launch execute, and how often do its LDS banks collide?
 
 Phases are told apart by workgroup and by the barriers passed (`amdgcn.statistics`): the workgroup
-that routes clears the bitmask before its first barrier, selects before the second, scatters and pads
-after the last, and counts and assigns in between. The other workgroups zero moe_buf.
+that routes clears the bitmask before its first barrier while its first rows are on their way, selects
+before the second, writes entries and padding after the last, and counts and assigns in between. The
+other workgroups zero moe_buf.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from launches import Device
 from runners import run_fused
 from targets import Target
 
-PHASES = ("clear", "top-k", "count, assign", "scatter, pad", "zero moe_buf")
+PHASES = ("load, clear", "top-k", "assign", "write", "zero moe_buf")
 ROUTING_WORKGROUP = 0
 
 # Decode batches of models, under the names that the tables show.

@@ -1,4 +1,4 @@
-"""Runs a kernel of `primitives.cu` on the interpreter."""
+"""Runs a kernel of `primitives.cu` or `planted.cu` on the interpreter."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from aiter.jit.device_code import compile_source
 from aiter.jit.device_kernels import ARCHS
 from aiter.jit.load import default_loader
 
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("primitives.cu", "planted.cu"))
+
 Words = NDArray[np.uint32]
 
 
 class Arguments(ctypes.Structure):
-    """The arguments of every kernel in `primitives.cu`."""
+    """The arguments of every kernel in the two files."""
 
     _fields_ = [
         ("input", ctypes.c_uint64),
@@ -34,10 +36,12 @@ class Arguments(ctypes.Structure):
 @cache
 def primitives(arch: str) -> dict[str, KernelText]:
     """The kernels by name, compiled if need be."""
-    source = Path(__file__).with_name("primitives.cu")
     loader = default_loader()
-    assembly = compile_source(source, arch, loader, (loader.csrc_dir / "include",))
-    return parse(assembly.text, arch)
+    found: dict[str, KernelText] = {}
+    for source in SOURCES:
+        assembly = compile_source(source, arch, loader, (loader.csrc_dir / "include",))
+        found.update(parse(assembly.text, arch))
+    return found
 
 
 def execute(

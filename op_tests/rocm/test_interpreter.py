@@ -1,6 +1,6 @@
 """Does the interpreter notice what is wrong, and is its arithmetic exact?
 
-Faults are planted in kernels (`primitives.cu`) and in assembly text; each must be reported with the
+Faults are planted in kernels (`planted.cu`) and in assembly text; each must be reported with the
 instruction and the place. The float arithmetic is compared with rational numbers.
 """
 
@@ -20,7 +20,7 @@ from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.operations import OPERATIONS
 from amdgcn.scalar import decode_scalar
 from amdgcn.vector import decode_vector
-from amdgcn.wave import Fault, Wave
+from amdgcn.wave import VCC, Fault, Wave, int_of
 from numpy.typing import NDArray
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
@@ -176,6 +176,17 @@ def test_two_sources_of_a_dual_instruction() -> None:
     dual = "v_dual_bitop2_b32 v2, v1, v2 bitop3:0x14 :: v_dual_mov_b32 v1, v2"
     decode_vector(parse_instruction(dual, 1), 32, 0)(wave)
     assert np.array_equal(wave.v[2], expected[0]) and np.array_equal(wave.v[1], expected[1])
+
+
+@pytest.mark.parametrize(("part", "shift"), [("WORD_1", 16), ("WORD_0", 0), ("DWORD", 0)])
+def test_compare_of_halves(part: str, shift: int) -> None:
+    wave = a_wave(64)
+    rng = np.random.default_rng(0)
+    wave.v[1], wave.v[2] = rng.integers(0, 2**32, (2, 64), np.uint32)
+    text = f"v_cmp_lt_u16_sdwa vcc, v1, v2 src0_sel:{part} src1_sel:DWORD"
+    decode_vector(parse_instruction(text, 1), 64, 0)(wave)
+    expected = (wave.v[1] >> shift & 0xFFFF) < (wave.v[2] & 0xFFFF)
+    assert wave.s[VCC] | wave.s[VCC + 1] << 32 == int_of(expected)
 
 
 def test_a_launch_without_clusters() -> None:

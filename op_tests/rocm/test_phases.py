@@ -28,17 +28,17 @@ def test_phases_are_told_apart(arch: str) -> None:
     assert list(found) == list(PHASES)
     assert sum((phase.mix for phase in found.values()), Counter()) == statistics.mix()
     assert sum(phase.idle for phase in found.values()) == statistics.idle_slots()
-    clear, topk, count, scatter, zero = (phase.mix for phase in found.values())
-    assert clear["VMEM"] == 0 < clear["LDS"], "the bitmask is in LDS"
-    assert topk["DPP"] > 0 == clear["DPP"], "selection is reductions over the wave"
-    assert count["DPP"] > 0, "first slots are a scan"
-    assert scatter["DPP"] == 0 < scatter["VMEM"], "entries go to memory"
+    clear, topk, assign, write, zero = (phase.mix for phase in found.values())
+    assert clear["DPP"] == 0 < clear["LDS"], "the bitmask is in LDS"
+    assert topk["DPP"] > 0 < topk["LDS"], "selection is reductions over the wave"
+    assert assign["LDS"] > 0, "counts are in LDS"
+    assert write["DPP"] == 0 < write["VMEM"], "entries go to memory"
     assert zero["VMEM"] > 0 == zero["LDS"] == zero["DPP"] == zero["barrier"]
 
 
 def test_phase_of() -> None:
     assert [phase_of((0, barriers), 5) for barriers in range(6)] == [
-        "clear", "top-k", "count, assign", "count, assign", "count, assign", "scatter, pad",
+        "load, clear", "top-k", "assign", "assign", "assign", "write",
     ]  # fmt: skip
     assert phase_of((7, 0), 5) == "zero moe_buf"
 
@@ -48,7 +48,7 @@ def test_phase_of() -> None:
 def test_bank_conflicts(arch: str, problem: str) -> None:
     pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
     total, worst = collisions(launch(arch, problem))
-    assert total.accesses > 100
+    assert total.accesses > 40
     assert total.worst <= MOST_PASSES, f"{worst}: {total}"
     assert total.passes <= MOST_COLLISIONS * total.least, f"{total}"
 

@@ -31,9 +31,9 @@ CSRC = default_loader().csrc_dir
 PRIMITIVES = {
     "wave_max, 32 bit": "wave_max_32", "wave_max, 64 bit": "wave_max_64",
     "wave_sum_by_halves": "sum_by_halves", "wave_sum_in_order": "sum_in_order",
-    "wave_inclusive_sum": "inclusive_sum", "wave_read_lane": "read_lane",
+    "wave_inclusive_sum": "inclusive_sum", "wave_rank": "rank", "wave_read_lane": "read_lane",
 }  # fmt: skip
-AMD_CROSSING = re.compile(r".*_dpp$|ds_|v_readlane|v_readfirstlane|v_writelane|v_permlane")
+AMD_CROSSING = re.compile(r".*_dpp$|ds_|v_readlane|v_readfirstlane|v_writelane|v_permlane|v_mbcnt")
 CUDA_CROSSING = re.compile(r"SHFL|REDUX|VOTE|MATCH|LDS|STS|ATOMS|BAR")
 
 Row = dict[str, str]
@@ -130,7 +130,8 @@ def sass(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counter[str]]:
     cubin = tmp_path_factory.mktemp("sass") / "primitives.cubin"
     flags = ("-std=c++17", "-O3", "--fmad=false", "-DAITER_TARGET_CUDA=1", "-arch=sm_90", "-cubin")
     command = [nvcc, *flags, f"-I{CSRC / 'include'}", "-o", str(cubin), "-x", "cu", str(SOURCE)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"{nvdisasm} does not read what {nvcc} wrote: {done.stderr.strip()[:200]}")

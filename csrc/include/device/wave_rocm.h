@@ -2,8 +2,9 @@
 //
 // Lanes talk through DPP, which is part of the arithmetic instruction and reaches within a row of
 // 16 lanes, and across rows by row_bcast on gfx9. What DPP cannot do: on gfx10 and later rows meet in
-// scalar registers (v_readlane) or by v_permlanex16; halves of a gfx9 wave meet through the LDS
-// crossbar (ds_swizzle, ds_bpermute), v_permlane32_swap being gfx950's alone. A result that is the
+// scalar registers (v_readlane) or by v_permlanex16; rows and halves of a gfx9 wave meet by
+// v_permlane16_swap and v_permlane32_swap on gfx950, elsewhere through the LDS crossbar (ds_swizzle,
+// ds_bpermute), as row_bcast hands on one lane and a sum by halves needs sixteen. A result that is the
 // same in all lanes is returned from v_readlane, so that the compiler keeps it in a scalar register.
 #pragma once
 

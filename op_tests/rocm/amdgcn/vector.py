@@ -101,15 +101,21 @@ def source_readers(
             readers.append(read_mask(operand))
             continue
         bare, negate, absolute, extend = _sign_modifiers(operand)
-        raw: Callable[[Wave], Lanes] = read_lanes(bare, _BITS[kind])
+        raw: Callable[[Wave], Lanes]
         if instruction.encoding == "sdwa":
-            raw = lanes.select(
-                raw, instruction.modifiers.get(f"src{position}_sel", "DWORD"), extend
-            )
+            part = instruction.modifiers.get(f"src{position}_sel", "DWORD")
+            raw = _narrowed(lanes.select(read_lanes(bare), part, extend), _BITS[kind])
+        else:
+            raw = read_lanes(bare, _BITS[kind])
         if position == 0 and instruction.encoding == "dpp":
             raw, only = lanes.dpp(raw, instruction.modifiers, width)
         readers.append(_viewed(raw, kind, negate, absolute))
     return readers, only
+
+
+def _narrowed(raw: Callable[[Wave], Lanes], bits: int) -> Callable[[Wave], Lanes]:
+    """The low half of what SDWA selected, for operations on 16 bits."""
+    return raw if bits == 32 else lambda w: raw(w).astype(np.uint16)
 
 
 def _sign_modifiers(operand: str) -> tuple[str, bool, bool, bool]:
