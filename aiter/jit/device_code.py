@@ -76,11 +76,9 @@ BUDGETS = (
     Budget("vgpr_spills", 0, "a spilled vector register costs two memory accesses per use"),
     Budget(
         "sgpr_spills",
-        16,
-        "scalar spills go to lanes of a vector register (v_writelane, no memory); the fused kernel"
-        " keeps up to 4 on gfx90a, which has 96 scalar registers to give where gfx942 has 102, and"
-        " up to 16 with 32 f32 logits per lane on gfx11 and gfx12;"
-        " more would be a change for the worse",
+        0,
+        "a spilled scalar register goes to a lane of a vector register and back (v_writelane,"
+        " v_readlane); gfx90a has the fewest, 96, as it keeps 6 for itself",
     ),
     Budget(
         "indexed_registers",
