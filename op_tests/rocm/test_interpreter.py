@@ -168,6 +168,25 @@ def test_offsets_beside_a_scalar_address(arch: str, modifier: str, expected: int
         assert (wave.v[0] == expected).all()
 
 
+@pytest.mark.parametrize(
+    ("modifiers", "picks"),
+    [("", (0, 0, 1, 1)), (" op_sel_hi:[1,0]", (0, 0, 1, 0)), (" op_sel:[1,0]", (1, 0, 1, 1)),
+     (" op_sel:[0,1] op_sel_hi:[0,1]", (0, 1, 0, 1))],
+)  # fmt: skip
+def test_packed_multiplication(modifiers: str, picks: tuple[int, int, int, int]) -> None:
+    """Which halves of the two sources are multiplied for the low and for the high result."""
+    wave = a_wave(64)
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 2, 64)).astype(np.float32)
+    wave.v[2], wave.v[3] = (half.view(np.uint32) for half in first)
+    wave.v[4], wave.v[5] = (half.view(np.uint32) for half in second)
+    text = f"v_pk_mul_f32 v[0:1], v[2:3], v[4:5]{modifiers}"
+    decode_vector(parse_instruction(text, 1), 64, 0)(wave)
+    a, b, c, d = picks
+    assert np.array_equal(wave.v[0].view(np.float32), first[a] * second[b])
+    assert np.array_equal(wave.v[1].view(np.float32), first[c] * second[d])
+
+
 def test_two_sources_of_a_dual_instruction() -> None:
     """0x14 is the table of xor where the third source is 0."""
     wave = a_wave()

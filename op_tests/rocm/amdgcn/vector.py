@@ -149,6 +149,8 @@ def _check_modifiers(instruction: Instruction) -> None:
     known = {"bitop3", *lanes.MODIFIERS}
     if instruction.mnemonic == "v_pk_mov_b32":
         known.add("op_sel")
+    if instruction.mnemonic in _PACKED_F32:
+        known |= {"op_sel", "op_sel_hi"}
     strange = set(instruction.modifiers) - known
     if strange:
         raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
@@ -167,6 +169,8 @@ def _decode_special(instruction: Instruction) -> Operation | None:
         return _division(instruction)
     if name == "v_pk_mov_b32":
         return _pk_mov(instruction)
+    if name in _PACKED_F32:
+        return _packed_f32(instruction, _PACKED_F32[name])
     if name in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"):
         return _mbcnt(instruction)
     return None
@@ -279,6 +283,39 @@ def _pk_mov(instruction: Instruction) -> Operation:
     def run(w: Wave) -> None:
         first, second = (reads[0](w) >> low).astype(_U), (reads[1](w) >> high).astype(_U)
         store(w, np.stack([first, second], axis=1).reshape(-1).view(np.uint64), None)
+
+    return run
+
+
+_PACKED_F32: dict[str, Callable[..., Array]] = {
+    "v_pk_mul_f32": lambda a, b: a * b,
+    "v_pk_add_f32": lambda a, b: a + b,
+    "v_pk_fma_f32": exact.fma,
+}
+
+
+def _packed_f32(instruction: Instruction, function: Callable[..., Array]) -> Operation:
+    """Two floats at once: op_sel picks the half of every source for the low one, op_sel_hi for
+    the high one."""
+    destination, *sources = instruction.operands
+    store = write_lanes(destination)
+    reads = [read_lanes(source, 64) for source in sources]
+
+    def halves(key: str, default: str) -> list[Array]:
+        picks = instruction.modifiers.get(key, "").strip("[]").split(",")
+        return [np.uint64(32 * int(pick or default)) for pick in (picks + [""] * 3)[: len(sources)]]
+
+    low, high = halves("op_sel", "0"), halves("op_sel_hi", "1")
+
+    def run(w: Wave) -> None:
+        values = [read(w) for read in reads]
+        pair = [
+            function(
+                *((v >> s).astype(_U).view(np.float32) for v, s in zip(values, shifts, strict=True))
+            )
+            for shifts in (low, high)
+        ]
+        store(w, np.stack(pair, axis=1).reshape(-1).view(np.uint64), None)
 
     return run
 
