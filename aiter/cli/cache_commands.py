@@ -22,6 +22,7 @@ from aiter.jit.cache import (
     changed_input,
     shown_path,
 )
+from aiter.jit.device_code import DEVICE_CODE_DIR
 from aiter.jit.errors import CacheError, JitError
 from aiter.jit.load import Loader, default_loader
 from aiter.jit.plan import abi_tag
@@ -132,7 +133,7 @@ def run_status(options: argparse.Namespace) -> int:
 
 
 def run_clean(options: argparse.Namespace) -> int:
-    """Removes builds that are stale or damaged, failed builds' logs and leftovers."""
+    """Removes stale and damaged builds, failed builds' logs, device code's text and leftovers."""
     loader = default_loader()
     cache = loader.cache
     removed = 0
@@ -143,7 +144,8 @@ def run_clean(options: argparse.Namespace) -> int:
             for parent in (folder.parent, folder.parent.parent, folder.parent.parent.parent):
                 if not any(parent.iterdir()):
                     parent.rmdir()
-    rest = (BROKEN_DIR, FAILED_DIR, *((COMPILER_DIR, TOOL_DIR) if options.all else ()))
+    rest = [BROKEN_DIR, DEVICE_CODE_DIR, FAILED_DIR]
+    rest += [COMPILER_DIR, TOOL_DIR] if options.all else []
     remove_leftovers(cache)
     for name in rest:
         if (cache.root / name).is_dir():

@@ -2,10 +2,12 @@
 
     python -m aiter selftest [--device cpu|cuda[:N]] [--wave 64|32] [--quick]
 
-Builds what is missing, then compares every op under every policy with `aiter.reference` on inputs
-with ties, infinities and NaN, captures and replays a graph where there is a GPU, and times a decode
-call. It needs nothing but the installed package, so that an owner of hardware that the authors do not
-have can say what happens on it.
+Builds what is missing, then compares every op under every policy and dtype with `aiter.reference` on
+inputs with ties, infinities and NaN, goes through the list of `selftest_checks` (further ops, LDS at
+its limit, graphs, streams, several GPUs), and times a decode call. On the CPU it does so for both
+wave widths. It needs nothing but the installed package, so that an owner of hardware that the authors
+do not have can say what happens on it; what cannot be shown here is listed as skipped, with the
+reason.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from torch import Tensor
 import aiter
 from aiter import fused_moe, reference
 from aiter.cli import env_command
+from aiter.cli.selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
 from aiter.cli.table import format_table
-from aiter.jit import cpu_wave
+from aiter.jit import JitError, cpu_wave
 from aiter.ops.device import current_device
 
 # (M, E, K): models' shapes, experts that are no power of two, tails.
@@ -35,10 +38,6 @@ SHAPES = (
 )  # fmt: skip
 QUICK_SHAPES = SHAPES[:4]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-POLICY_NAMES = {0: "automatic", 1: "oneshot", 2: "multiphase"}
-WEIGHT_TOLERANCE = 1e-6  # relative: the reference's exp may round differently
-SMALLEST_NORMAL = 2.0**-126  # absolute: a device may flush subnormal weights
-BLOCK_SIZE = 32
 MODEL_DIM = 37  # 74 bytes a row in bf16: not a multiple of 16
 
 
@@ -67,29 +66,32 @@ def main(argv: Sequence[str]) -> int:
     """Prints the report; 0 if everything was right, 1 if not."""
     parser = argparse.ArgumentParser("python -m aiter selftest", description=__doc__)
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
+    parser.add_argument("--wave", type=int, choices=(64, 32), help="cpu wave width; else both")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     options = parser.parse_args(argv)
     device = current_device(options.device)
-    on_cpu = device.type == "cpu"
     env_command.run(options)
     print()
-    print(format_table(("device", "value"), _device_rows(device, options.wave)))
-    print()
     failures: list[str] = []
-    with cpu_wave(options.wave) if on_cpu else nullcontext():
-        print(_parity(device, QUICK_SHAPES if options.quick else SHAPES, failures))
+    waves = (options.wave,) if options.wave else (64, 32)
+    for wave in waves if device.type == "cpu" else (None,):
+        print(format_table(("device", "value"), _device_rows(device, wave)))
         print()
-        print(
-            format_table(("decode call, M=32 E=128 K=4 D=2880", "result"), _calls(device, failures))
-        )
+        with nullcontext() if wave is None else cpu_wave(wave):
+            print(_parity(device, QUICK_SHAPES if options.quick else SHAPES, failures))
+            print()
+            print(_checks(device, failures))
+            print()
+            rows = _calls(device)
+            print(format_table(("decode call, M=32 E=128 K=4 D=2880", "result"), rows))
+            print()
     for failure in failures[:20]:
         print(failure, file=sys.stderr)
-    print(f"\nselftest: {'FAILED' if failures else 'passed'} on {device}")
+    print(f"selftest: {'FAILED' if failures else 'passed'} on {device}")
     return 1 if failures else 0
 
 
-def _device_rows(device: torch.device, wave: int) -> list[tuple[str, str]]:
+def _device_rows(device: torch.device, wave: int | None) -> list[tuple[str, str]]:
     if device.type == "cpu":
         return [("device", "the CPU, executing the HIP kernels"), ("wave", str(wave))]
     properties = torch.cuda.get_device_properties(device)
@@ -146,6 +148,23 @@ def _parity(
     return format_table(("logits", "policy", "paths", "passed", "failed"), rows)
 
 
+def _checks(device: torch.device, failures: list[str]) -> str:
+    """A row per entry of CHECKS: right, wrong or skipped."""
+    rows = []
+    for name, check in CHECKS.items():
+        try:
+            wrong = check(device)
+        except Skipped as reason:
+            rows.append((name, f"skipped: {reason}"))
+            continue
+        except (JitError, RuntimeError) as error:
+            wrong = f"raised {type(error).__name__}: {error}"
+        if wrong:
+            failures.append(f"{name}: {wrong}")
+        rows.append((name, "wrong" if wrong else "right"))
+    return format_table(("check", "result"), rows)
+
+
 def _check(problem: Problem, policy: int) -> tuple[str, str]:
     """What is wrong with the routing of a problem ("" for nothing), and the path it took."""
     num_experts = problem.logits.shape[1]
@@ -156,30 +175,10 @@ def _check(problem: Problem, policy: int) -> tuple[str, str]:
     expected = reference.topk_softmax_sorting(
         problem.logits, *arguments, BLOCK_SIZE, problem.mask, problem.num_local
     )
-    return _difference(got, expected), str(fused_moe.last_path())
+    return difference(got, expected), str(fused_moe.last_path())
 
 
-def _difference(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
-    slots, num_local = expected[3].tolist()
-    if got[3].tolist() != [slots, num_local]:
-        return f"num_valid_ids: expected {[slots, num_local]}, got {got[3].tolist()}"
-    for index, name, size in (
-        (0, "sorted_ids", slots),
-        (2, "sorted_expert_ids", slots // BLOCK_SIZE),
-    ):
-        if not torch.equal(got[index][:size], expected[index][:size]):
-            at = int((got[index][:size] != expected[index][:size]).nonzero()[0])
-            return f"{name}[{at}]: expected {int(expected[index][at])}, got {int(got[index][at])}"
-    error = (got[1][:slots] - expected[1][:slots]).abs()
-    bound = WEIGHT_TOLERANCE * expected[1][:slots] + SMALLEST_NORMAL
-    if not bool((error <= bound).all()):
-        return f"sorted_weights: expected within {WEIGHT_TOLERANCE}, got {float(error.max())} off"
-    if bool(got[4][:num_local].view(torch.uint8).any()):
-        return f"moe_buf: expected {num_local} rows of zeros, got others"
-    return ""
-
-
-def _calls(device: torch.device, failures: list[str]) -> list[tuple[str, str]]:
+def _calls(device: torch.device) -> list[tuple[str, str]]:
     logits = torch.randn(32, 128, dtype=torch.bfloat16, device=device)
 
     def call() -> fused_moe.SortedBuffers:
@@ -192,7 +191,6 @@ def _calls(device: torch.device, failures: list[str]) -> list[tuple[str, str]]:
          str(aiter.fused_topk_moe_sorting_max_tokens(128, 4, device=device))),
     ]  # fmt: skip
     if device.type == "cuda":
-        rows.append(("graph replay with new logits", _graph(logits, call, failures)))
         rows.append(("host time per call", f"{_wall_us(call, 200, device, wait=False):.1f} us"))
     rows.append(("wall time per call", f"{_wall_us(call, 20, device, wait=True):.1f} us"))
     return rows
@@ -215,18 +213,3 @@ def _wall_us(call: Callable[[], object], count: int, device: torch.device, wait:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _graph(logits: Tensor, call: Callable[[], fused_moe.SortedBuffers], failures: list[str]) -> str:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        buffers = call()
-    for _ in range(3):
-        logits.copy_(torch.randn_like(logits))
-        graph.replay()
-        expected = reference.topk_softmax_sorting(logits, 4, 128, 2880, torch.bfloat16)
-        wrong = _difference(buffers, expected)
-        if wrong:
-            failures.append(f"graph replay: {wrong}")
-            return "wrong"
-    return "right"

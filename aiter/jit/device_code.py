@@ -32,12 +32,15 @@ from aiter.jit.errors import BuildError, CacheError, ConfigError, ToolchainError
 from aiter.jit.load import Loader, default_loader
 from aiter.jit.log import get_logger
 from aiter.jit.progress import Progress
+from aiter.jit.rocm_flags import ROCM_FLAGS, rocm_flags
 from aiter.jit.spec import load_spec
 from aiter.jit.target import Target
 
 DEVICE_CODE_DIR = ".device_code"
 
-# NOTE: what decides the code is as in the rocm profile of `toolchain`; the rest replaces ROCm.
+# NOTE: what decides the code is as in the rocm profile of `toolchain` for the newest hipcc; the rest
+# replaces ROCm.
+_NEWEST = max(flag.since for flag in ROCM_FLAGS)
 DEVICE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -73,10 +76,15 @@ BUDGETS = (
     Budget("vgpr_spills", 0, "a spilled vector register costs two memory accesses per use"),
     Budget(
         "sgpr_spills",
-        5,
-        "scalar spills go to lanes of a vector register (v_writelane, no memory); some instances of"
-        " the fused kernel on gfx9 keep that many out of the 102 scalar registers around the loop"
-        " over rows, more would be a change for the worse",
+        0,
+        "a spilled scalar register goes to a lane of a vector register and back (v_writelane,"
+        " v_readlane); gfx90a has the fewest, 96, as it keeps 6 for itself",
+    ),
+    Budget(
+        "indexed_registers",
+        0,
+        "an array of registers was indexed by a variable, which takes one access after the other;"
+        " unroll the loop",
     ),
     Budget("lds_bytes", None, "a workgroup cannot be launched with more LDS than its unit has"),
 )
@@ -165,6 +173,7 @@ def compile_source(
     words = (
         *command,
         f"--offload-arch={arch}",
+        *rocm_flags(_NEWEST, (arch,)),
         *DEVICE_FLAGS,
         *(f"-I{folder}" for folder in folders),
         "-idirafter",

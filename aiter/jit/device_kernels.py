@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from aiter.jit.errors import ToolchainError
 
 MIX_CLASSES = (
-    "VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "s_nop", "other",
+    "VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "nop", "other",
 )  # fmt: skip
+
+_INDEXED = ("v_movrel", "s_movrel", "s_set_gpr_idx")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ ARCHS: dict[str, Arch] = {
     "gfx950": Arch(64, 512, 8, 8, _GFX9_SGPRS, 4, 160 * 1024),
     "gfx1100": _RDNA,
     "gfx1201": _RDNA,
-    "gfx1250": Arch(32, 1024, 16, 16, (), 4, 64 * 1024),
+    "gfx1250": Arch(32, 1024, 16, 16, (), 4, 320 * 1024),
 }
 
 
@@ -83,6 +85,7 @@ class KernelCode:
         vgpr_spills, sgpr_spills: registers that did not fit.
         lds_bytes: LDS known at compile time; dynamic LDS comes on top.
         scratch_bytes: private memory per lane.
+        indexed_registers: instructions that pick a register by a variable.
         kernarg_bytes: size of the kernel's argument segment.
         code_bytes: size of the code.
         max_threads: threads of the largest workgroup that it was compiled for.
@@ -101,6 +104,7 @@ class KernelCode:
     sgpr_spills: int
     lds_bytes: int
     scratch_bytes: int
+    indexed_registers: int
     kernarg_bytes: int
     code_bytes: int
     max_threads: int
@@ -164,8 +168,8 @@ def instruction_lines(body: str) -> list[str]:
 def instruction_class(line: str) -> str:
     """Which of MIX_CLASSES an instruction belongs to."""
     mnemonic = line.split(maxsplit=1)[0]
-    if mnemonic == "s_nop":
-        return "s_nop"
+    if mnemonic in ("s_nop", "v_nop"):
+        return "nop"
     if mnemonic.startswith(("s_waitcnt", "s_wait_", "s_delay_alu")):
         return "waitcnt"
     if "barrier" in mnemonic:
@@ -253,7 +257,8 @@ def _kernel(text: str, arch: str, symbol: str, fields: dict[str, int]) -> Kernel
     _, _, remarks = text.partition(f"\t.size\t{symbol}, ")
     code_bytes = _remark(symbol, remarks, r"codeLenInByte = (\d+)")
     occupancy = _remark(symbol, remarks, r"Occupancy: (\d+)")
-    counts = Counter(map(instruction_class, instruction_lines(kernel_body(text, symbol))))
+    code = instruction_lines(kernel_body(text, symbol))
+    counts = Counter(map(instruction_class, code))
     try:
         return KernelCode(
             symbol=symbol,
@@ -266,6 +271,7 @@ def _kernel(text: str, arch: str, symbol: str, fields: dict[str, int]) -> Kernel
             sgpr_spills=fields["sgpr_spill_count"],
             lds_bytes=fields["group_segment_fixed_size"],
             scratch_bytes=fields["private_segment_fixed_size"],
+            indexed_registers=sum(line.startswith(_INDEXED) for line in code),
             kernarg_bytes=fields["kernarg_segment_size"],
             code_bytes=code_bytes,
             max_threads=fields["max_flat_workgroup_size"],

@@ -130,6 +130,11 @@ class _Found:
     pybind11_dir: Path
     inputs: dict[str, Any]
 
+    @property
+    def version(self) -> str:
+        """The compiler's version text, the last part of its identity."""
+        return str(self.inputs["compiler"][1][-1])
+
 
 def make_plan(
     config_path: Path,
@@ -156,7 +161,9 @@ def make_plan(
         )
     found = _find(target, memo_dir) if recorded is None else _from_record(recorded)
     roots = Roots(csrc_dir, found.pybind11_dir, toolchain.python_include())
-    profile = toolchain.make_profile(spec, target, found.compiler, csrc_dir, found.pybind11_dir)
+    profile = toolchain.make_profile(
+        spec, target, found.compiler, csrc_dir, found.pybind11_dir, found.version
+    )
     variables = {**template_variables(module, csrc_dir, target), **spec.template_args}
     sources = (
         *(_read_source(module, path, _flags_of(path, profile), variables) for path in spec.srcs),
@@ -205,7 +212,7 @@ def _find(target: Target, memo_dir: Path) -> _Found:
 
 
 def _from_record(recorded: dict[str, Any]) -> _Found:
-    # NOTE: only the family decides flags, and folders enter the key by their short names alone.
+    # NOTE: family and version decide flags; folders enter the key by their short names alone.
     compiler = Compiler((), Path(), "an earlier build", str(recorded["compiler"][0]))
     inputs = {part: recorded[part] for part in ("compiler", "variables")}
     return _Found(compiler, Path("/pybind11"), inputs)

@@ -84,8 +84,9 @@ def _is_recorded(inputs: dict[str, Any]) -> bool:
     compiler = inputs.get("compiler")
     return (
         isinstance(compiler, list)
-        and bool(compiler)
+        and len(compiler) >= 2
         and isinstance(compiler[0], str)
+        and all(isinstance(identity, list) and identity for identity in compiler[1:])
         and isinstance(inputs.get("variables"), dict)
     )
 

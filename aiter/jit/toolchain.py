@@ -14,6 +14,8 @@ compiler's own runtime, which knows threads but neither lanes nor workgroups; `a
 kernels and the execution layer with the compiler's address and undefined-behaviour sanitizers. The
 bindings stay as they are: sanitized, they take 20 s of a build's 23 s.
 
+Flags that only some versions of hipcc know are a table of their own, `rocm_flags`.
+
 Paths of the sources are mapped to short names (`csrc/...`), so the result does not depend on where
 the package lies. nvcc has no such mapping for its device line tables: those name the real files,
 which is also what profilers want.
@@ -28,6 +30,7 @@ from pathlib import Path
 
 from aiter.jit.compilers import Compiler
 from aiter.jit.errors import ToolchainError
+from aiter.jit.rocm_flags import hip_version, rocm_flags
 from aiter.jit.spec import ModuleSpec
 from aiter.jit.target import Target
 
@@ -73,9 +76,14 @@ def target_environment(kind: str) -> dict[str, str]:
 
 
 def make_profile(
-    spec: ModuleSpec, target: Target, compiler: Compiler, csrc_dir: Path, pybind11_dir: Path
+    spec: ModuleSpec,
+    target: Target,
+    compiler: Compiler,
+    csrc_dir: Path,
+    pybind11_dir: Path,
+    version_text: str = "",
 ) -> Profile:
-    """The profile of `spec` for `target` with `compiler`."""
+    """The profile of `spec` for `target` with `compiler`, which calls itself `version_text`."""
     includes = [*map(str, spec.extra_include), str(csrc_dir / "include")]
     system = [str(pybind11_dir), str(python_include())]
     common = (
@@ -89,7 +97,10 @@ def make_profile(
         f"-ffile-prefix-map={pybind11_dir}=pybind11",
         f"-ffile-prefix-map={python_include()}=python",
     )
-    make = {"cpu": _cpu, "cuda": _cuda, "rocm": _rocm}[target.kind]
+    if target.kind == "rocm":
+        versioned = rocm_flags(hip_version(version_text), target.archs)
+        return _rocm(spec, target, versioned, common, prefix_map)
+    make = _cpu if target.kind == "cpu" else _cuda
     return make(spec, target, compiler, csrc_dir, common, prefix_map)
 
 
@@ -199,12 +210,10 @@ def _cuda(
 def _rocm(
     spec: ModuleSpec,
     target: Target,
-    compiler: Compiler,
-    csrc_dir: Path,
+    versioned: tuple[str, ...],
     common: tuple[str, ...],
     prefix_map: tuple[str, ...],
 ) -> Profile:
-    del compiler, csrc_dir
     # NOTE: host code and the link name them too; hipcc otherwise asks the driver for a device.
     archs = tuple(f"--offload-arch={arch}" for arch in target.archs)
     shared = (*_EXACT_MATH, *common, *prefix_map)
@@ -213,6 +222,7 @@ def _rocm(
             *_DEVICE_FLAGS,
             "-fno-gpu-rdc",
             *archs,
+            *versioned,
             *shared,
             *spec.flags_extra_hip,
             "-x",

@@ -15,6 +15,7 @@ from toy import MODULE, Toy, child_environment
 from aiter.cli.main import main
 from aiter.cli.table import format_table
 from aiter.jit import envs, paths
+from aiter.jit.device_code import DEVICE_CODE_DIR
 from aiter.jit.load import default_loader
 from aiter.jit.target import cpu_level, cpu_target
 
@@ -95,8 +96,12 @@ def test_build_status_clean(installed: Toy, capsys: Output) -> None:
     assert "stale: csrc/include/inner.h changed" in out
     assert out.count("valid") == 1
 
+    text = installed.cache_dir / DEVICE_CODE_DIR / "toy" / "gfx942" / "0123.s"
+    text.parent.mkdir(parents=True)
+    text.touch()
     assert main(["clean"]) == 0
     assert "removed 2 builds" in capsys.readouterr().out
+    assert not (installed.cache_dir / DEVICE_CODE_DIR).exists()
     assert len(installed.builds()) == 1
     assert main(["clean", "--all"]) == 0
     assert "removed 1 builds" in capsys.readouterr().out

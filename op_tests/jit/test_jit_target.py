@@ -92,6 +92,35 @@ def test_detected_amd_arch_drops_its_modes(amd_gpu: None) -> None:
     assert target_for(GPU) == Target("rocm", ("gfx942",))
 
 
+def test_named_rocm_target_is_the_current_devices(
+    amd_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert named_target("rocm") == Target("rocm", ("gfx942",))
+    with pytest.raises(TargetError, match="shows no cuda device"):
+        named_target("cuda")
+
+
+def test_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's own architecture counts, as PyTorch numbers devices: HIP_VISIBLE_DEVICES renumbers
+    them for PyTorch and for the runtime that a module calls alike, so it is not looked at here."""
+    names = ["gfx90a:sramecc+:xnack-", "gfx1100"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d: SimpleNamespace(gcnArchName=names[d.index])
+    )
+    for visible in (None, "1", "1,0"):
+        if visible is not None:
+            monkeypatch.setenv("HIP_VISIBLE_DEVICES", visible)
+        assert target_for(torch.device("cuda", 0)) == Target("rocm", ("gfx90a",))
+        assert target_for(torch.device("cuda", 1)) == Target("rocm", ("gfx1100",))
+    monkeypatch.setenv("GPU_ARCHS", "gfx90a;gfx942")
+    assert target_for(torch.device("cuda", 0)) == Target("rocm", ("gfx90a", "gfx942"))
+    with pytest.raises(TargetError, match="GPU_ARCHS .gfx90a, gfx942.*, got gfx1100"):
+        target_for(torch.device("cuda", 1))
+
+
 def test_detected_nvidia_arch(nvidia_gpu: None) -> None:
     assert target_for(GPU) == Target("cuda", ("sm_90",))
 

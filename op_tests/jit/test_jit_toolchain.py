@@ -14,6 +14,7 @@ from aiter.jit.cache import Entry
 from aiter.jit.compilers import Compiler, compiler_version, find_compiler
 from aiter.jit.errors import ToolchainError
 from aiter.jit.load import Loader
+from aiter.jit.rocm_flags import ROCM_FLAGS
 from aiter.jit.spec import ModuleSpec
 from aiter.jit.target import Target
 from aiter.jit.toolchain import Profile, make_profile
@@ -85,13 +86,26 @@ def test_cuda_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_rocm_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilers, "_has_package", lambda name: name == "_rocm_sdk_devel")
+    """From the last place to the first: each is taken as soon as it is there."""
+    standard = "/opt/rocm/bin/hipcc"
+    there: set[str] = set()
+    is_file = Path.is_file
+    monkeypatch.setattr(
+        Path, "is_file", lambda path: str(path) in there if str(path) == standard else is_file(path)
+    )
+    packages: list[str] = []
+    monkeypatch.setattr(compilers, "_has_package", lambda name: name in packages)
     monkeypatch.setattr(compilers, "_package_dir", lambda name: tmp_path / name)
-    found = [program(tmp_path / "_rocm_sdk_devel" / "bin" / "hipcc")]
-    if not Path("/opt/rocm/bin/hipcc").is_file():
-        assert find_compiler("rocm").command == (str(found[0]),)
+    for package in ("_rocm_sdk_devel", "_rocm_sdk_core"):
+        packages.append(package)
+        bundled = program(tmp_path / package / "bin" / "hipcc")
+        assert find_compiler("rocm").command == (str(bundled),)
+        assert find_compiler("rocm").found_by == f"the {package} package"
+    there.add(standard)
+    assert find_compiler("rocm").command == (standard,)
     path = program(bare_path / "hipcc")
     assert find_compiler("rocm").command == (str(path),)
+    assert find_compiler("rocm").found_by == "hipcc on PATH"
     for name in ("ROCM_PATH", "ROCM_HOME"):
         home = program(tmp_path / name / "bin" / "hipcc")
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -234,6 +248,61 @@ def test_rocm_flags() -> None:
     assert profile.host[-2:] == ("-x", "c++")
     assert "-D__HIP_PLATFORM_AMD__=1" in profile.host and "-DCC" in profile.host
     assert profile.environment == {"HIP_PLATFORM": "amd"}
+    assert "-mllvm" not in profile.device
+
+
+HIPCC_5_2 = """HIP version: 5.2.21153-0
+Debian clang version 15.0.6
+Target: x86_64-pc-linux-gnu"""
+HIPCC_6_2 = """HIP version: 6.2.41133-dd7f95766
+AMD clang version 18.0.0git (https://example.com/llvm-project roc-6.2.0 24292)"""
+INLINING = ("-mllvm", "-amdgpu-early-inline-all=true", "-mllvm", "-amdgpu-function-calls=false")
+PRELOAD = ("-mllvm", "-amdgpu-kernarg-preload-count=16")
+
+
+@pytest.mark.parametrize(
+    ("text", "archs", "words"),
+    [
+        (HIPCC_5_2, ("gfx90a",), ()),
+        (HIPCC_5_2.replace("5.2.21153", "6.2.41132"), ("gfx942",), ()),
+        (HIPCC_6_2, ("gfx90a",), INLINING),
+        (HIPCC_6_2, ("gfx1100", "gfx942:sramecc+:xnack-"), (*INLINING, *PRELOAD)),
+        (HIPCC_6_2.replace("6.2.41133", "7.0.51831"), ("gfx950",), (*INLINING, *PRELOAD)),
+        (HIPCC_6_2.replace("6.2.41133", "10.0.1"), ("gfx1201",), INLINING),
+        ("AMD clang version 20.0.0git", ("gfx942",), ()),
+        ("", ("gfx942",), ()),
+    ],
+)
+def test_flags_by_rocm_version(text: str, archs: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """A compiler gets what it knows: for what its version says, and for its architectures."""
+    compiler = Compiler(("hipcc",), Path("hipcc"), "test", "hipcc")
+    spec, target = ModuleSpec(name="module_x", srcs=()), Target("rocm", archs)
+    profile = make_profile(spec, target, compiler, Path("/csrc"), Path("/pybind11"), text)
+    start = profile.device.index(f"--offload-arch={archs[-1]}") + 1
+    assert profile.device[start : start + len(words)] == words
+    assert profile.device.count("-mllvm") == words.count("-mllvm")
+    assert "-mllvm" not in (*profile.host, *profile.link)
+
+
+def test_every_versioned_flag_has_a_reason_and_is_given_once() -> None:
+    assert all(flag.reason and flag.words for flag in ROCM_FLAGS)
+    assert len({flag.words for flag in ROCM_FLAGS}) == len(ROCM_FLAGS)
+
+
+def test_a_hipcc_gets_the_flags_of_its_version(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the loader: the version text comes from the compiler itself."""
+    (toy.csrc / "toy.cu").write_text(GPU_SOURCE)
+    toy.configure(srcs=["{{ AITER_CSRC_DIR }}/toy.cu"])
+    for text, known in ((HIPCC_5_2, False), (HIPCC_6_2, True)):
+        home = tmp_path / text[13:16]
+        program(home / "bin" / "hipcc", f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        monkeypatch.setenv("ROCM_HOME", str(home))
+        plan = toy.loader().plan("module_toy", Target("rocm", ("gfx942",)))
+        flags = {flag for source in plan.sources for flag in source.flags}
+        assert ("-amdgpu-function-calls=false" in flags) == known
+        assert text in plan.inputs["compiler"][0]
 
 
 @pytest.mark.parametrize(

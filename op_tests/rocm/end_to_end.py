@@ -1,6 +1,6 @@
 """Does the rocm path work end to end with a real hipcc, on a machine without an AMD GPU?
 
-    python op_tests/rocm/end_to_end.py [--arch gfx90a]
+    python op_tests/rocm/end_to_end.py [--arch 'gfx90a;gfx906']
 
 Builds every module through the loader as a user's process would (detection, compile, link), imports
 it, and then does what needs a GPU: asking for the largest M and launching, both of which have to fail
@@ -76,11 +76,11 @@ def message_of(call: object) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--arch", default="gfx90a", help="what hipcc is asked for")
+    parser.add_argument("--arch", default="gfx90a", help="for hipcc: gfx90a or 'gfx90a;gfx906'")
     options = parser.parse_args()
     compiler = find_compiler("rocm")
     print(f"compiler: {' '.join(compiler.command)} ({compiler.found_by})")
-    target = named_target("rocm", (options.arch,))
+    target = named_target("rocm", tuple(options.arch.split(";")))
     loader = default_loader()
     rows = []
     loaded = {}

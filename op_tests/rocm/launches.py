@@ -16,8 +16,9 @@ from functools import cache
 import numpy as np
 import torch
 from amdgcn.assembly import KernelText, parse
-from amdgcn.machine import Launch, Statistics, run
+from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
+from amdgcn.statistics import Statistics
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -134,12 +135,14 @@ class Device:
         arch: such as `gfx942`.
         seed: of the noise in registers and LDS, and of the order of waves and workgroups.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
+        counts_banks: whether to count LDS bank conflicts.
         statistics: of every launch so far, by kernel.
     """
 
     arch: str
     seed: int = 0
     rcp_rounding: int = 0
+    counts_banks: bool = False
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @property
@@ -278,7 +281,8 @@ class Device:
         lds_bytes: int,
     ) -> None:
         kernel = kernels(module, self.arch)[name]
-        launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding)
+        launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
+                        self.counts_banks)  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 

@@ -1,5 +1,5 @@
 // Every wave operation of wave.h, and the arithmetic of numeric.h, as a kernel of its own: one
-// workgroup, one word in and one out per thread. The last kernels do what a kernel must not.
+// workgroup, one word in and one or two out per thread.
 #include "device/numeric.h"
 #include "device/wave.h"
 
@@ -33,19 +33,19 @@ PRIMITIVE(read_lane) {
 }
 
 PRIMITIVE(rank) {
-  const WavePrefix prefix = wave_rank(in[threadIdx.x] % 2 != 0);
+  const WavePrefix prefix = wave_rank(in[threadIdx.x] > argument);
   out[threadIdx.x] = prefix.below;
   out[threadIdx.x + blockDim.x] = prefix.total;
 }
 
-PRIMITIVE(exclusive_sum_of_block) {
-  __shared__ Totals lds_totals[kMaxWavesPerBlock / kTotalsAtOnce];
-  WavePrefix prefix = wave_prefix_sum(in[threadIdx.x]);
-  post_total(lds_totals->of_wave, prefix);
+PRIMITIVE(prefix_over_workgroup) {
+  __shared__ alignas(16) uint32_t lds_totals[kMaxWavesPerBlock];
+  const WavePrefix own = wave_prefix_sum(in[threadIdx.x]);
+  post_total(lds_totals, own);
   __syncthreads();
-  prefix = over_workgroup(lds_totals->of_wave, blockDim.x / kWaveSize, prefix);
-  out[threadIdx.x] = prefix.below;
-  out[threadIdx.x + blockDim.x] = prefix.total;
+  const WavePrefix all = over_workgroup(lds_totals, static_cast<int>(argument), own);
+  out[threadIdx.x] = all.below;
+  out[threadIdx.x + blockDim.x] = all.total;
 }
 
 PRIMITIVE(exp_nonpositive_f32) {
@@ -69,37 +69,3 @@ PRIMITIVE(f16_to_f32) {
 }
 
 PRIMITIVE(f32_key) { out[threadIdx.x] = Logit<float>::store(in[threadIdx.x], 0); }
-
-PRIMITIVE(store_past_the_end) { out[threadIdx.x + argument] = in[threadIdx.x]; }
-
-PRIMITIVE(misaligned_store) {
-  *reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(out + threadIdx.x) + argument) = 1;
-}
-
-PRIMITIVE(store_to_input) { const_cast<uint32_t*>(in)[threadIdx.x] = argument; }
-
-PRIMITIVE(missing_barrier) {
-  __shared__ uint32_t lds_words[1024];
-  lds_words[threadIdx.x] = in[threadIdx.x];
-  if (argument != 0) __syncthreads();
-  out[threadIdx.x] = lds_words[blockDim.x - 1 - threadIdx.x];
-}
-
-PRIMITIVE(unwritten_lds) {
-  __shared__ uint32_t lds_words[1024];
-  if (threadIdx.x < argument) lds_words[threadIdx.x] = in[threadIdx.x];
-  __syncthreads();
-  out[threadIdx.x] = lds_words[threadIdx.x];
-}
-
-PRIMITIVE(lds_past_the_end) {
-  extern __shared__ uint32_t lds_dynamic[];
-  lds_dynamic[threadIdx.x] = in[threadIdx.x];
-  __syncthreads();
-  out[threadIdx.x] = lds_dynamic[blockDim.x - 1 - threadIdx.x] + argument;
-}
-
-PRIMITIVE(endless_loop) {
-  while (argument != 0) __asm__ volatile("s_nop 0");
-  out[threadIdx.x] = in[threadIdx.x];
-}

@@ -1,26 +1,30 @@
-"""Runs a kernel of `primitives.cu` on the interpreter."""
+"""Runs a kernel of `primitives.cu` or `planted.cu` on the interpreter."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from amdgcn.assembly import KernelText, parse
 from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
+from amdgcn.statistics import Statistics
 from numpy.typing import NDArray
 
 from aiter.jit.device_code import compile_source
 from aiter.jit.device_kernels import ARCHS
 from aiter.jit.load import default_loader
 
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("primitives.cu", "planted.cu"))
+
 Words = NDArray[np.uint32]
 
 
 class Arguments(ctypes.Structure):
-    """The arguments of every kernel in `primitives.cu`."""
+    """The arguments of every kernel in the two files."""
 
     _fields_ = [
         ("input", ctypes.c_uint64),
@@ -32,13 +36,15 @@ class Arguments(ctypes.Structure):
 @cache
 def primitives(arch: str) -> dict[str, KernelText]:
     """The kernels by name, compiled if need be."""
-    source = Path(__file__).with_name("primitives.cu")
     loader = default_loader()
-    assembly = compile_source(source, arch, loader, (loader.csrc_dir / "include",))
-    return parse(assembly.text, arch)
+    found: dict[str, KernelText] = {}
+    for source in SOURCES:
+        assembly = compile_source(source, arch, loader, (loader.csrc_dir / "include",))
+        found.update(parse(assembly.text, arch))
+    return found
 
 
-def run_primitive(
+def execute(
     arch: str,
     name: str,
     words: Words,
@@ -47,8 +53,8 @@ def run_primitive(
     lds_bytes: int = 0,
     seed: int = 0,
     rcp_rounding: int = 0,
-) -> Words:
-    """What one workgroup writes for the input `words`; as many words out as in.
+) -> tuple[Statistics, Words]:
+    """What one workgroup executes and writes for the input `words`; as many words out as in.
 
     Args:
         threads: of the workgroup, whole waves; one wave if None.
@@ -66,5 +72,9 @@ def run_primitive(
     # NOTE: the struct ends in padding, which is no part of the arguments.
     content = bytes(arguments)[: Arguments.argument.offset + 4]
     launch = Launch(1, threads or ARCHS[arch].wave_size, lds_bytes, content, seed, rcp_rounding)
-    run(primitives(arch)[name], memory, launch)
-    return output
+    return run(primitives(arch)[name], memory, launch), output
+
+
+def run_primitive(arch: str, name: str, words: Words, *arguments: Any, **options: Any) -> Words:
+    """The output of `execute`."""
+    return execute(arch, name, words, *arguments, **options)[1]

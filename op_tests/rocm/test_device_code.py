@@ -72,6 +72,17 @@ def test_excess_is_reported(figure: str) -> None:
     assert f"got {1 << 20}; " in problem
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_arrays_with_variable_indices_are_over_budget(arch: str) -> None:
+    loader = default_loader()
+    source = Path(__file__).with_name("planted.cu")
+    kernels = compile_source(source, arch, loader, (loader.csrc_dir / "include",)).kernels()
+    problems = {kernel.name: " ".join(over_budget(kernel)) for kernel in kernels}
+    assert "indexed_registers: expected at most 0, got" in problems["indexed_registers"]
+    assert "scratch_bytes: expected at most 0, got" in problems["array_in_scratch"]
+    assert problems["missing_barrier"] == ""
+
+
 def test_unlaunchable_workgroup_is_reported() -> None:
     (problem,) = over_budget(replace(one_kernel(), waves_per_simd=3))
     assert "expected registers for a workgroup of 1024 threads (16 waves)" in problem
@@ -97,9 +108,9 @@ def test_occupancy(arch: str, vgprs: int, sgprs: int, waves: int) -> None:
         ("v_readlane_b32 s0, v1, 63", "VALU"), ("s_and_saveexec_b64 s[0:1], vcc", "SALU"),
         ("s_load_dwordx2 s[0:1], s[2:3], 0x0", "SMEM"), ("ds_bpermute_b32 v0, v1, v2", "LDS"),
         ("global_store_dword v[0:1], v2, off", "VMEM"), ("s_cbranch_scc1 .LBB0_1", "branch"),
-        ("s_barrier_signal -1", "barrier"), ("s_wait_kmcnt 0x0", "waitcnt"), ("s_nop 1", "s_nop"),
+        ("s_barrier_signal -1", "barrier"), ("s_wait_kmcnt 0x0", "waitcnt"), ("s_nop 1", "nop"),
         ("s_delay_alu instid0(VALU_DEP_1)", "waitcnt"), ("s_clause 0x1", "other"),
-        ("global_inv scope:SCOPE_SE", "other"),
+        ("global_inv scope:SCOPE_SE", "other"), ("v_nop", "nop"),
     ],
 )  # fmt: skip
 def test_instruction_class(line: str, name: str) -> None:
@@ -122,14 +133,23 @@ def test_readable_name(symbol: str, name: str) -> None:
     assert readable_name(symbol) == name
 
 
-def test_code_generation_flags_are_those_of_the_rocm_target() -> None:
+def test_code_generation_flags_are_those_of_the_rocm_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = Compiler(("hipcc",), Path("hipcc"), "a test", "hipcc")
     spec, target = ModuleSpec("module", ()), Target("rocm", ("gfx942",))
-    profile = toolchain.make_profile(spec, target, compiler, Path("csrc"), Path("pybind11"))
-    deciding = ("-O", "-std=", "-ff", "-fno-f", "-DAITER_TARGET", "-mllvm", "-munsafe")
+    folders = Path("csrc"), Path("pybind11")
+    profile = toolchain.make_profile(spec, target, compiler, *folders, "HIP version: 99.0.0-x")
+    deciding = ("-O", "-std=", "-ff", "-fno-f", "-DAITER_TARGET", "-mllvm", "-amdgpu", "-munsafe")
     wanted = [flag for flag in profile.device
               if flag.startswith(deciding) and not flag.startswith("-ffile-prefix-map")]  # fmt: skip
-    assert wanted and set(wanted) <= set(device_code.DEVICE_FLAGS)
+    commands = []
+    monkeypatch.setattr(device_code, "run_jobs", lambda jobs, *rest: commands.extend(jobs))
+    source = tmp_path / "any.cu"
+    source.touch()
+    with pytest.raises(CacheError):
+        compile_source(source, "gfx942", Loader(cache_dir=tmp_path / "cache"))
+    assert wanted.count("-mllvm") == 3 and set(wanted) <= set(commands[0].command)
 
 
 def test_command_prints_a_row_per_kernel(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
 from launches import Device  # noqa: E402
 
-ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
+ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201", "gfx1250")
 OLDEST = "gfx90a"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -2,8 +2,9 @@
 
     python op_tests/rocm/write_tables.py
 
-Between the two marker lines: the cost of every kernel, the instruction mix of the fused kernel, the
-worst figures of every architecture, and what one launch executes (counted by the interpreter).
+Between the two marker lines: the worst figures of every architecture, the cost of every kernel, the
+instruction mix of the fused kernel, and, counted by the interpreter, what launches execute: by
+architecture, by phase, and over the banks of LDS.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "op_tests")]
 import torch  # noqa: E402
 from cases import Case  # noqa: E402
 from launches import Device  # noqa: E402
+from phases import PROBLEMS, collisions, launch, phases  # noqa: E402
 from runners import run_fused  # noqa: E402
 from targets import Target  # noqa: E402
 
@@ -31,6 +33,7 @@ MARKERS = ("<!-- tables: op_tests/rocm/write_tables.py -->", "<!-- end of tables
 MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus")
 SHOWN = ("gfx942", "gfx950")
 LAUNCH = Case(8, 128, 4, torch.bfloat16, model_dim=2880)
+BY_PHASE = "gpt-oss-120b, M=64"
 
 
 def used(kernel: KernelCode) -> bool:
@@ -67,12 +70,42 @@ def worst_table(kernels: list[KernelCode]) -> str:
 def executed_table() -> str:
     """What LAUNCH executes: instructions of all waves, by class."""
     rows = []
-    for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"):
+    for arch in ARCHS:
         device = Device(arch)
         run_fused(LAUNCH, Target("cpu", device.wave_size), device.fused_topk_moe_sorting_fwd)
         ((name, statistics),) = device.statistics.items()
-        rows.append((arch, name, statistics.waves, *(statistics.mix[c] for c in MIX_CLASSES)))
+        mix = statistics.mix()
+        rows.append((arch, name, statistics.waves, *(mix[c] for c in MIX_CLASSES)))
     return format_table(("arch", "kernel", "waves", *MIX_CLASSES), rows)
+
+
+def phase_table() -> str:
+    """What every phase of BY_PHASE executes, all waves together."""
+    rows = []
+    for arch in SHOWN:
+        found = phases(launch(arch, BY_PHASE))
+        for name, phase in found.items():
+            mix = (phase.mix[c] for c in MIX_CLASSES)
+            rows.append((arch, name, phase.static, phase.round_trips, *mix, phase.idle))
+        whole = launch(arch, BY_PHASE)
+        static = sum(count > 0 for count in whole.executed())
+        mix = (whole.mix()[c] for c in MIX_CLASSES)
+        rows.append((arch, "all", static, whole.most_round_trips(), *mix, whole.idle_slots()))
+    return format_table(("arch", "phase", "static", "trips", *MIX_CLASSES, "idle"), rows)
+
+
+def bank_table() -> str:
+    """LDS passes of every problem's launch."""
+    rows = []
+    for arch in ("gfx942", "gfx1201"):
+        for problem in PROBLEMS:
+            total, worst = collisions(launch(arch, problem))
+            ratio = f"{total.passes / total.least:.2f}"
+            numbers = (total.accesses, total.least, total.passes, ratio, total.worst)
+            rows.append((arch, problem, *numbers, worst if total.worst > 1 else "-"))
+    return format_table(
+        ("arch", "problem", "accesses", "least", "passes", "ratio", "worst", "instruction"), rows
+    )
 
 
 def tables() -> str:
@@ -92,6 +125,8 @@ def tables() -> str:
         ("Static instruction mix of the fused kernel", mix_table(fused)),
         (f"Executed by one fused launch of M={LAUNCH.num_tokens}, E={LAUNCH.num_experts},"
          f" K={LAUNCH.topk}, bf16, all waves", executed_table()),
+        (f"Phases of one fused launch: {BY_PHASE}, bf16, all waves", phase_table()),
+        ("Passes over the banks of LDS, one fused launch each", bank_table()),
     )  # fmt: skip
     date = datetime.date.today().isoformat()
     head = f"As of {date}, with the clang of ziglang {clang()[1]}."

@@ -11,7 +11,14 @@
 #define __global__ __attribute__((global))
 #define __shared__ __attribute__((shared))
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))
+// As in HIP: the second number, if there is one, is of waves per SIMD, not of workgroups as in CUDA.
+#define HIP_CROSS_THREADS(threads) amdgpu_flat_work_group_size(1, threads)
+#define HIP_CROSS_THREADS_WAVES(threads, waves) \
+  amdgpu_flat_work_group_size(1, threads), amdgpu_waves_per_eu(waves)
+#define HIP_CROSS_CHOICE(first, second, chosen, ...) chosen
+#define __launch_bounds__(...)                                                             \
+  __attribute__((HIP_CROSS_CHOICE(__VA_ARGS__, HIP_CROSS_THREADS_WAVES, HIP_CROSS_THREADS, \
+                                  unused)(__VA_ARGS__)))
 #define __align__(n) __attribute__((aligned(n)))
 
 using hipStream_t = struct ihipStream_t*;

@@ -16,14 +16,35 @@
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
-//   operation            gfx942, gfx1100                       sm_90                 cpu
-//   wave_max (32 bit)    shuffle tree                          redux.sync            1 switch
-//   wave_max (64 bit)    shuffle tree                          2 redux.sync          1 switch
-//   wave_sum_by_halves   shuffle tree                          shfl.bfly tree        1 switch
-//   wave_inclusive_sum   shuffle scan                          shfl.up scan          1 switch
-//   wave_ballot          v_cmp                                 vote.ballot           1 switch
-//   wave_rank            v_cmp, v_mbcnt, s_bcnt1               vote.ballot, popc     1 switch
-//   wave_read_lane       v_readlane                            shfl.idx              1 switch
+// What compilers make of them, read and held by op_tests/rocm/test_wave_instructions.py; lanes talk
+// by no other instruction than the ones named:
+//
+//   wave_max, 32 bit     gfx9          6 v_max_u32_dpp, 1 v_readlane_b32
+//                        gfx11, gfx12  4 v_max_u32_dpp, 2 v_readlane_b32, 1 s_max_u32
+//                        sm_90         1 REDUX.MAX
+//   wave_max, 64 bit     gfx9          12 v_max_u32_dpp, 2 v_readlane_b32
+//                        gfx11, gfx12  8 v_max_u32_dpp, 4 v_readlane_b32, 2 s_max_u32
+//                        sm_90         2 REDUX.MAX
+//   wave_sum_by_halves   gfx9          1 ds_bpermute_b32, 1 ds_swizzle_b32, 4 v_add_f32_dpp,
+//                                      1 v_readlane_b32
+//                        gfx950        1 v_permlane32_swap_b32, 1 v_permlane16_swap_b32,
+//                                      4 v_add_f32_dpp, 1 v_readlane_b32
+//                        gfx11, gfx12  1 v_permlanex16_b32, 4 v_add_f32_dpp, 1 v_readlane_b32
+//                        sm_90         5 SHFL.BFLY
+//   wave_sum_in_order    gfx9          n v_readlane_b32, n v_add_f32
+//                        gfx11         n v_readlane_b32, n v_add_f32
+//                        gfx12         n v_readlane_b32, n s_add_f32
+//                        sm_90         n SHFL.IDX, n FADD
+//   wave_inclusive_sum   gfx9          6 v_add_u32_dpp
+//                        gfx11, gfx12  4 v_add_nc_u32_dpp, 1 v_readlane_b32
+//                        sm_90         5 SHFL.UP
+//   wave_rank            gfx9          1 v_mbcnt_lo_u32_b32, 1 v_mbcnt_hi_u32_b32, 1 s_bcnt1_i32_b64
+//                        gfx11, gfx12  1 v_mbcnt_lo_u32_b32, 1 s_bcnt1_i32_b32
+//                        sm_90         1 VOTE.ANY, 2 POPC
+//   wave_read_lane       gfx           1 v_readlane_b32
+//                        sm_90         1 SHFL.IDX
+//
+// On the cpu target every one of them is a single collective (hip_cpu.h): a stack switch per lane.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +63,8 @@ constexpr int kWaveSize = 64;
 constexpr int kWaveSize = 32;
 #endif
 
-__device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x) % kWaveSize; }
-__device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x) / kWaveSize; }
+__device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x % kWaveSize); }
+__device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x / kWaveSize); }
 
 using WaveMask = std::conditional_t<kWaveSize == 64, uint64_t, uint32_t>;  // bit l: lane l
 

@@ -2,8 +2,9 @@
 //
 // Lanes talk through DPP, which is part of the arithmetic instruction and reaches within a row of
 // 16 lanes, and across rows by row_bcast on gfx9. What DPP cannot do: on gfx10 and later rows meet in
-// scalar registers (v_readlane) or by v_permlanex16; halves of a gfx9 wave meet through the LDS
-// crossbar (ds_swizzle, ds_bpermute), v_permlane32_swap being gfx950's alone. A result that is the
+// scalar registers (v_readlane) or by v_permlanex16; rows and halves of a gfx9 wave meet by
+// v_permlane16_swap and v_permlane32_swap on gfx950, elsewhere through the LDS crossbar (ds_swizzle,
+// ds_bpermute), as row_bcast hands on one lane and a sum by halves needs sixteen. A result that is the
 // same in all lanes is returned from v_readlane, so that the compiler keeps it in a scalar register.
 #pragma once
 
@@ -65,24 +66,40 @@ __device__ __forceinline__ uint64_t wave_max(uint64_t x) {
   return static_cast<uint64_t>(best_high) << 32 | wave_max(low);
 }
 
-// x of the lane whose index differs in the bit 16.
-__device__ __forceinline__ float swap_rows(float x) {
 #if defined(__GFX9__)
-  constexpr int kSwizzleXor16 = 0x401f;  // and_mask 0x1f, or_mask 0, xor_mask 0x10
-  return __uint_as_float(__builtin_amdgcn_ds_swizzle(__float_as_uint(x), kSwizzleXor16));
-#else
+// x of this lane + x of the lane whose index differs in the bit 32.
+__device__ __forceinline__ float add_across_halves(float x) {
   const uint32_t bits = __float_as_uint(x);
-  return __uint_as_float(
-      __builtin_amdgcn_permlanex16(bits, bits, 0x76543210, 0xfedcba98, false, false));
+#if defined(__gfx950__)
+  const auto both = __builtin_amdgcn_permlane32_swap(bits, bits, false, false);
+  return __uint_as_float(both[0]) + __uint_as_float(both[1]);
+#else
+  const int opposite = (lane_idx() ^ 32) * static_cast<int>(sizeof(float));
+  return x + __uint_as_float(__builtin_amdgcn_ds_bpermute(opposite, bits));
+#endif
+}
+#endif
+
+// x of this lane + x of the lane whose index differs in the bit 16.
+__device__ __forceinline__ float add_across_rows(float x) {
+  const uint32_t bits = __float_as_uint(x);
+#if defined(__gfx950__)
+  const auto both = __builtin_amdgcn_permlane16_swap(bits, bits, false, false);
+  return __uint_as_float(both[0]) + __uint_as_float(both[1]);
+#elif defined(__GFX9__)
+  constexpr int kSwizzleXor16 = 0x401f;  // and_mask 0x1f, or_mask 0, xor_mask 0x10
+  return x + __uint_as_float(__builtin_amdgcn_ds_swizzle(bits, kSwizzleXor16));
+#else
+  return x + __uint_as_float(
+                 __builtin_amdgcn_permlanex16(bits, bits, 0x76543210, 0xfedcba98, false, false));
 #endif
 }
 
 __device__ __forceinline__ float wave_sum_by_halves(float x) {
-  if constexpr (kWaveSize == 64) {
-    const int opposite = (lane_idx() ^ 32) * static_cast<int>(sizeof(float));
-    x += __uint_as_float(__builtin_amdgcn_ds_bpermute(opposite, __float_as_uint(x)));
-  }
-  x += swap_rows(x);
+#if defined(__GFX9__)
+  x = add_across_halves(x);
+#endif
+  x = add_across_rows(x);
   // Once lanes l and l ^ 8 agree, a rotation by 4 reads the same value as an exchange of l and l ^ 4.
   x += dpp::move<dpp::kRowRor + 8>(x);
   x += dpp::move<dpp::kRowRor + 4>(x);

@@ -4,33 +4,33 @@ Each instruction is decoded once, to a Python function of a wave; a wave is then
 Waves of a workgroup run one after the other up to the next barrier, in a random order that a seed
 fixes, and workgroups too. Registers, SGPRs and LDS start as noise; the kernel gets what its
 `.amdhsa_` directives say: the address of its arguments, preloaded arguments, workgroup ids and
-work-item ids. Compiled code is taken as it is: waits, hazards and scheduling hints have no effect,
-they are the compiler's business and no part of what this checks.
+work-item ids. Compiled code is taken as it is: waits, hazards and scheduling hints have no effect on
+what it computes, they are the compiler's business. Waits are counted where a load was in flight.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aiter.jit.device_kernels import ARCHS, instruction_class
+from aiter.jit.device_kernels import ARCHS
 from amdgcn.assembly import Instruction, KernelText
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.scalar import BARRIER, END, Operation, decode_scalar
+from amdgcn.statistics import Statistics
 from amdgcn.vector import decode_vector
 from amdgcn.wave import TTMP, Fault, Wave
 
 MAX_STEPS = 3_000_000
+_MEMORY = ("s_load_", "ds_", "global_read_", "global_write_", "global_atomic_")
 # User SGPRs around the address of the arguments, in the hardware's order; these stay noise.
 _USER_SGPRS_BEFORE = (("private_segment_buffer", 4), ("dispatch_ptr", 2), ("queue_ptr", 2))
 _USER_SGPRS_AFTER = (("dispatch_id", 2), ("flat_scratch_init", 2), ("private_segment_size", 1))
-INTERPRETED_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Launch:
         arguments: the bytes of the kernel's own arguments.
         seed: of the noise and of the order in which waves and workgroups run.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
+        counts_banks: whether to count the passes of LDS accesses over the banks.
     """
 
     grid: int
@@ -52,14 +53,7 @@ class Launch:
     arguments: bytes
     seed: int = 0
     rcp_rounding: int = 0
-
-
-@dataclass
-class Statistics:
-    """What was executed: instructions of all waves by class, and waves."""
-
-    mix: Counter[str] = field(default_factory=Counter)
-    waves: int = 0
+    counts_banks: bool = False
 
 
 def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
@@ -70,8 +64,8 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
             message names the kernel, the instruction, the wave and the workgroup.
     """
     arch = kernel.code.arch
-    if arch not in INTERPRETED_ARCHS:
-        raise Fault(f"arch: expected one of {', '.join(INTERPRETED_ARCHS)}, got {arch}")
+    if arch not in ARCHS:
+        raise Fault(f"arch: expected one of {', '.join(ARCHS)}, got {arch}")
     if launch.threads > kernel.code.max_threads or launch.threads % kernel.code.wave_size:
         raise Fault(
             f"{kernel.code.name}: expected at most {kernel.code.max_threads} threads in whole waves"
@@ -88,8 +82,9 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
     address = memory.add("kernel arguments", segment, writable=False)
     memories, operations = _decode(kernel, launch.rcp_rounding)
     memories.memory = memory
-    counts = [0] * len(operations)
     num_waves = launch.threads // kernel.code.wave_size
+    statistics = Statistics(kernel.instructions, num_waves * launch.grid)
+    memories.banks = statistics.banks if launch.counts_banks else None
     with np.errstate(all="ignore"):
         for workgroup in rng.permutation(launch.grid):
             memories.lds = Lds(lds_bytes, rng)
@@ -97,11 +92,8 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
                 _start_wave(kernel, index, int(workgroup), address, segment, rng)
                 for index in range(num_waves)
             ]
-            _run_workgroup(kernel, operations, waves, int(workgroup), rng, counts)
+            _run_workgroup(kernel, operations, waves, int(workgroup), rng, statistics)
     memory.buffers.pop()
-    statistics = Statistics(waves=num_waves * launch.grid)
-    for instruction, count in zip(kernel.instructions, counts, strict=True):
-        statistics.mix[instruction_class(instruction.text)] += count
     return statistics
 
 
@@ -131,7 +123,7 @@ def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
 def _decode(kernel: KernelText, rcp_rounding: int) -> tuple[Memories, list[Operation]]:
     """The instructions as functions, decoded once, and the memories that these look into."""
     if rcp_rounding not in kernel.decoded:
-        memories = Memories(GlobalMemory())
+        memories = Memories(GlobalMemory(), kernel.code.arch)
         operations = [
             _decode_one(kernel, instruction, memories, rcp_rounding)
             for instruction in kernel.instructions
@@ -147,9 +139,9 @@ def _decode_one(
     name = instruction.mnemonic
     with _located(kernel, instruction, "decoding"):
         try:
-            if name.startswith(("s_load_", "ds_", "global_read_", "global_write_")):
+            if name.startswith(_MEMORY):
                 return decode_memory(instruction, memories)
-            if name.startswith("v_") and name != "v_s_rcp_f32":
+            if name.startswith("v_") and name not in ("v_s_rcp_f32", "v_nop"):
                 return decode_vector(instruction, kernel.code.wave_size, rcp_rounding)
             return decode_scalar(instruction, kernel.labels, rcp_rounding)
         except (IndexError, KeyError, ValueError) as error:
@@ -192,13 +184,18 @@ def _run_workgroup(
     waves: list[Wave],
     workgroup: int,
     rng: np.random.Generator,
-    counts: list[int],
+    statistics: Statistics,
 ) -> None:
     """Runs the waves from barrier to barrier until all have ended."""
     running = waves
     while running:
+        counts = statistics.counts[workgroup, running[0].epoch] = [0] * len(operations)
+        trips = statistics.round_trips[workgroup, running[0].epoch] = {}
         for position in rng.permutation(len(running)):
-            _run_wave(kernel, operations, running[position], workgroup, counts)
+            wave = running[position]
+            before = wave.round_trips
+            _run_wave(kernel, operations, wave, workgroup, counts)
+            trips[wave.index] = wave.round_trips - before
         running = [wave for wave in running if not wave.done]
         for wave in running:
             wave.epoch += 1

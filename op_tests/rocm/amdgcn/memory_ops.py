@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amdgcn.assembly import Instruction
+from amdgcn.banks import BankTally, passes
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.scalar import Operation
 from amdgcn.wave import (
@@ -31,11 +32,30 @@ _CACHE_POLICIES = {"sc0", "sc1", "nt", "glc", "slc", "dlc", "th", "scope"}
 
 
 class Memories:
-    """What a running workgroup sees; replaced for every launch and every workgroup."""
+    """What a running workgroup sees; replaced for every launch and every workgroup.
 
-    def __init__(self, memory: GlobalMemory) -> None:
+    Attributes:
+        memory: the buffers of the launch.
+        lds: of the running workgroup.
+        banks: where the passes of LDS accesses are counted, by line; None for nowhere.
+        signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
+        waits_for_stores: whether vmcnt counts stores as well (gfx9).
+    """
+
+    def __init__(self, memory: GlobalMemory, arch: str = "") -> None:
         self.memory = memory
+        self.signed_offsets = arch == "gfx1250"
+        self.waits_for_stores = arch.startswith("gfx9")
         self.lds: Lds | None = None
+        self.banks: dict[int, BankTally] | None = None
+
+    def note_banks(
+        self, line: int, w: Wave, offsets: Array, size: int, is_atomic: bool = False
+    ) -> None:
+        """Counts the passes of an LDS access, if the launch asked for it."""
+        if self.banks is not None:
+            tally = self.banks.setdefault(line, BankTally())
+            tally.note(passes(offsets, np.flatnonzero(w.mask), size, is_atomic))
 
     def local(self) -> Lds:
         """The LDS of the running workgroup."""
@@ -52,7 +72,8 @@ def decode_memory(instruction: Instruction, memories: Memories) -> Operation:
     if name in ("ds_swizzle_b32", "ds_bpermute_b32", "ds_permute_b32"):
         return _permute(instruction)
     for prefix, decode in (
-        ("global_read_", _global_load), ("global_write_", _global_store), ("ds_read_", _lds_load),
+        ("global_read_", _global_load), ("global_write_", _global_store),
+        ("global_atomic_", _global_atomic), ("ds_read_", _lds_load),
         ("ds_write_", _lds_store), ("ds_", _lds_atomic),
     ):  # fmt: skip
         if name.startswith(prefix):
@@ -71,7 +92,7 @@ def _only(instruction: Instruction, *known: str) -> None:
 
 
 def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
-    _only(instruction, "offset")
+    _only(instruction, "offset", "nv")
     destination = scalar_index(instruction.operands[0])
     base = read_scalar(instruction.operands[1], 64)
     offset = read_scalar(instruction.operands[2]) if len(instruction.operands) > 2 else lambda w: 0
@@ -88,16 +109,28 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
     return run
 
 
-def _global_addresses(instruction: Instruction, position: int) -> Callable[[Wave], Array]:
-    """The addresses of the active lanes."""
-    _only(instruction, "offset")
+def _global_addresses(
+    instruction: Instruction, position: int, size: int, memories: Memories
+) -> Callable[[Wave], Array]:
+    """The addresses of the active lanes; `size` bytes is what `scale_offset` multiplies by."""
+    _only(instruction, "offset", "scale_offset", "nv")
     vector, scalar = instruction.operands[position], instruction.operands[-1]
     offset = np.int64(_number(instruction, "offset"))
+    is_scaled = "scale_offset" in instruction.modifiers
     if scalar == "off":
+        if is_scaled:
+            raise Fault("scale_offset: expected a scalar address beside the offset, got off")
         wide = read_lanes(vector, 64)
         return lambda w: wide(w)[w.mask].view(np.int64) + offset
     base, narrow = read_scalar(scalar, 64), read_lanes(vector, 32)
-    return lambda w: narrow(w)[w.mask].astype(np.int64) + (np.int64(base(w)) + offset)
+    scale = np.int64(size if is_scaled else 1)
+    kind = np.int32 if memories.signed_offsets else np.uint32
+
+    def addresses(w: Wave) -> Array:
+        steps = narrow(w)[w.mask].view(kind).astype(np.int64)
+        return steps * scale + (np.int64(base(w)) + offset)
+
+    return addresses
 
 
 # Loads below 32 bits: (bytes, whether signed)
@@ -150,11 +183,12 @@ def _bytes_of(kind: str) -> int:
 
 def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     size = _bytes_of(kind)
-    addresses = _global_addresses(instruction, 1)
+    addresses = _global_addresses(instruction, 1, size, memories)
     write = _writer(instruction.operands[0], kind)
 
     def run(w: Wave) -> None:
         if w.mask.any():
+            w.in_flight.append(True)
             write(w, memories.memory.load(addresses(w), size, min(size, 4)))
 
     return run
@@ -177,7 +211,7 @@ def _source_rows(operand: str, size: int) -> Callable[[Wave], NDArray[np.uint8]]
 
 def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     size = _bytes_of(kind.replace("d16_hi_", "").replace("d16_", ""))
-    addresses = _global_addresses(instruction, 0)
+    addresses = _global_addresses(instruction, 0, size, memories)
     high = ".h" if "d16_hi" in kind else ""
     rows = _source_rows(instruction.operands[1] + high, size)
     # NOTE: 16 bytes come only from types that are aligned to them.
@@ -185,6 +219,8 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
 
     def run(w: Wave) -> None:
         if w.mask.any():
+            if memories.waits_for_stores:
+                w.in_flight.append(False)
             memories.memory.store(addresses(w), rows(w), align)
 
     return run
@@ -216,7 +252,10 @@ def _lds_load(instruction: Instruction, kind: str, memories: Memories) -> Operat
 
     def run(w: Wave) -> None:
         if w.mask.any():
-            rows = [memories.local().load(part(w), size, w.index, w.epoch) for part in parts]
+            places = [part(w) for part in parts]
+            rows = [memories.local().load(place, size, w.index, w.epoch) for place in places]
+            for place in places:
+                memories.note_banks(instruction.line, w, place, size)
             write(w, np.concatenate(rows, axis=1))
 
     return run
@@ -235,7 +274,9 @@ def _lds_store(instruction: Instruction, kind: str, memories: Memories) -> Opera
     def run(w: Wave) -> None:
         if w.mask.any():
             for where, rows in parts:
-                memories.local().store(where(w), rows(w), w.index, w.epoch)
+                place = where(w)
+                memories.local().store(place, rows(w), w.index, w.epoch)
+                memories.note_banks(instruction.line, w, place, size)
 
     return run
 
@@ -244,6 +285,40 @@ _ATOMICS: dict[str, Any] = {
     "add": np.add, "sub": np.subtract, "or": np.bitwise_or, "and": np.bitwise_and,
     "xor": np.bitwise_xor, "max": np.maximum, "min": np.minimum,
 }  # fmt: skip
+
+
+_GLOBAL_ATOMICS = {**_ATOMICS, "swap": lambda old, new: new}
+
+
+def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    """32-bit atomics, with or without the old value as a result; lanes go one after the other."""
+    match = re.fullmatch(r"(add|sub|or|and|xor|u?max|u?min|swap)(?:_[ub]32)?", kind)
+    if match is None:
+        raise Fault(f"unknown instruction {instruction.mnemonic}")
+    function = _GLOBAL_ATOMICS[match[1].removeprefix("u")]
+    modifiers = instruction.modifiers
+    returns = len(instruction.operands) == 4 or "sc0" in modifiers or "glc" in modifiers
+    first = int(returns)
+    addresses = _global_addresses(instruction, first, 4, memories)
+    value = read_lanes(instruction.operands[first + 1])
+    write = _writer(instruction.operands[0], "b32") if returns else None
+
+    def run(w: Wave) -> None:
+        if not w.mask.any():
+            return
+        if returns or memories.waits_for_stores:
+            w.in_flight.append(returns)
+        before = []
+        for address, new in zip(addresses(w), value(w)[w.mask], strict=True):
+            where = np.array([address])
+            old = memories.memory.load(where, 4, 4).view(np.uint32).reshape(-1)
+            now = np.asarray(function(old, np.uint32(new)), np.uint32).reshape(-1)
+            memories.memory.store(where, now.view(np.uint8).reshape(1, 4), 4)
+            before.append(old.view(np.uint8))
+        if write is not None:
+            write(w, np.stack(before))
+
+    return run
 
 
 def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
@@ -259,6 +334,7 @@ def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Oper
         if w.mask.any():
             offsets = where(w)
             words = memories.local().atomic(offsets, w.index, w.epoch)
+            memories.note_banks(instruction.line, w, offsets, 4, is_atomic=True)
             function.at(words, offsets // 4, value(w)[w.mask])
 
     return run

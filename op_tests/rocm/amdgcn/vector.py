@@ -1,23 +1,19 @@
-"""What vector instructions do, lane by lane: a table of numpy functions, and the compares.
+"""How a vector instruction is executed: sources read, a function of `operations`, results written.
 
-An entry of OPERATIONS is (kinds of the sources, function). A kind says how a source's bits are
-seen: u, i, f are 32-bit unsigned, signed and float; U, I are 64-bit; h, k are 16-bit unsigned and
-signed; m is a lane mask. The item size of the result says how it is written. DPP and SDWA, which
-change how sources are read and results written, are in `lanes`.
-
-Long because it is one table: an instruction is looked up in one place.
+What fits no table is here: compares and carries, which write lane masks, and instructions with two
+results. DPP and SDWA, which change how sources are read and results written, are in `lanes`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from amdgcn import exact, lanes
 from amdgcn.assembly import Instruction
+from amdgcn.operations import OPERATIONS, Array, bit_count, bitop3, u64
 from amdgcn.scalar import COMPARE, Operation
 from amdgcn.wave import (
     VCC,
@@ -32,7 +28,6 @@ from amdgcn.wave import (
     write_mask,
 )
 
-Array = Any  # NOTE: numpy's own stubs do not follow views of changing item type.
 Compute = Callable[[Wave], Array]
 Store = Callable[[Wave, Array], None]
 
@@ -41,144 +36,13 @@ _DTYPES = {"i": np.int32, "f": np.float32, "I": np.int64, "k": np.int16}
 _U = np.uint32
 
 
-def _u64(a: Array) -> Array:
-    return a.astype(np.uint64)
-
-
-def _bit_count(a: Array) -> Array:
-    a = a - (a >> 1 & 0x55555555)
-    a = (a & 0x33333333) + (a >> 2 & 0x33333333)
-    return ((a + (a >> 4) & 0x0F0F0F0F) * _U(0x01010101)) >> 24
-
-
-def _reverse_bits(a: Array) -> Array:
-    raw = np.unpackbits(a.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)[:, ::-1]
-    return np.packbits(raw, axis=1).reshape(-1).view(">u4").astype(np.uint32)
-
-
-def _bfe(a: Array, offset: Array, width: Array) -> Array:
-    return a >> (offset & 31) & ((_U(1) << (width & 31)) - _U(1))
-
-
-def _bfe_signed(a: Array, offset: Array, width: Array) -> Array:
-    width = width & 31
-    field = _bfe(a, offset, width)
-    sign = np.where(width > 0, _U(1) << (np.maximum(width, 1) - _U(1)), _U(0)).astype(np.uint32)
-    return (field ^ sign) - sign
-
-
-def _median(a: Array, b: Array, c: Array) -> Array:
-    return np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
-
-
-def _perm(a: Array, b: Array, selector: Array) -> Array:
-    source = (_u64(a) << 32 | _u64(b)).view(np.uint8).reshape(-1, 8)
-    picks = selector.view(np.uint8).reshape(-1, 4)
-    if (picks > 12).any() or ((picks > 7) & (picks < 12)).any():
-        raise Fault("v_perm_b32: expected selectors 0 to 7 and 12, got another")
-    padded = np.concatenate([source, np.zeros((len(source), 5), np.uint8)], axis=1)
-    return np.take_along_axis(padded, picks.astype(np.int64), axis=1).reshape(-1).view(np.uint32)
-
-
-OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
-    "v_mov_b32": ("u", lambda a: a),
-    "v_mov_b64": ("U", lambda a: a),
-    "v_mov_b16": ("h", lambda a: a),
-    "v_not_b32": ("u", lambda a: ~a),
-    "v_not_b16": ("h", lambda a: ~a),
-    "v_add_u32": ("uu", lambda a, b: a + b),
-    "v_sub_u32": ("uu", lambda a, b: a - b),
-    "v_subrev_u32": ("uu", lambda a, b: b - a),
-    "v_and_b32": ("uu", lambda a, b: a & b),
-    "v_or_b32": ("uu", lambda a, b: a | b),
-    "v_xor_b32": ("uu", lambda a, b: a ^ b),
-    "v_xnor_b32": ("uu", lambda a, b: ~(a ^ b)),
-    "v_and_b16": ("hh", lambda a, b: a & b),
-    "v_or_b16": ("hh", lambda a, b: a | b),
-    "v_xor_b16": ("hh", lambda a, b: a ^ b),
-    "v_add_u16": ("hh", lambda a, b: a + b),
-    "v_sub_u16": ("hh", lambda a, b: a - b),
-    "v_lshlrev_b16": ("hh", lambda a, b: b << (a & np.uint16(15))),
-    "v_lshrrev_b16": ("hh", lambda a, b: b >> (a & np.uint16(15))),
-    "v_lshlrev_b32": ("uu", lambda a, b: b << (a & 31)),
-    "v_lshrrev_b32": ("uu", lambda a, b: b >> (a & 31)),
-    "v_ashrrev_i32": ("ui", lambda a, b: b >> (a & 31).astype(np.int32)),
-    "v_lshlrev_b64": ("uU", lambda a, b: b << _u64(a & 63)),
-    "v_lshrrev_b64": ("uU", lambda a, b: b >> _u64(a & 63)),
-    "v_ashrrev_i64": ("uI", lambda a, b: b >> (a & 63).astype(np.int64)),
-    "v_lshl_add_u32": ("uuu", lambda a, b, c: (a << (b & 31)) + c),
-    "v_lshl_or_b32": ("uuu", lambda a, b, c: a << (b & 31) | c),
-    "v_add_lshl_u32": ("uuu", lambda a, b, c: (a + b) << (c & 31)),
-    "v_lshl_add_u64": ("UuU", lambda a, b, c: (a << _u64(b & 7)) + c),
-    "v_add3_u32": ("uuu", lambda a, b, c: a + b + c),
-    "v_or3_b32": ("uuu", lambda a, b, c: a | b | c),
-    "v_and_or_b32": ("uuu", lambda a, b, c: a & b | c),
-    "v_xor3_b32": ("uuu", lambda a, b, c: a ^ b ^ c),
-    "v_xad_u32": ("uuu", lambda a, b, c: (a ^ b) + c),
-    "v_bfi_b32": ("uuu", lambda a, b, c: a & b | ~a & c),
-    "v_bfe_u32": ("uuu", _bfe),
-    "v_bfe_i32": ("uuu", _bfe_signed),
-    "v_bfrev_b32": ("u", _reverse_bits),
-    "v_bcnt_u32_b32": ("uu", lambda a, b: _bit_count(a) + b),
-    "v_alignbit_b32": ("uuu", lambda a, b, c: ((_u64(a) << 32 | _u64(b)) >> _u64(c & 31)).astype(_U)),
-    "v_perm_b32": ("uuu", _perm),
-    "v_max_u32": ("uu", np.maximum),
-    "v_min_u32": ("uu", np.minimum),
-    "v_max_i32": ("ii", np.maximum),
-    "v_min_i32": ("ii", np.minimum),
-    "v_max3_u32": ("uuu", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "v_min3_u32": ("uuu", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
-    "v_max3_i32": ("iii", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
-    "v_min3_i32": ("iii", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
-    "v_med3_i32": ("iii", _median),
-    "v_med3_u32": ("uuu", _median),
-    "v_mul_lo_u32": ("uu", lambda a, b: a * b),
-    "v_mul_hi_u32": ("uu", lambda a, b: (_u64(a) * _u64(b) >> np.uint64(32)).astype(_U)),
-    "v_mul_hi_i32": ("ii", lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32)),
-    "v_mul_u32_u24": ("uu", lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF)),
-    "v_mad_u32_u24": ("uuu", lambda a, b, c: (a & 0xFFFFFF) * (b & 0xFFFFFF) + c),
-    "v_add_f32": ("ff", lambda a, b: a + b),
-    "v_sub_f32": ("ff", lambda a, b: a - b),
-    "v_subrev_f32": ("ff", lambda a, b: b - a),
-    "v_mul_f32": ("ff", lambda a, b: a * b),
-    "v_fma_f32": ("fff", exact.fma),
-    "v_mad_f32": ("fff", exact.mad),
-    "v_fmaak_f32": ("fff", exact.fma),
-    "v_fmamk_f32": ("fff", exact.fma),
-    "v_trunc_f32": ("f", np.trunc),
-    "v_floor_f32": ("f", np.floor),
-    "v_rndne_f32": ("f", np.rint),
-    "v_ldexp_f32": ("fi", lambda a, b: np.ldexp(a.astype(np.float64), b).astype(np.float32)),
-    "v_cvt_f32_u32": ("u", lambda a: a.astype(np.float32)),
-    "v_cvt_f32_i32": ("i", lambda a: a.astype(np.float32)),
-    "v_cvt_u32_f32": ("f", exact.to_u32),
-    "v_cvt_i32_f32": ("f", exact.to_i32),
-    "v_div_fixup_f32": ("fff", exact.div_fixup),
-    "v_cndmask_b32": ("uum", lambda a, b, m: np.where(m, b, a)),
-    "v_cndmask_b16": ("hhm", lambda a, b, m: np.where(m, b, a)),
-}  # fmt: skip
-
-
-def _bitop3(table: int) -> Callable[..., Array]:
-    """The bitwise function whose truth table is `table`, the first source the highest index bit."""
-
-    def run(a: Array, b: Array, c: Array) -> Array:
-        result = np.zeros_like(a)
-        for index in range(8):
-            if table >> index & 1:
-                terms = (source if index >> shift & 1 else ~source
-                         for source, shift in ((a, 2), (b, 1), (c, 0)))  # fmt: skip
-                first, second, third = terms
-                result = result | first & second & third
-        return result
-
-    return run
-
-
 def decode_vector(instruction: Instruction, width: int, rcp_rounding: int) -> Operation:
     """The function of a vector instruction; raises Fault for one that is not known."""
     if instruction.second is not None:
-        halves = [_parts(half, width, rcp_rounding) for half in (instruction, instruction.second)]
+        both = (instruction, instruction.second)
+        for half in both:
+            _check_modifiers(half)
+        halves = [_parts(half, width, rcp_rounding) for half in both]
         (compute_x, store_x), (compute_y, store_y) = halves
 
         def run_both(w: Wave) -> None:
@@ -208,9 +72,14 @@ def _parts(instruction: Instruction, width: int, rcp_rounding: int) -> tuple[Com
         operands.append("vcc_lo")  # NOTE: v_dual_cndmask_b32 does not name it; dual is wave32.
     if name in ("v_rcp_f32", "v_rcp_iflag_f32"):
         kinds, function = "f", lambda a: exact.rcp(a, rcp_rounding)
+    elif name == "v_bitop2_b32":
+        # NOTE: the half of a dual instruction; its table is bitop3's with a third source of 0.
+        kinds = "uuu"
+        operands.append("0")
+        function = bitop3(int(instruction.modifiers.get("bitop3", "0"), 0))
     elif name.startswith("v_bitop3_b"):
         kinds = "uuu" if name.endswith("32") else "hhh"
-        function = _bitop3(int(instruction.modifiers.get("bitop3", "0"), 0))
+        function = bitop3(int(instruction.modifiers.get("bitop3", "0"), 0))
     elif name in OPERATIONS:
         kinds, function = OPERATIONS[name]
     else:
@@ -232,15 +101,21 @@ def source_readers(
             readers.append(read_mask(operand))
             continue
         bare, negate, absolute, extend = _sign_modifiers(operand)
-        raw: Callable[[Wave], Lanes] = read_lanes(bare, _BITS[kind])
+        raw: Callable[[Wave], Lanes]
         if instruction.encoding == "sdwa":
-            raw = lanes.select(
-                raw, instruction.modifiers.get(f"src{position}_sel", "DWORD"), extend
-            )
+            part = instruction.modifiers.get(f"src{position}_sel", "DWORD")
+            raw = _narrowed(lanes.select(read_lanes(bare), part, extend), _BITS[kind])
+        else:
+            raw = read_lanes(bare, _BITS[kind])
         if position == 0 and instruction.encoding == "dpp":
             raw, only = lanes.dpp(raw, instruction.modifiers, width)
         readers.append(_viewed(raw, kind, negate, absolute))
     return readers, only
+
+
+def _narrowed(raw: Callable[[Wave], Lanes], bits: int) -> Callable[[Wave], Lanes]:
+    """The low half of what SDWA selected, for operations on 16 bits."""
+    return raw if bits == 32 else lambda w: raw(w).astype(np.uint16)
 
 
 def _sign_modifiers(operand: str) -> tuple[str, bool, bool, bool]:
@@ -274,6 +149,8 @@ def _check_modifiers(instruction: Instruction) -> None:
     known = {"bitop3", *lanes.MODIFIERS}
     if instruction.mnemonic == "v_pk_mov_b32":
         known.add("op_sel")
+    if instruction.mnemonic in _PACKED_F32:
+        known |= {"op_sel", "op_sel_hi"}
     strange = set(instruction.modifiers) - known
     if strange:
         raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
@@ -292,6 +169,8 @@ def _decode_special(instruction: Instruction) -> Operation | None:
         return _division(instruction)
     if name == "v_pk_mov_b32":
         return _pk_mov(instruction)
+    if name in _PACKED_F32:
+        return _packed_f32(instruction, _PACKED_F32[name])
     if name in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"):
         return _mbcnt(instruction)
     return None
@@ -363,7 +242,7 @@ def _mad_u64(instruction: Instruction) -> Operation:
 
     def run(w: Wave) -> None:
         a, b, c = (read(w) for read in reads)
-        total = _u64(a) * _u64(b) + c
+        total = u64(a) * u64(b) + c
         store(w, total, None)
         write_carry(w, total < c)
 
@@ -408,6 +287,39 @@ def _pk_mov(instruction: Instruction) -> Operation:
     return run
 
 
+_PACKED_F32: dict[str, Callable[..., Array]] = {
+    "v_pk_mul_f32": lambda a, b: a * b,
+    "v_pk_add_f32": lambda a, b: a + b,
+    "v_pk_fma_f32": exact.fma,
+}
+
+
+def _packed_f32(instruction: Instruction, function: Callable[..., Array]) -> Operation:
+    """Two floats at once: op_sel picks the half of every source for the low one, op_sel_hi for
+    the high one."""
+    destination, *sources = instruction.operands
+    store = write_lanes(destination)
+    reads = [read_lanes(source, 64) for source in sources]
+
+    def halves(key: str, default: str) -> list[Array]:
+        picks = instruction.modifiers.get(key, "").strip("[]").split(",")
+        return [np.uint64(32 * int(pick or default)) for pick in (picks + [""] * 3)[: len(sources)]]
+
+    low, high = halves("op_sel", "0"), halves("op_sel_hi", "1")
+
+    def run(w: Wave) -> None:
+        values = [read(w) for read in reads]
+        pair = [
+            function(
+                *((v >> s).astype(_U).view(np.float32) for v, s in zip(values, shifts, strict=True))
+            )
+            for shifts in (low, high)
+        ]
+        store(w, np.stack(pair, axis=1).reshape(-1).view(np.uint64), None)
+
+    return run
+
+
 def _mbcnt(instruction: Instruction) -> Operation:
     operands = instruction.operands
     reads, _ = source_readers(instruction, operands[1:], "uu")
@@ -417,4 +329,4 @@ def _mbcnt(instruction: Instruction) -> Operation:
     below_low = (1 << np.minimum(lane, 32)) - 1
     below_high = (1 << np.maximum(lane - 32, 0)) - 1
     masks = (below_low if low else below_high).astype(np.uint32)
-    return lambda w: store(w, _bit_count(reads[0](w) & masks[: w.width]) + reads[1](w), None)
+    return lambda w: store(w, bit_count(reads[0](w) & masks[: w.width]) + reads[1](w), None)

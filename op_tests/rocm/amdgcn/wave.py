@@ -45,9 +45,14 @@ class Wave:
         pc: index of the next instruction.
         epoch: barriers passed so far.
         done: whether it has ended.
+        in_flight: vector memory accesses that no wait has ended, oldest first: True for a load.
+        round_trips: waits so far that had to wait for a load.
     """
 
-    __slots__ = ("done", "epoch", "full", "index", "mask", "pc", "s", "scc", "v", "width")
+    __slots__ = (
+        "done", "epoch", "full", "in_flight", "index", "mask", "pc", "round_trips", "s", "scc", "v",
+        "width",
+    )  # fmt: skip
 
     def __init__(self, width: int, index: int, num_vgprs: int, rng: np.random.Generator) -> None:
         self.width = width
@@ -59,6 +64,8 @@ class Wave:
         self.pc = 0
         self.epoch = 0
         self.done = False
+        self.in_flight: list[bool] = []
+        self.round_trips = 0
         self.set_exec((1 << width) - 1)
 
     def set_exec(self, value: int) -> None:

@@ -1,0 +1,103 @@
+"""What does each phase of the fused launch execute, and how often do its LDS banks collide?
+
+Phases are told apart by workgroup and by the barriers passed (`amdgcn.statistics`): the workgroup
+that routes clears the bitmask before its first barrier while its first rows are on their way, selects
+before the second, writes entries and padding after the last, and counts and assigns in between. The
+other workgroups zero moe_buf.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from amdgcn.banks import BankTally
+from amdgcn.statistics import Statistics, Where
+from cases import Case
+from launches import Device
+from runners import run_fused
+from targets import Target
+
+PHASES = ("load, clear", "top-k", "assign", "write", "zero moe_buf")
+ROUTING_WORKGROUP = 0
+
+# Decode batches of models, under the names that the tables show.
+PROBLEMS = {
+    "gpt-oss-120b, M=64": Case(64, 128, 4, torch.bfloat16, model_dim=2880),
+    "gpt-oss-120b, M=8": Case(8, 128, 4, torch.bfloat16, model_dim=2880),
+    "Qwen3-Next, M=32": Case(32, 512, 10, torch.bfloat16, model_dim=2048),
+    "Kimi-K3, M=16, f32": Case(16, 896, 16, torch.float32, model_dim=3584),
+    "Mixtral, M=64, f16": Case(64, 8, 2, torch.float16, model_dim=4096),
+}
+
+
+@cache
+def launch(arch: str, problem: str) -> Statistics:
+    """The statistics of the fused launch of a problem, its result checked."""
+    device = Device(arch, counts_banks=True)
+    case = PROBLEMS[problem]
+    run_fused(case, Target("cpu", device.wave_size), device.fused_topk_moe_sorting_fwd)
+    (statistics,) = device.statistics.values()
+    return statistics
+
+
+def phase_of(where: Where, last: int) -> str:
+    """The phase of a stretch of code; `last` is the number of barriers that routing has."""
+    workgroup, barriers = where
+    if workgroup != ROUTING_WORKGROUP:
+        return PHASES[4]
+    if barriers == last:
+        return PHASES[3]
+    return PHASES[min(barriers, 2)]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase executes.
+
+    Attributes:
+        mix: instructions of all waves by class.
+        idle: issue slots of s_nop and v_nop.
+        static: instructions of the kernel that are executed at least once.
+        round_trips: how often the wave that waits most waits for loads from memory.
+    """
+
+    mix: Counter[str]
+    idle: int
+    static: int
+    round_trips: int
+
+
+def phases(statistics: Statistics) -> dict[str, Phase]:
+    """The phases of a fused launch by name, in PHASES' order."""
+    last = max(where[1] for where in statistics.counts if where[0] == ROUTING_WORKGROUP)
+    if last < len(PHASES) - 2:
+        raise ValueError(f"barriers of the routing workgroup: expected at least 3, got {last}")
+    found = {}
+    for name in PHASES:
+
+        def chosen(where: Where, name: str = name) -> bool:
+            return phase_of(where, last) == name
+
+        static = sum(count > 0 for count in statistics.executed(chosen))
+        found[name] = Phase(
+            statistics.mix(chosen),
+            statistics.idle_slots(chosen),
+            static,
+            statistics.most_round_trips(chosen),
+        )
+    return found
+
+
+def collisions(statistics: Statistics) -> tuple[BankTally, str]:
+    """LDS passes of all instructions together, and the text of the one with the worst access."""
+    total = BankTally()
+    for tally in statistics.banks.values():
+        total.accesses += tally.accesses
+        total.passes += tally.passes
+        total.least += tally.least
+        total.worst = max(total.worst, tally.worst)
+    line = max(statistics.banks, key=lambda line: statistics.banks[line].worst)
+    return total, next(i.text for i in statistics.instructions if i.line == line)
