@@ -160,6 +160,21 @@ inline TensorView tensor_arg(py::handle object, const char* name) {
   return view;
 }
 
+// A tensor whose numbers are read. PyTorch can negate one without touching its memory, and the
+// exchange does not tell.
+inline TensorView input_arg(py::handle object, const char* name) {
+  const TensorView view = tensor_arg(object, name);
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const auto negated =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  if (!negated) throw py::error_already_set();
+  if (negated.ptr() != Py_False) {
+    fail_argument(name, "a tensor with its numbers in memory",
+                  "one that is negated when it is read; call resolve_neg()");
+  }
+  return view;
+}
+
 inline std::optional<TensorView> optional_tensor_arg(py::handle object, const char* name) {
   if (object.is_none()) return std::nullopt;
   return tensor_arg(object, name);

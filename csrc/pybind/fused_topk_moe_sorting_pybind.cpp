@@ -11,7 +11,7 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
          py::handle num_experts, py::handle topk, py::handle unit_size, py::handle need_renorm,
          py::handle local_expert_mask, py::handle num_local_tokens, py::handle cluster_size) {
         const aiter::FusedTopkMoeSortingArgs args{
-            aiter::tensor_arg(gating_output, "gating_output"),
+            aiter::input_arg(gating_output, "gating_output"),
             {aiter::tensor_arg(sorted_ids, "sorted_ids"),
              aiter::tensor_arg(sorted_weights, "sorted_weights"),
              aiter::tensor_arg(sorted_expert_ids, "sorted_expert_ids"),

@@ -14,7 +14,7 @@ void moe_sorting_opus(py::handle topk_ids, py::handle topk_weights, py::handle s
                       py::handle dispatch_policy) {
   const aiter::MoeSortingOpusArgs args{
       aiter::tensor_arg(topk_ids, "topk_ids"),
-      aiter::tensor_arg(topk_weights, "topk_weights"),
+      aiter::input_arg(topk_weights, "topk_weights"),
       {aiter::tensor_arg(sorted_token_ids, "sorted_token_ids"),
        aiter::tensor_arg(sorted_weights, "sorted_weights"),
        aiter::tensor_arg(sorted_expert_ids, "sorted_expert_ids"),

@@ -12,7 +12,7 @@ PYBIND11_MODULE(module_topk_softmax, m) {
             aiter::tensor_arg(topk_weights, "topk_weights"),
             aiter::tensor_arg(topk_indices, "topk_indices"),
             aiter::tensor_arg(token_expert_indices, "token_expert_indices"),
-            aiter::tensor_arg(gating_output, "gating_output"),
+            aiter::input_arg(gating_output, "gating_output"),
             aiter::bool_arg(need_renorm, "need_renorm")};
         void* stream = aiter::current_stream(gating_output, args.gating_output);
         const aiter::ReleaseGilOnCpu release(args.gating_output);

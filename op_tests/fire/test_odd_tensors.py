@@ -55,6 +55,11 @@ def test_a_sparse_tensor_is_refused(name: str) -> None:
     refuse({name: tensor}, f"^{name}: expected a tensor with strides, got torch.sparse_coo")
 
 
+def test_a_negated_tensor_is_refused() -> None:
+    logits = torch._neg_view(arguments()["gating_output"])
+    refuse({"gating_output": logits}, "^gating_output: expected a tensor with its numbers in memory")
+
+
 def test_a_flat_hidden_states_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^hidden_states: expected 3 rows, as gating_output, got"):
         aiter.fused_moe.fused_topk(torch.tensor(1.0), torch.randn(3, 8), 2, True)

@@ -44,6 +44,7 @@ class FakeGpuTensor:
         self.data_ptr = tensor.data_ptr
         self.stride = tensor.stride
         self.element_size = tensor.element_size
+        self.is_neg = tensor.is_neg
 
 
 def launch_error(module: ModuleType) -> str:

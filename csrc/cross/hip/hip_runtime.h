@@ -85,6 +85,14 @@ __device__ inline void __syncthreads() {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 
+__device__ inline unsigned long long __ballot(int flag) {
+#if defined(__GFX9__)
+  return __builtin_amdgcn_ballot_w64(flag != 0);
+#else
+  return __builtin_amdgcn_ballot_w32(flag != 0);
+#endif
+}
+
 __device__ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 __device__ inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 __device__ inline float __uint_as_float(uint32_t x) { return __builtin_bit_cast(float, x); }

@@ -114,11 +114,8 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
 }
 
 __device__ __forceinline__ WaveMask wave_ballot(bool flag) {
-#if defined(__GFX9__)
-  return __builtin_amdgcn_ballot_w64(flag);
-#else
-  return __builtin_amdgcn_ballot_w32(flag);
-#endif
+  return static_cast<WaveMask>(
+      __ballot(flag));  // HIP's, as the builtin behind it has changed names
 }
 
 __device__ __forceinline__ int lowest_lane(WaveMask lanes) { return __builtin_ctzll(lanes); }
