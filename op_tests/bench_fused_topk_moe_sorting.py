@@ -2,6 +2,7 @@
 
     python op_tests/bench_fused_topk_moe_sorting.py [--device cpu|cuda] [--shape E,K,D ...]
         [--tokens 1,4,8,...] [--dtype bf16] [--wave 64] [--csv FILE] [--plot FILE] [--[no-]compile]
+        [--clusters 1,2,4,8]
 
 Every contestant does the same work: bf16 logits to weights, ids, the sorted buffers and a zeroed
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
@@ -9,6 +10,7 @@ with `aiter.reference` before anything is timed. On a GPU the first table is the
 replay (see `aiter.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
 the device time with a cold L2 and the host time. torch.compile is among the contestants there. On
 the CPU a figure is wall time, and says how fast the execution layer is, not how fast the kernel is.
+With --clusters the contestants are the fused launch with so many workgroups that route.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 import bench_report
@@ -68,15 +71,32 @@ def pytorch_routing(
 
 
 def fused_routing(
-    logits: Tensor, topk: int, num_experts: int, model_dim: int
+    logits: Tensor, topk: int, num_experts: int, model_dim: int, cluster_size: int | None = None
 ) -> tuple[Tensor, ...]:
     """The fused launch, whatever policy 0 would take."""
     buffers = fused_moe.empty_sorted_buffers(
         logits.shape[0], topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE,
         device=logits.device,
     )  # fmt: skip
-    fused_topk_moe_sorting_fwd(logits, *buffers, num_experts, topk, BLOCK_SIZE, True)
+    fused_topk_moe_sorting_fwd(
+        logits, *buffers, num_experts, topk, BLOCK_SIZE, True, cluster_size=cluster_size
+    )
     return buffers
+
+
+def clusters(shape: tuple[int, int, int], sizes: tuple[int, ...]) -> dict[str, Routing | None]:
+    """The fused launch with each number of routing workgroups."""
+    num_experts, topk, model_dim = shape
+    return {
+        f"fused, {size}": partial(
+            fused_routing,
+            topk=topk,
+            num_experts=num_experts,
+            model_dim=model_dim,
+            cluster_size=size,
+        )
+        for size in sizes
+    }
 
 
 def contestants(
@@ -137,7 +157,12 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
     )
     compiled = options.device.type == "cuda" if options.compile is None else options.compile
     record: Record = {}
-    found = contestants((num_experts, topk, model_dim), tokens, options.device, compiled)
+    sizes = options.clusters
+    found = (
+        clusters((num_experts, topk, model_dim), sizes)
+        if sizes
+        else contestants((num_experts, topk, model_dim), tokens, options.device, compiled)
+    )
     for name, run in found.items():
         if run is None:
             record[name] = None
@@ -154,6 +179,12 @@ def main() -> int:
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="also time torch.compile; default: on a GPU",
+    )
+    parser.add_argument(
+        "--clusters",
+        type=lambda text: tuple(int(size) for size in text.split(",")),
+        default=(),
+        help="time the fused launch alone, with these numbers of routing workgroups",
     )
     options = parser.parse_args()
     bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)

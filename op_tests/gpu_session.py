@@ -79,10 +79,15 @@ def steps(folder: Path, kind: str) -> list[Step]:
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ),
         Step("host", 30, ["op_tests/bench_host.py", "--csv", f"{folder}/host.csv"]),
-        Step("bench", 240, [BENCH, "--no-compile", *small, *figures("bench")]),
+        Step("bench", 200, [BENCH, "--no-compile", *small, *figures("bench")]),
         Step(
-            "compiled", 110,
+            "compiled", 90,
             [BENCH, "--compile", "--tokens", "1,32,256", *figures("compiled")] if gpu else None,
+        ),
+        Step(
+            "clusters", 60,
+            [BENCH, "--clusters", "1,2,4,8", "--tokens", "16,32,64,122,256,1024",
+             *figures("clusters")] if kind == "cuda" else None,
         ),
         # NOTE: the last one, as the rest is to run by the rule of capacity.
         Step("tune", 120, ["-m", "aiter", "tune", *tuned]),

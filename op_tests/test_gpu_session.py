@@ -26,8 +26,8 @@ def test_the_limits_fit_in_a_session(tmp_path: Path, kind: str) -> None:
     names = [step.name for step in steps]
     assert len(set(names)) == len(names) and names[:2] == ["env", "build"] and names[-1] == "tune"
     skipped = {step.name for step in steps if step.command is None}
-    tools = set(sanitize_gpu.TOOLS)
-    assert skipped == {"cuda": set(), "rocm": tools, "cpu": tools | {"tests", "compiled"}}[kind]
+    nvidia = {*sanitize_gpu.TOOLS, "clusters"}
+    assert skipped == {"cuda": set(), "rocm": nvidia, "cpu": nvidia | {"tests", "compiled"}}[kind]
 
 
 def test_every_step_names_a_program_that_is_there(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ struct SortParams {
   const int32_t* num_local_tokens;  // may be null
 };
 
-// Division by a number that the host knows, for n < 2^31. With 2^s >= d > 2^(s-1) and m = 2^(31+s) / d
-// rounded up, n m / 2^(31+s) is above n / d by less than n 2^s / (d 2^(31+s)) < 1 / d.
+// Division by a number d that the host knows, for n < 2^31. With 2^s >= d > 2^(s-1) and m = 2^(31+s) / d
+// rounded up, n m / 2^(31+s) exceeds n / d by less than n / 2^(31+s) < 2^-s <= 1 / d, which cannot
+// reach the next integer; and m fits in 32 bits.
 struct Divisor {
   uint32_t magic;  // m
   int shift;       // 31 + s

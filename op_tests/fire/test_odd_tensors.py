@@ -57,7 +57,9 @@ def test_a_sparse_tensor_is_refused(name: str) -> None:
 
 def test_a_negated_tensor_is_refused() -> None:
     logits = torch._neg_view(arguments()["gating_output"])
-    refuse({"gating_output": logits}, "^gating_output: expected a tensor with its numbers in memory")
+    refuse(
+        {"gating_output": logits}, "^gating_output: expected a tensor with its numbers in memory"
+    )
 
 
 def test_a_flat_hidden_states_is_refused() -> None:
