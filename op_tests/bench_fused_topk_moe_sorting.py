@@ -173,7 +173,8 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
     return record
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The bench's options."""
     parser = bench_report.parser(__doc__)
     parser.add_argument(
         "--compile",
@@ -186,7 +187,11 @@ def main() -> int:
         default=(),
         help="time the fused launch alone, with these numbers of routing workgroups",
     )
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = make_parser().parse_args()
     bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)
     print(f"policy 0 is decided by {routing_plan.basis_of(options.device).origin}")
     return 0

@@ -125,10 +125,19 @@ def test_every_clock_of_a_gpu_comes_to_an_end() -> None:
 
 def test_the_fused_bench_measures() -> None:
     """One shape of the fused bench, on the GPU where there is one."""
-    options = bench_report.parser("").parse_args([])
-    options.device, options.compile = bench_report.current_device(), False
+    options = bench.make_parser().parse_args(["--no-compile"])
+    options.device = bench_report.current_device()
     record = bench.measure(options, (8, 2, 4), 3)
     assert list(record) == ["fused", "oneshot", "multiphase", "PyTorch"]
+    assert all(timing is not None and math.isfinite(timing.us) for timing in record.values())
+
+
+def test_the_fused_bench_measures_clusters() -> None:
+    """On the CPU, whose execution layer has clusters."""
+    options = bench.make_parser().parse_args(["--device", "cpu", "--clusters", "1,4"])
+    options.device = torch.device("cpu")
+    record = bench.measure(options, (8, 2, 4), 3)
+    assert list(record) == ["fused, 1", "fused, 4"]
     assert all(timing is not None and math.isfinite(timing.us) for timing in record.values())
 
 
