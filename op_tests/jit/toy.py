@@ -134,8 +134,12 @@ def toy_package(place: Path) -> None:
 
 def child_code(toy: Toy, body: str) -> list[str]:
     """The command of a Python process that runs `body` with `loader`, `target` and `MODULE` set."""
+    # NOTE: a runner in the background (nohup, &) hands on signals that are ignored.
     prelude = f"""
+import signal
 import sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from aiter.jit.load import Loader
 from aiter.jit.target import Target
