@@ -6,6 +6,7 @@ The clock is replaced where times matter, so that no test depends on how fast th
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_another_device_counts_for_nothing(cache: Path) -> None:
 def test_a_damaged_file_is_reported(
     cache: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="aiter")
     path = tuned.keep(CPU, [tuned.Measured(ROW)])
     path.write_text(damage(path.read_text()))  # type: ignore[operator]
     found = tuned.find(CPU)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ from aiter.jit import spec
 LOADER_INPUTS, OP_INPUTS = 600, 150  # of each kind
 EXAMPLES = 40
 LOADER_KINDS = tuple(kind for kind in fuzz.shares() if kind not in fuzz.OPS)
+
+
+@pytest.fixture(autouse=True)
+def level_restored() -> Iterator[None]:
+    """The fuzzer silences the loader; the tests after these shall hear it."""
+    logger = logging.getLogger("aiter")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def judged(kind: str, inputs: int) -> set[str]:
