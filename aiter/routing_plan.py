@@ -23,6 +23,7 @@ from aiter.dispatch import Crossover
 from aiter.jit import envs
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from aiter.torch_ops import sorted_sizes
 
 MOST_PLANS = 4096  # a plan takes about 1 KiB; decode and prefill sizes of a few layers are hundreds
 
@@ -172,12 +173,11 @@ def sorted_buffers(
         raise ValueError(f"topk: expected at most num_experts = {num_experts}, got {topk}")
     if not isinstance(moebuf_dtype, torch.dtype):
         raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
-    slots = tokens * topk + num_experts * block_size - topk
+    slots, blocks = sorted_sizes(tokens, topk, num_experts, block_size)
     if slots >= 2**31:
         raise ValueError(
             f"block_size: expected M*topk + num_experts*block_size - topk below {2**31}, got {slots}"
         )
-    blocks = (slots + block_size - 1) // block_size
     return Buffers(slots, slots, blocks, (tokens, model_dim), moebuf_dtype)
 
 

@@ -58,8 +58,8 @@ SCHEMAS = {
     ),
     "fused_topk_moe_sorting_fwd": (
         f"(Tensor gating_output, Tensor(a!) sorted_ids, {_SORT_OUTPUTS}, int topk, int unit_size,"
-        " bool need_renorm, *, Tensor? local_expert_mask=None, Tensor? num_local_tokens=None)"
-        " -> ()"
+        " bool need_renorm, *, Tensor? local_expert_mask=None, Tensor? num_local_tokens=None,"
+        " int? cluster_size=None) -> ()"
     ),
     "topk_softmax_sorting": (
         f"(Tensor gating_output, int topk, {_ROUTING.format('bool need_renorm=True, ')})"
@@ -106,6 +106,12 @@ def graph_op(stub: F) -> F:
     return cast(F, call)
 
 
+def sorted_sizes(tokens: int, topk: int, num_experts: int, block_size: int) -> tuple[int, int]:
+    """S = M*K + E*B - K slots of the sorted buffers, and ceil(S / B) blocks."""
+    slots = tokens * topk + num_experts * block_size - topk
+    return slots, (slots + block_size - 1) // block_size
+
+
 def empty_sorted(
     like: Tensor,
     topk: int,
@@ -121,8 +127,7 @@ def empty_sorted(
         num_valid_ids int32 [2], moe_buf [M, D], with S = M*K + E*B - K.
     """
     tokens, device = like.shape[0], like.device
-    slots = tokens * topk + num_experts * block_size - topk
-    blocks = (slots + block_size - 1) // block_size
+    slots, blocks = sorted_sizes(tokens, topk, num_experts, block_size)
     return (
         torch.empty(slots, dtype=torch.int32, device=device),
         torch.empty(slots, dtype=torch.float32, device=device),

@@ -6,6 +6,7 @@ the sorted buffers here have no undefined tail: blocks of one slot, as many slot
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_opcheck_can_fail(written: int) -> None:
     arguments, _ = arguments_of("topk_softmax", "cpu")
     with pytest.raises(Exception, match="mutated|mutable"):
         torch.library.opcheck(op, arguments, test_utils="test_schema")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS[:3])
+def test_a_schema_has_every_parameter(name: str) -> None:
+    """A tracer takes what an eager call takes, by the same names."""
+    schema = getattr(torch.ops.aiter, name).default._schema
+    parameters = inspect.signature(getattr(aiter, name)).parameters
+    assert [argument.name for argument in schema.arguments] == list(parameters)
 
 
 @pytest.mark.parametrize("name", torch_ops.SCHEMAS)

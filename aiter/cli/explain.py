@@ -19,6 +19,7 @@ from aiter.jit import envs
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from aiter.torch_ops import sorted_sizes
 
 _TOKEN_BITS, _SLOT_SHIFT = 0xFFFFFF, 24
 _SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
@@ -80,7 +81,7 @@ def _explain(options: argparse.Namespace) -> str:
     if choice.path != "fused":
         sort_policy = dispatch.POLICY_OF_CHAIN[choice.path]
         workspace = moe_sorting_opus_get_workspace_size(m, e, k, sort_policy, device=device)
-    slots = m * k + e * b - k
+    slots, blocks = sorted_sizes(m, k, e, b)
     rows = [
         ("path", choice.path),
         ("why", dispatch.explain(problem, choice, most)),
@@ -90,7 +91,7 @@ def _explain(options: argparse.Namespace) -> str:
         ("largest M of the fused launch", str(most)),
         ("workspace", f"{workspace} bytes"),
         ("sorted_ids, sorted_weights", f"{slots} slots"),
-        ("sorted_expert_ids", f"{-(-slots // b)} blocks"),
+        ("sorted_expert_ids", f"{blocks} blocks"),
     ]
     return format_table((f"M={m} E={e} K={k} B={b}", f"policy {options.policy}"), rows)
 
@@ -137,8 +138,9 @@ def _table(device: torch.device) -> str:
 def _draw(options: argparse.Namespace) -> str:
     """Routes random logits and shows who went where."""
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
-    if m * k + e * b - k > _MOST_DRAWN:
-        raise ValueError(f"--draw: expected at most {_MOST_DRAWN} slots, got {m * k + e * b - k}")
+    capacity, _ = sorted_sizes(m, k, e, b)
+    if capacity > _MOST_DRAWN:
+        raise ValueError(f"--draw: expected at most {_MOST_DRAWN} slots, got {capacity}")
     logits = torch.randn(m, e, generator=torch.Generator().manual_seed(0))
     device = current_device(options.device)
     sorted_ids, weights, expert_ids, num_valid_ids, _ = (
