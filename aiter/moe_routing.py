@@ -8,9 +8,9 @@ find these functions.
 
 Host time is what a decode step pays per layer, so an eager call makes one memo lookup, allocates and
 goes to the binding, which checks the tensors. `python op_tests/bench_host.py --tokens 1` prints the
-pieces; on the CPU of an AMD EPYC (2026-11-23) they are 4.9 us for the five allocations, 1.6 us for
-this module, 0.6 us for the op's Python function, 0.9 us for the binding and its checks. Rejected: one
-allocation with views of it as outputs, 14 us instead of 4.9, and outputs that share a storage.
+pieces; on the CPU of an AMD EPYC (2026-11-23) they are 5.0 us for the five allocations, 1.6 us for
+this module, 0.3 us for the op's Python function, 1.0 us for the binding and its checks. Rejected: one
+allocation with views of it as outputs, 14 us instead of 5.0, and outputs that share a storage.
 """
 
 from __future__ import annotations
