@@ -10,11 +10,15 @@
 // stable by construction, and no entry waits for another. Words are stored [word][expert], so that
 // lanes that walk over experts hit different LDS banks.
 //
-// A thread per expert assigns the blocks. While no expert can have more than one block (n <= B, most
-// of decode), a ballot takes the place of the prefix sum. It leaves a list of tails, the places where
-// padding begins; all threads then write padding together, four slots per store. Rejected: a thread per
-// slot of all E*B, which looks at 4096 slots where a token's 4 experts have 124 to pad (E=128, K=4,
-// B=32).
+// In general (assign_blocks) a thread per expert takes part in a prefix sum over the numbers of blocks,
+// which leaves every expert's first slot and tail, the place where padding begins, in LDS; all threads
+// then write entries and padding, four slots per store.
+//
+// While no expert can have more than one block (n <= B, most of decode; write_single_blocks), the set of
+// experts that are hit says everything: its size is the number of blocks, an expert's rank in it is its
+// block. The workgroup fills all blocks with padding, which needs no more than their number, and behind
+// a barrier puts the entries over it: 1,960 -> TODO cycles from the end of top-k to the end (M=1, E=128, K=4,
+// H100). Rejected: finding the slots that entries will leave, which takes a search per block.
 //
 // Rejected as well: a token x expert table of words (32 times the LDS); atomic counters for ranks
 // (their order is the order of arrival, not the token order that the format asks for).
@@ -80,22 +84,39 @@ __host__ __device__ constexpr int hit_words(int num_tokens) {
 
 // The token x expert bitmask in LDS.
 struct HitMask {
-  uint32_t* words;  // [num_words][num_experts]
-  int num_experts;
+  uint32_t* words;  // [num_words][stride]
+  int stride;       // E or more
   int num_words;
 
   __device__ __forceinline__ void clear() const {
     AITER_LOOP
-    for (int i = threadIdx.x; i < num_experts * num_words; i += blockDim.x) words[i] = 0;
+    for (int i = threadIdx.x; i < stride * num_words; i += blockDim.x) words[i] = 0;
   }
   __device__ __forceinline__ void set(int token, uint32_t expert_idx) const {
-    atomicOr(&words[(token / kTokensPerWord) * num_experts + expert_idx],
+    atomicOr(&words[(token / kTokensPerWord) * stride + expert_idx],
              1u << (token % kTokensPerWord));
   }
   __device__ __forceinline__ uint32_t count(int expert_idx) const {
     uint32_t sum = 0;
     AITER_LOOP
-    for (int w = 0; w < num_words; ++w) sum += __popc(words[w * num_experts + expert_idx]);
+    for (int w = 0; w < num_words; ++w) sum += __popc(words[w * stride + expert_idx]);
+    return sum;
+  }
+  __device__ __forceinline__ bool any(int expert_idx) const {
+    uint32_t all = 0;
+    AITER_LOOP
+    for (int w = 0; w < num_words; ++w) all |= words[w * stride + expert_idx];
+    return all != 0;
+  }
+  // Of the experts expert_idx ... expert_idx + 3; wants a stride and an expert that are multiples of 4.
+  __device__ __forceinline__ FourWords count_four(int expert_idx) const {
+    FourWords sum{};
+    AITER_LOOP
+    for (int w = 0; w < num_words; ++w) {
+      const FourWords four = *reinterpret_cast<const FourWords*>(words + w * stride + expert_idx);
+      AITER_UNROLL
+      for (int i = 0; i < 4; ++i) sum.word[i] += __popc(four.word[i]);
+    }
     return sum;
   }
   // Tokens before `token` that chose the expert.
@@ -103,9 +124,9 @@ struct HitMask {
     const uint32_t* column = words + expert_idx;
     uint32_t sum = 0;
     AITER_LOOP
-    for (int w = 0; w < token / kTokensPerWord; ++w) sum += __popc(column[w * num_experts]);
+    for (int w = 0; w < token / kTokensPerWord; ++w) sum += __popc(column[w * stride]);
     const uint32_t below = (1u << (token % kTokensPerWord)) - 1;
-    return sum + __popc(column[token / kTokensPerWord * num_experts] & below);
+    return sum + __popc(column[token / kTokensPerWord * stride] & below);
   }
 };
 
@@ -137,14 +158,12 @@ __device__ __forceinline__ int active_waves(int num_threads) {
 // Writes the expert id of every block, each lane for its expert; the blocks of an expert that has many
 // are written by the whole wave.
 __device__ __forceinline__ void write_expert_ids(int32_t* sorted_expert_ids, uint32_t first_block,
-                                                 uint32_t num_blocks, uint32_t id,
-                                                 bool at_most_one) {
+                                                 uint32_t num_blocks, uint32_t id) {
   constexpr uint32_t kMaxOwnBlocks = 4;
   AITER_LOOP
   for (uint32_t b = 0; b < num_blocks && b < kMaxOwnBlocks; ++b) {
     sorted_expert_ids[first_block + b] = static_cast<int32_t>(id);
   }
-  if (at_most_one) return;
   wave_for_each(num_blocks > kMaxOwnBlocks, [&](int lane) {
     const uint32_t first = wave_read_lane(first_block, lane);
     const uint32_t last = first + wave_read_lane(num_blocks, lane);
@@ -156,16 +175,20 @@ __device__ __forceinline__ void write_expert_ids(int32_t* sorted_expert_ids, uin
   });
 }
 
+__device__ __forceinline__ void write_num_valid_ids(const SortShape& shape, const SortParams& out,
+                                                    uint32_t num_blocks, int num_local) {
+  out.num_valid_ids[0] = static_cast<int32_t>(num_blocks * shape.block_size);
+  out.num_valid_ids[1] = num_local;
+}
+
 // Gives every expert its blocks: fills lds.starts and lds.tails, and writes sorted_expert_ids and
 // num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
-// e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early.
-// Returns the number of tails; with `compact` there is one per block, which wants n <= B, else one
-// per expert. Needs a barrier before and after.
+// e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early. Needs
+// a barrier before and after.
 template <typename CountOf>
-__device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int num_local,
-                                                  bool is_first_local, bool compact, bool writes,
-                                                  const SortLds& lds, const SortParams& out,
-                                                  CountOf count_of) {
+__device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
+                                              bool is_first_local, bool writes, const SortLds& lds,
+                                              const SortParams& out, CountOf count_of) {
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
   AITER_LOOP
@@ -176,10 +199,9 @@ __device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int nu
                                              : is_local(out.expert_mask, static_cast<uint32_t>(e)));
     ExpertCount count{0, 0};
     if (local) count = count_of(e);
-    uint32_t num_blocks = count.total != 0 ? 1 : 0;
-    if (!compact) num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
+    const uint32_t num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
 
-    WavePrefix blocks = compact ? wave_rank(num_blocks != 0) : wave_prefix_sum(num_blocks);
+    WavePrefix blocks = wave_prefix_sum(num_blocks);
     WavePrefix locals{static_cast<uint32_t>(e - first), 0};
     uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
     if (first != 0) __syncthreads();
@@ -197,51 +219,84 @@ __device__ __forceinline__ uint32_t assign_blocks(const SortShape& shape, int nu
     const uint32_t start = first_block * shape.block_size;
     const uint32_t end = start + count.total;
     const uint32_t tail = count.total != num_blocks * shape.block_size ? end : kNoSlot;
-    if (exists) lds.starts[e] = local ? start + count.before : kNoSlot;
-    if (exists && !compact) lds.tails[e] = tail;
-    if (exists && compact && num_blocks != 0) lds.tails[first_block] = tail;
+    if (exists) {
+      lds.starts[e] = local ? start + count.before : kNoSlot;
+      lds.tails[e] = tail;
+    }
     if (writes) {
       const uint32_t local_id = out.expert_mask != nullptr ? local_before + locals.below : e;
-      write_expert_ids(out.sorted_expert_ids, first_block, num_blocks, local_id, compact);
+      write_expert_ids(out.sorted_expert_ids, first_block, num_blocks, local_id);
     }
     blocks_before += blocks.total;
     local_before += locals.total;
   }
-  if (writes && threadIdx.x == 0) {
-    out.num_valid_ids[0] = static_cast<int32_t>(blocks_before * shape.block_size);
-    out.num_valid_ids[1] = num_local;
-  }
-  return compact ? blocks_before : shape.num_experts;
+  if (writes && threadIdx.x == 0) write_num_valid_ids(shape, out, blocks_before, num_local);
 }
 
-struct alignas(16) FourWords {
-  uint32_t word[4];
-};
+__device__ __forceinline__ uint32_t padding_id(const SortShape& shape, int num_local) {
+  return static_cast<uint32_t>(shape.topk) << kSlotShift | static_cast<uint32_t>(num_local);
+}
+
+// Pads four slots from `slot` on, at once.
+__device__ __forceinline__ void pad_four(const SortParams& out, uint32_t slot, uint32_t id) {
+  *reinterpret_cast<FourWords*>(out.sorted_ids + slot) = {{id, id, id, id}};
+  *reinterpret_cast<FourWords*>(out.sorted_weights + slot) = FourWords{};
+}
+
+// Pads the slots from `tail` on that are left of its four, which is 1 to 3.
+__device__ __forceinline__ void pad_rest(const SortParams& out, uint32_t tail, uint32_t id) {
+  struct alignas(8) TwoWords {
+    uint32_t word[2];
+  };
+  uint32_t slot = tail;
+  if (slot % 2 != 0) {
+    out.sorted_ids[slot] = static_cast<int32_t>(id);
+    out.sorted_weights[slot] = 0.0f;
+    ++slot;
+  }
+  if (slot % 4 != 0) {
+    *reinterpret_cast<TwoWords*>(out.sorted_ids + slot) = {{id, id}};
+    *reinterpret_cast<TwoWords*>(out.sorted_weights + slot) = TwoWords{};
+  }
+}
 
 // Writes the padding behind every tail, worker `worker` of `num_workers`.
 __device__ __forceinline__ void write_padding(const SortShape& shape, int num_local,
-                                              const uint32_t* lds_tails, uint32_t num_tails,
-                                              const SortParams& out, uint32_t worker,
-                                              uint32_t num_workers) {
-  const uint32_t id =
-      static_cast<uint32_t>(shape.topk) << kSlotShift | static_cast<uint32_t>(num_local);
+                                              const uint32_t* lds_tails, const SortParams& out,
+                                              uint32_t worker, uint32_t num_workers) {
+  const uint32_t id = padding_id(shape, num_local);
   const uint32_t block_size = shape.block_size;
   const uint32_t width = shape.wide_stores ? 4 : 1;
   AITER_LOOP
-  for (uint32_t i = worker * width; i < num_tails * block_size; i += num_workers * width) {
-    const uint32_t tail_idx = shape.by_block_size.quotient(i);
-    const uint32_t tail = lds_tails[tail_idx];
+  for (uint32_t i = worker * width; i < shape.num_experts * block_size; i += num_workers * width) {
+    const uint32_t expert_idx = shape.by_block_size.quotient(i);
+    const uint32_t tail = lds_tails[expert_idx];
     if (tail == kNoSlot) continue;
-    const uint32_t slot = (shape.by_block_size.quotient(tail) - tail_idx) * block_size + i;
-    if (slot >= tail && shape.wide_stores) {
-      *reinterpret_cast<FourWords*>(out.sorted_ids + slot) = {{id, id, id, id}};
-      *reinterpret_cast<FourWords*>(out.sorted_weights + slot) = FourWords{};
-    } else {
-      AITER_LOOP
-      for (uint32_t s = slot < tail ? tail : slot; s < slot + width; ++s) {
-        out.sorted_ids[s] = static_cast<int32_t>(id);
-        out.sorted_weights[s] = 0.0f;
-      }
+    const uint32_t slot = (shape.by_block_size.quotient(tail) - expert_idx) * block_size + i;
+    if (!shape.wide_stores) {
+      if (slot < tail) continue;
+      out.sorted_ids[slot] = static_cast<int32_t>(id);
+      out.sorted_weights[slot] = 0.0f;
+    } else if (slot >= tail) {
+      pad_four(out, slot, id);
+    } else if (slot + width > tail) {
+      pad_rest(out, tail, id);
+    }
+  }
+}
+
+// Makes padding of the first `num_slots` slots, by one workgroup.
+__device__ __forceinline__ void fill_with_padding(const SortShape& shape, int num_local,
+                                                  uint32_t num_slots, const SortParams& out) {
+  const uint32_t id = padding_id(shape, num_local);
+  if (shape.wide_stores) {
+    AITER_LOOP
+    for (uint32_t i = 4 * threadIdx.x; i < num_slots; i += 4 * blockDim.x) pad_four(out, i, id);
+  } else {
+    AITER_LOOP
+    for (uint32_t i = threadIdx.x; i < num_slots; i += blockDim.x) {
+      out.sorted_ids[i] = static_cast<int32_t>(id);
+      out.sorted_weights[i] = 0.0f;
     }
   }
 }
@@ -251,6 +306,116 @@ __device__ __forceinline__ void write_entry(const SortParams& out, uint32_t slot
   out.sorted_ids[slot] =
       static_cast<int32_t>(static_cast<uint32_t>(k) << kSlotShift | static_cast<uint32_t>(token));
   out.sorted_weights[slot] = weight;
+}
+
+// A set of up to kMaxSetExperts experts, as bits in LDS on a 16-byte boundary.
+constexpr int kMaxSetWords = 32;
+constexpr int kMaxSetExperts = 32 * kMaxSetWords;
+
+struct ExpertSet {
+  uint32_t* words;  // [kMaxSetWords]
+
+  // Says which experts from `first` on are members: of thread t, whether first + t is one. By all
+  // threads; they end on a multiple of four words, so that what is read below has been written.
+  __device__ __forceinline__ void post(int first, bool is_member) const {
+    const WaveMask members = wave_ballot(is_member);
+    if (lane_idx() != 0) return;
+    AITER_UNROLL
+    for (int i = 0; i < kWaveSize / 32; ++i) {
+      const int word_idx = (first + static_cast<int>(threadIdx.x)) / 32 + i;
+      if (word_idx < kMaxSetWords) words[word_idx] = static_cast<uint32_t>(members >> (32 * i));
+    }
+  }
+  __device__ __forceinline__ bool has(uint32_t expert_idx) const {
+    return (words[expert_idx / 32] >> (expert_idx % 32) & 1) != 0;
+  }
+  // Members below the expert.
+  __device__ __forceinline__ uint32_t rank(uint32_t expert_idx) const {
+    uint32_t sum = 0;
+    AITER_LOOP
+    for (uint32_t first = 0; first <= expert_idx; first += 4 * 32) {
+      const FourWords four = *reinterpret_cast<const FourWords*>(words + first / 32);
+      AITER_UNROLL
+      for (uint32_t i = 0; i < 4; ++i) {
+        const uint32_t begin = first + i * 32;
+        const uint32_t below = (1u << (expert_idx % 32)) - 1;
+        const uint32_t counted = expert_idx < begin ? 0u : expert_idx < begin + 32 ? below : ~0u;
+        sum += __popc(four.word[i] & counted);
+      }
+    }
+    return sum;
+  }
+  // Members below `end`.
+  __device__ __forceinline__ uint32_t count(uint32_t end) const {
+    uint32_t sum = 0;
+    AITER_LOOP
+    for (uint32_t first = 0; first < end; first += 4 * 32) {
+      const FourWords four = *reinterpret_cast<const FourWords*>(words + first / 32);
+      AITER_UNROLL
+      for (int i = 0; i < 4; ++i) sum += __popc(four.word[i]);
+    }
+    return sum;
+  }
+};
+
+struct Entry {
+  uint32_t expert_idx;
+  int token, k;
+  float weight;
+};
+
+// The whole rest of the sort by one workgroup where no expert can have more than one block: n <= B, and
+// E <= kMaxSetExperts. entry_at(i) is the entry i of num_entries; `hits` knows all of them. Needs a
+// barrier before.
+template <typename EntryAt>
+__device__ __forceinline__ void write_single_blocks(const SortShape& shape, int num_local,
+                                                    bool is_first_local, const HitMask& hits,
+                                                    uint32_t* lds_sets, const SortParams& out,
+                                                    int num_entries, EntryAt entry_at) {
+  const ExpertSet hit{lds_sets}, local{lds_sets + kMaxSetWords};
+  const bool has_mask = out.expert_mask != nullptr;
+  AITER_LOOP
+  for (int first = 0; first < shape.num_experts; first += blockDim.x) {
+    const int e = first + static_cast<int>(threadIdx.x);
+    bool is_member = e < shape.num_experts;
+    if (has_mask) {
+      is_member = is_member && (first == 0 ? is_first_local : is_local(out.expert_mask, e));
+      local.post(first, is_member);
+    }
+    hit.post(first, is_member && hits.any(e));
+  }
+  __syncthreads();
+
+  const auto slot_of = [&](const Entry& entry) {
+    if (!hit.has(entry.expert_idx)) return kNoSlot;
+    return hit.rank(entry.expert_idx) * shape.block_size + hits.rank(entry.token, entry.expert_idx);
+  };
+  const auto write = [&](const Entry& entry, uint32_t slot) {
+    if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
+  };
+  Entry first_entry{};
+  uint32_t first_slot = kNoSlot;
+  if (static_cast<int>(threadIdx.x) < num_entries) {
+    first_entry = entry_at(threadIdx.x);
+    first_slot = slot_of(first_entry);
+  }
+  const uint32_t num_blocks = hit.count(shape.num_experts);
+  fill_with_padding(shape, num_local, num_blocks * shape.block_size, out);
+  AITER_LOOP
+  for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) {
+    if (hit.has(e)) {
+      out.sorted_expert_ids[hit.rank(e)] = static_cast<int32_t>(has_mask ? local.rank(e) : e);
+    }
+  }
+  if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_blocks, num_local);
+  __syncthreads();
+
+  write(first_entry, first_slot);
+  AITER_LOOP
+  for (int i = threadIdx.x + blockDim.x; i < num_entries; i += blockDim.x) {
+    const Entry entry = entry_at(i);
+    write(entry, slot_of(entry));
+  }
 }
 
 // Zeroes `num_bytes` from `data` on, worker `worker` of `num_workers`; any alignment, any length.

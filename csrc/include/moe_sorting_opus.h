@@ -130,11 +130,10 @@ __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_loca
                                                const OpusLds& lds) {
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
                               is_local(p.sort.expert_mask, threadIdx.x);
-  const uint32_t num_tails =
-      assign_blocks(p.shape, num_local, is_first_local, false, true, lds.sort, p.sort,
-                    [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+  assign_blocks(p.shape, num_local, is_first_local, true, lds.sort, p.sort,
+                [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
-  write_padding(p.shape, num_local, lds.sort.tails, num_tails, p.sort, threadIdx.x, blockDim.x);
+  write_padding(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }
 
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,

@@ -33,6 +33,12 @@ namespace aiter {
 constexpr int kMaxRowValues = 32;     // registers of a lane
 constexpr int kMaxRowExperts = 1024;  // longer rows are read from memory
 
+// Threads of a workgroup that keeps rows in registers: long rows want more registers than a lane of the
+// largest workgroup gets.
+__host__ __device__ constexpr int max_row_threads(int row_values) {
+  return row_values > 16 ? 512 : 1024;
+}
+
 // Registers of a lane that hold a row, as launchers choose them: the least power of two from 2 on that
 // suffices; 0 for memory.
 __host__ __device__ constexpr int row_values(int num_experts, int wave_size) {
@@ -41,10 +47,6 @@ __host__ __device__ constexpr int row_values(int num_experts, int wave_size) {
   while (values * wave_size < num_experts) values *= 2;
   return values;
 }
-
-// Whether launchers ever choose kValues on this target; other instances are compiled empty.
-template <int kValues>
-constexpr bool kRowIsUsed = kValues * kWaveSize <= kMaxRowExperts;
 
 struct Winner {
   uint32_t stored;      // as Logit<T> stores it
@@ -70,7 +72,15 @@ __device__ __forceinline__ float logit_of(const Winner& winner) {
 template <typename T, int kValues>
 class WaveRow {
  public:
-  __device__ __forceinline__ void load(const T* row, int num_experts) {
+  using Item = T;
+  // Whether launchers ever choose kValues on this target; other instances are compiled empty.
+  static constexpr bool kIsUsed = kValues * kWaveSize <= kMaxRowExperts;
+  static constexpr int kMaxThreads = max_row_threads(kValues);
+  static constexpr int kRowsPerWave = 1;
+
+  static __device__ __forceinline__ int row_in_wave() { return 0; }
+
+  __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       const uint32_t expert_idx = i * kWaveSize + lane_idx();
@@ -91,17 +101,18 @@ class WaveRow {
   }
 
   __device__ __forceinline__ void prepare() {
-    if constexpr (!Logit<T>::kHoldsExpert) return;
-    AITER_UNROLL
-    for (int first = 0; first < kValues; first += kGroup) {
-      if constexpr (kGroup == 4) {
-        order(first, first + 1);
-        order(first + 2, first + 3);
-        order(first, first + 2);
-        order(first + 1, first + 3);
-        order(first + 1, first + 2);
-      } else {
-        order(first, first + 1);
+    if constexpr (Logit<T>::kHoldsExpert) {
+      AITER_UNROLL
+      for (int first = 0; first < kValues; first += kGroup) {
+        if constexpr (kGroup == 4) {
+          order(first, first + 1);
+          order(first + 2, first + 3);
+          order(first, first + 2);
+          order(first + 1, first + 3);
+          order(first + 1, first + 2);
+        } else {
+          order(first, first + 1);
+        }
       }
     }
   }
@@ -192,7 +203,14 @@ class WaveRow {
 template <typename T>
 class WaveRow<T, 0> {
  public:
-  __device__ __forceinline__ void load(const T* row, int num_experts) {
+  using Item = T;
+  static constexpr bool kIsUsed = true;
+  static constexpr int kMaxThreads = max_row_threads(0);
+  static constexpr int kRowsPerWave = 1;
+
+  static __device__ __forceinline__ int row_in_wave() { return 0; }
+
+  __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
     row_ = row;
     num_experts_ = num_experts;
   }
@@ -246,12 +264,12 @@ class WaveRow<T, 0> {
   uint64_t last_;
 };
 
-// Runs the selection for a loaded row. Sink: put(k, expert_idx, weight) is called once per slot, each
+// Runs the selection for a loaded row, which is valid. Sink: put(k, expert_idx, weight) is called once per slot, each
 // by one lane; when K exceeds the wave, weights arrive undivided and divide(k, Z) follows, called
 // by the same lane.
 template <typename T, int kValues, typename Sink>
 __device__ __forceinline__ void wave_topk(WaveRow<T, kValues>& row, int num_experts, int topk,
-                                          bool need_renorm, Sink& sink) {
+                                          bool need_renorm, bool, Sink& sink) {
   const bool one_pass = topk <= kWaveSize;
   float max = 0.0f;
   float denominator = 0.0f;

@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "expert_sort.h"
+#include "group_topk.h"
 #include "routing_checks.h"
-#include "row_topk.h"
 
 namespace aiter {
 
@@ -48,33 +48,78 @@ inline unsigned zeroing_blocks(uint64_t num_bytes, const DeviceLimits& limits) {
       std::min<uint64_t>(wanted, std::max(1, limits.num_compute_units - 1)));
 }
 
-// Calls f(T{}, values) with the logit type and, as a compile-time constant, what row_values() said.
+// How waves take rows of logits: several in groups of lanes (group_topk.h), or one in so many registers
+// of a lane (row_topk.h).
+struct RowChoice {
+  int group_lanes;  // 0: a row per wave
+  int group_best;
+  int values;
+  int rows_per_wave;
+  bool wide;
+};
+
+inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk, bool need_renorm,
+                             int wave_size) {
+  RowChoice choice{0, 0, row_values(num_experts, wave_size), 1, false};
+  if (gating.dtype == DType::f32 || !need_renorm || topk > kMaxGroupTopk) return choice;
+  choice.group_lanes = group_lanes(num_experts);
+  if (choice.group_lanes == 0) return choice;
+  choice.group_best = group_best(choice.group_lanes, topk);
+  choice.rows_per_wave = wave_size / choice.group_lanes;
+  const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
+  choice.wide = on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
+                on_boundary(gating.stride[0] * gating.itemsize) &&
+                on_boundary(num_experts * gating.itemsize);
+  return choice;
+}
+
+template <typename Rows>
+struct RowsTag {
+  using type = Rows;
+};
+
+// Calls f(RowsTag<WaveRow or GroupRows of the logit type>{}).
 template <typename F>
-void dispatch_row(DType dtype, int values, F f) {
-  const auto with_values = [&](auto logit) {
-    static_assert(kMaxRowValues == 32, "one case per power of two");
-    switch (values) {
-      case 2:
-        return f(logit, std::integral_constant<int, 2>{});
-      case 4:
-        return f(logit, std::integral_constant<int, 4>{});
+void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
+  const auto in_groups = [&](auto logit) {
+    using T = decltype(logit);
+    static_assert(group_lanes(8 * kGroupValues) == 8 && group_lanes(32 * kGroupValues) == 32,
+                  "one case per power of two");
+    switch (choice.group_lanes) {
       case 8:
-        return f(logit, std::integral_constant<int, 8>{});
+        if (choice.group_best == 4) return f(RowsTag<GroupRows<T, 8, 4>>{});
+        return f(RowsTag<GroupRows<T, 8, kMaxGroupTopk>>{});
       case 16:
-        return f(logit, std::integral_constant<int, 16>{});
-      case 32:
-        return f(logit, std::integral_constant<int, 32>{});
+        return f(RowsTag<GroupRows<T, 16, kMaxGroupTopk>>{});
       default:
-        return f(logit, std::integral_constant<int, 0>{});
+        return f(RowsTag<GroupRows<T, 32, kMaxGroupTopk>>{});
+    }
+  };
+  const auto by_wave = [&](auto logit) {
+    using T = decltype(logit);
+    static_assert(kMaxRowValues == 32, "one case per power of two");
+    switch (choice.values) {
+      case 2:
+        return f(RowsTag<WaveRow<T, 2>>{});
+      case 4:
+        return f(RowsTag<WaveRow<T, 4>>{});
+      case 8:
+        return f(RowsTag<WaveRow<T, 8>>{});
+      case 16:
+        return f(RowsTag<WaveRow<T, 16>>{});
+      case 32:
+        return f(RowsTag<WaveRow<T, 32>>{});
+      default:
+        return f(RowsTag<WaveRow<T, 0>>{});
     }
   };
   switch (dtype) {
     case DType::f32:
-      return with_values(float{});
+      return by_wave(float{});
     case DType::f16:
-      return with_values(F16{});
+      return choice.group_lanes != 0 ? in_groups(F16{}) : by_wave(F16{});
     default:
-      return with_values(Bf16{});
+      return choice.group_lanes != 0 ? in_groups(Bf16{}) : by_wave(Bf16{});
   }
 }
 

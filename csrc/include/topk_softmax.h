@@ -3,22 +3,23 @@
 //   gating [M, E] f32/f16/bf16, inner stride 1, rows `row_stride` items apart
 //   topk_weights f32 [M, K], topk_indices i32 [M, K], token_expert_indices i32 [M, K] = k*M + row
 //
-// A wave per row (row_topk.h), kRowsPerBlock waves per workgroup; waves share nothing, so there is
-// no LDS and no barrier.
+// A wave takes one row (row_topk.h) or several (group_topk.h), kWavesPerBlock waves form a workgroup; they
+// share nothing, so there is no LDS and no barrier.
 #pragma once
 
 #include "device/cluster.h"
-#include "row_topk.h"
+#include "group_topk.h"
 
 namespace aiter {
 
-constexpr int kRowsPerBlock = 4;
+constexpr int kWavesPerBlock = 4;
 
 struct TopkSoftmaxParams {
   const void* gating;
   int64_t row_stride;  // in items
   int num_tokens, num_experts, topk;
   bool need_renorm;
+  bool wide_rows;  // group_topk.h
   float* topk_weights;
   int32_t* topk_indices;
   int32_t* token_expert_indices;
@@ -39,18 +40,23 @@ struct TopkSoftmaxSink {
   }
 };
 
-template <typename T, int kValues>
-__global__ void AITER_LAUNCH_BOUNDS(kRowsPerBlock* kMaxWaveSize)
+template <typename Rows>
+__global__ void AITER_LAUNCH_BOUNDS(kWavesPerBlock* kMaxWaveSize)
     topk_softmax_kernel(TopkSoftmaxParams p) {
   wait_for_earlier_launch();
   let_next_launch_begin();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + wave_idx();
-  if (row >= p.num_tokens) return;
-  TopkSoftmaxSink sink{p, row};
-  if constexpr (kRowIsUsed<kValues>) {
-    WaveRow<T, kValues> logits;
-    logits.load(static_cast<const T*>(p.gating) + row * p.row_stride, p.num_experts);
-    wave_topk(logits, p.num_experts, p.topk, p.need_renorm, sink);
+  if constexpr (Rows::kIsUsed) {
+    const int64_t wave = static_cast<int64_t>(blockIdx.x) * kWavesPerBlock + wave_idx();
+    const int64_t first = wave * Rows::kRowsPerWave;
+    if (first >= p.num_tokens) return;
+    const int64_t row = first + Rows::row_in_wave();
+    const bool valid = row < p.num_tokens;
+    Rows logits;
+    logits.load(static_cast<const typename Rows::Item*>(p.gating) +
+                    (valid ? row : p.num_tokens - 1) * p.row_stride,
+                p.num_experts, p.wide_rows);
+    TopkSoftmaxSink sink{p, row};
+    wave_topk(logits, p.num_experts, p.topk, p.need_renorm, valid, sink);
   }
 }
 

@@ -39,32 +39,32 @@ int max_tokens(int num_experts, int topk, const DeviceLimits& limits) {
 
 // The fewest workgroups that have a wave per row, as far as there are so many; 0 if none of the sizes
 // has LDS for all rows.
-int choose_cluster_size(const SortShape& shape, int max_waves, const DeviceLimits& limits) {
+int choose_cluster_size(const SortShape& shape, int max_rows, const DeviceLimits& limits) {
   int chosen = 0;
   for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
     if (!fits(shape.num_tokens, shape.num_experts, shape.topk, size, limits)) continue;
     chosen = size;
-    if (size * max_waves >= shape.num_tokens) break;
+    if (size * max_rows >= shape.num_tokens) break;
   }
   return chosen;
 }
 
-int max_waves(const SortShape& shape, const DeviceLimits& limits) {
-  const int values = row_values(shape.num_experts, limits.wave_size);
-  return std::min(limits.max_threads_per_block, fused_max_threads(values)) / limits.wave_size;
+int max_waves(const RowChoice& rows, const DeviceLimits& limits) {
+  const int values = rows.group_lanes != 0 ? kGroupValues : rows.values;
+  return std::min(limits.max_threads_per_block, max_row_threads(values)) / limits.wave_size;
 }
 
-FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int size,
-                          const DeviceLimits& limits) {
+FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_t zero_bytes,
+                          int size, const DeviceLimits& limits) {
   FusedConfig config;
-  config.row_values = row_values(shape.num_experts, limits.wave_size);
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  // A wave per row while there are waves; never fewer than a thread per expert would use well.
+  // All rows at once while there are waves; never fewer than a thread per expert would use well.
   const int expert_waves = (shape.num_experts + limits.wave_size - 1) / limits.wave_size;
-  const int wanted_waves = std::max(config.tokens_per_block, expert_waves);
+  const int row_waves = (config.tokens_per_block + rows.rows_per_wave - 1) / rows.rows_per_wave;
+  const int wanted_waves = std::max(row_waves, expert_waves);
   const int num_waves =
       std::clamp((wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
-                 max_waves(shape, limits));
+                 max_waves(rows, limits));
   config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
   config.launch.num_threads = num_waves * limits.wave_size;
   config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
@@ -75,10 +75,11 @@ FusedConfig choose_config(const SortShape& shape, uint64_t zero_bytes, int size,
 }
 
 // The number of routing workgroups, `asked` or, for 0, chosen; an error if rows do not fit in them.
-int check_cluster_size(int64_t asked, const SortShape& shape, const DeviceLimits& limits) {
+int check_cluster_size(int64_t asked, const SortShape& shape, const RowChoice& rows,
+                       const DeviceLimits& limits) {
   int size = 0;
   if (asked == 0) {
-    size = choose_cluster_size(shape, max_waves(shape, limits), limits);
+    size = choose_cluster_size(shape, max_waves(rows, limits) * rows.rows_per_wave, limits);
   } else {
     check_range("cluster_size", asked, 1, limits.max_cluster_size);
     if ((asked & (asked - 1)) != 0) {
@@ -118,7 +119,9 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   const DeviceLimits limits = device_limits(args.gating_output.device_index);
   const SortShape shape =
       sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
-  const int cluster_size = check_cluster_size(args.cluster_size, shape, limits);
+  const RowChoice rows = choose_rows(args.gating_output, shape.num_experts, shape.topk,
+                                     args.need_renorm, limits.wave_size);
+  const int cluster_size = check_cluster_size(args.cluster_size, shape, rows, limits);
 
   FusedParams params;
   params.gating = args.gating_output.data;
@@ -126,13 +129,14 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   params.shape = shape;
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
+  params.wide_rows = rows.wide;
   const FusedConfig config =
-      choose_config(shape, params.sort.row_bytes * shape.num_tokens, cluster_size, limits);
+      choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens, cluster_size, limits);
   params.cluster_size = cluster_size;
   params.tokens_per_block = config.tokens_per_block;
   params.lds = config.lds;
-  dispatch_row(args.gating_output.dtype, config.row_values, [&](auto logit, auto values) {
-    launch(fused_topk_moe_sorting_kernel<decltype(logit), values()>, limits, config.launch,
+  dispatch_rows(args.gating_output.dtype, rows, [&](auto tag) {
+    launch(fused_topk_moe_sorting_kernel<typename decltype(tag)::type>, limits, config.launch,
            static_cast<hipStream_t>(stream), params);
   });
 }

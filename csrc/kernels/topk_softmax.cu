@@ -34,22 +34,26 @@ void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
   if (gating.shape[0] == 0) return;
   const DeviceGuard guard(gating.device_index);
   const DeviceLimits limits = device_limits(gating.device_index);
+  const RowChoice rows =
+      choose_rows(gating, static_cast<int>(gating.shape[1]),
+                  static_cast<int>(args.topk_weights.shape[1]), args.need_renorm, limits.wave_size);
   const TopkSoftmaxParams params{gating.data,
                                  gating.stride[0],
                                  static_cast<int>(gating.shape[0]),
                                  static_cast<int>(gating.shape[1]),
                                  static_cast<int>(args.topk_weights.shape[1]),
                                  args.need_renorm,
+                                 rows.wide,
                                  static_cast<float*>(args.topk_weights.data),
                                  static_cast<int32_t*>(args.topk_indices.data),
                                  static_cast<int32_t*>(args.token_expert_indices.data)};
-  const unsigned num_blocks = (params.num_tokens + kRowsPerBlock - 1) / kRowsPerBlock;
-  const unsigned num_threads = kRowsPerBlock * limits.wave_size;
-  dispatch_row(
-      gating.dtype, row_values(params.num_experts, limits.wave_size), [&](auto logit, auto values) {
-        launch(topk_softmax_kernel<decltype(logit), values()>, limits,
-               {num_blocks, num_threads, 0, 1, true}, static_cast<hipStream_t>(stream), params);
-      });
+  const unsigned rows_per_block = kWavesPerBlock * rows.rows_per_wave;
+  const unsigned num_blocks = (params.num_tokens + rows_per_block - 1) / rows_per_block;
+  const unsigned num_threads = kWavesPerBlock * limits.wave_size;
+  dispatch_rows(gating.dtype, rows, [&](auto tag) {
+    launch(topk_softmax_kernel<typename decltype(tag)::type>, limits,
+           {num_blocks, num_threads, 0, 1, true}, static_cast<hipStream_t>(stream), params);
+  });
 }
 
 }  // namespace aiter

@@ -49,7 +49,7 @@ constexpr int kWaveSize = AITER_WAVE_SIZE;
 static_assert(kWaveSize == 32 || kWaveSize == 64, "wave width is 32 or 64");
 constexpr int kMaxThreadsPerBlock = 1024;
 constexpr int kLdsBytesPerBlock = 64 * 1024;  // what gfx90a and gfx942 give a workgroup
-constexpr int kMaxClusterSize = 8;            // workgroups, as on sm_90
+constexpr int kMaxClusterSize = 16;           // workgroups, as on sm_90
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;

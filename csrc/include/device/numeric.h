@@ -45,17 +45,25 @@ __device__ __forceinline__ float to_float(F16 x) {
                          static_cast<uint32_t>(x.bits & 0x8000u) << 16);
 }
 
-// Bits -> key and back, for any width: Inf is the bit pattern of +inf, Sign the sign bit.
-template <typename Bits, Bits Inf, Bits Sign>
+// Bits -> key and back; kInf is the bit pattern of +inf. 16-bit logits come in the upper half, whose
+// upper half of the key is theirs.
+template <uint32_t kInf>
 struct OrderedKey {
-  static __device__ __forceinline__ Bits encode(Bits bits) {
-    const Bits magnitude = static_cast<Bits>(bits & static_cast<Bits>(~Sign));
-    if (magnitude > Inf) bits = static_cast<Bits>(Sign | Inf);
+  static constexpr uint32_t kSign = 0x80000000u;
+
+  static __device__ __forceinline__ uint32_t encode(uint32_t bits) {
+    const uint32_t magnitude = bits & ~kSign;
+    if (magnitude > kInf) bits = kSign | kInf;
     if (magnitude == 0) bits = 0;
-    return static_cast<Bits>((bits & Sign) ? ~bits : bits | Sign);
+    return bits ^ (all_ones_if_negative(bits) | kSign);
   }
-  static __device__ __forceinline__ Bits decode(Bits key) {
-    return static_cast<Bits>((key & Sign) ? key & static_cast<Bits>(~Sign) : ~key);
+  static __device__ __forceinline__ uint32_t decode(uint32_t key) {
+    return key ^ (all_ones_if_negative(~key) | kSign);
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t all_ones_if_negative(uint32_t bits) {
+    return static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
   }
 };
 
@@ -65,7 +73,7 @@ struct Logit;
 
 template <>
 struct Logit<float> {
-  using Key = OrderedKey<uint32_t, 0x7f800000u, 0x80000000u>;
+  using Key = OrderedKey<0x7f800000u>;
   static constexpr bool kHoldsExpert = false;
   static __device__ __forceinline__ uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
   static __device__ __forceinline__ uint32_t store(uint32_t bits, uint32_t) {
@@ -79,20 +87,25 @@ struct Logit<float> {
 
 template <typename T, uint16_t Inf>
 struct Logit16 {
-  using Key = OrderedKey<uint16_t, Inf, 0x8000u>;
   static constexpr bool kHoldsExpert = true;
   static __device__ __forceinline__ uint32_t bits(T x) { return x.bits; }
   static __device__ __forceinline__ uint32_t store(uint32_t bits, uint32_t expert_idx) {
-    const uint32_t key = Key::encode(static_cast<uint16_t>(bits));
-    return key << 16 | (0xffffu - expert_idx);
+    return store_high(bits << 16, expert_idx);
+  }
+  // `high` has the logit's bits in its upper half, and 0 below.
+  static __device__ __forceinline__ uint32_t store_high(uint32_t high, uint32_t expert_idx) {
+    return (Key::encode(high) & 0xffff0000u) | (0xffffu - expert_idx);
   }
   static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored >> 16; }
   static __device__ __forceinline__ uint32_t expert(uint32_t stored) {
     return 0xffffu - (stored & 0xffffu);
   }
   static __device__ __forceinline__ float value(uint32_t key) {
-    return to_float(T{Key::decode(static_cast<uint16_t>(key))});
+    return to_float(T{static_cast<uint16_t>(Key::decode(key << 16) >> 16)});
   }
+
+ private:
+  using Key = OrderedKey<uint32_t{Inf} << 16>;
 };
 
 template <>

@@ -65,6 +65,11 @@ using hipStream_t = void*;
 
 namespace aiter {
 
+// What a lane loads or stores at once.
+struct alignas(16) FourWords {
+  uint32_t word[4];
+};
+
 // What a launch choice may depend on.
 struct DeviceLimits {
   int wave_size;
@@ -134,25 +139,6 @@ inline int device_attribute(int device, decltype(hipDeviceAttributeWarpSize) att
   return value;
 }
 
-inline DeviceLimits query_device_limits(int device) {
-#if defined(AITER_TARGET_ROCM)
-  constexpr auto lds_attribute = hipDeviceAttributeMaxSharedMemoryPerBlock;
-  const bool has_clusters = false;
-#else
-  constexpr auto lds_attribute = cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  const bool has_clusters = device_attribute(device, cudaDevAttrComputeCapabilityMajor,
-                                             "querying the compute capability") >= 9;
-#endif
-  return {device_attribute(device, hipDeviceAttributeWarpSize, "querying the wave width"),
-          device_attribute(device, hipDeviceAttributeMultiprocessorCount,
-                           "querying the number of compute units"),
-          device_attribute(device, lds_attribute, "querying the LDS of a workgroup"),
-          1024,
-          has_clusters ? 8 : 1,
-          has_clusters ? 8 : 1,
-          has_clusters};
-}
-
 // Makes `device` current, and restores the caller's at the end.
 class DeviceGuard {
  public:
@@ -174,6 +160,57 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
+#if defined(AITER_TARGET_CUDA)
+template <typename>
+__global__ void cluster_probe_kernel() {}
+
+// Workgroups that can form a cluster when each needs a compute unit for itself; 1 where there are none.
+// Parts with fewer compute units side by side, and slices of a GPU, have less than the 16 of an H100.
+inline int query_cluster_size(int device, int lds_bytes) {
+  if (device_attribute(device, cudaDevAttrComputeCapabilityMajor,
+                       "querying the compute capability") < 9) {
+    return 1;
+  }
+  const DeviceGuard guard(device);
+  const void* const kernel = reinterpret_cast<const void*>(cluster_probe_kernel<void>);
+  const char* const what = "querying the size of clusters";
+  check_runtime(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                what);
+  check_runtime(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, lds_bytes), what);
+  constexpr int kLargest = 16;
+  cudaLaunchConfig_t config{};
+  config.gridDim = kLargest;
+  config.blockDim = 1024;
+  config.dynamicSmemBytes = lds_bytes;
+  int most = 1;
+  check_runtime(cudaOccupancyMaxPotentialClusterSize(&most, kernel, &config), what);
+  int size = 1;
+  while (2 * size <= most && 2 * size <= kLargest) size *= 2;
+  return size;
+}
+#endif
+
+inline DeviceLimits query_device_limits(int device) {
+#if defined(AITER_TARGET_ROCM)
+  const int lds_bytes = device_attribute(device, hipDeviceAttributeMaxSharedMemoryPerBlock,
+                                         "querying the LDS of a workgroup");
+  const int cluster_size = 1;
+#else
+  const int lds_bytes = device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                         "querying the LDS of a workgroup");
+  const int cluster_size = query_cluster_size(device, lds_bytes);
+#endif
+  return {device_attribute(device, hipDeviceAttributeWarpSize, "querying the wave width"),
+          device_attribute(device, hipDeviceAttributeMultiprocessorCount,
+                           "querying the number of compute units"),
+          lds_bytes,
+          1024,
+          cluster_size,
+          cluster_size,
+          cluster_size > 1};
+}
+
 // Launches on `stream` of the current device and raises what the runtime reports. A kernel that
 // wants more LDS than a workgroup gets unasked has to be allowed to, once per kernel and device;
 // asking again costs about as much as remembering.
@@ -194,6 +231,12 @@ void launch(void (*kernel)(Params...), const DeviceLimits& limits, const LaunchS
     cudaLaunchAttribute& overlap = attributes[num_attributes++];
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  constexpr unsigned kUnaskedClusterSize = 8;
+  if (shape.cluster_size > kUnaskedClusterSize) {
+    check_runtime(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                  "allowing a kernel large clusters");
   }
   if (shape.cluster_size > 1) {
     cudaLaunchAttribute& cluster = attributes[num_attributes++];

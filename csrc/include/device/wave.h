@@ -13,6 +13,10 @@
 //   wave_rank(flag)                 {below, total}: lanes below, and lanes in all, whose flag is set
 //   wave_for_each(flag, f)          f(lane) for every lane whose flag is set, ascending, by all lanes
 //   wave_read_lane(x, lane)         x of one lane, the same for all; uint32_t or float
+//   wave_swap<D>(x)                 uint32_t of the neighbouring one of the groups of D lanes, all lanes of
+//                                   which hold the same: lane l reads one of l ^ D; D = 1, 2, 4, 8, 16
+//   wave_sum_in_groups<G>(x, n)     (x of lane 0 + x of lane 1) + ... n terms, within each group of G
+//                                   lanes; n <= 8 <= G; in the first 8 lanes of the group
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
@@ -43,6 +47,10 @@
 //                        sm_90         1 VOTE.ANY, 2 POPC
 //   wave_read_lane       gfx           1 v_readlane_b32
 //                        sm_90         1 SHFL.IDX
+//   wave_swap            gfx           1 v_mov_b32_dpp
+//                        sm_90         1 SHFL.BFLY
+//   wave_sum_in_groups   gfx           10 v_mov_b32_dpp
+//                        sm_90         8 SHFL.IDX
 //
 // On the cpu target every one of them is a single collective (hip_cpu.h): a stack switch per lane.
 #pragma once
@@ -105,10 +113,6 @@ __device__ __forceinline__ WavePrefix wave_prefix_sum(uint32_t x) {
 // `lds_totals` holds kMaxWavesPerBlock, on a 16-byte boundary.
 constexpr int kTotalsAtOnce = 4;
 
-struct alignas(16) Totals {
-  uint32_t of_wave[kTotalsAtOnce];
-};
-
 __device__ __forceinline__ void post_total(uint32_t* lds_totals, const WavePrefix& prefix) {
   if (lane_idx() == 0) lds_totals[wave_idx()] = prefix.total;
 }
@@ -118,11 +122,11 @@ __device__ __forceinline__ WavePrefix over_workgroup(const uint32_t* lds_totals,
   WavePrefix all{prefix.below, 0};
   AITER_LOOP
   for (int first = 0; first < num_waves; first += kTotalsAtOnce) {
-    const Totals totals = *reinterpret_cast<const Totals*>(lds_totals + first);
+    const FourWords totals = *reinterpret_cast<const FourWords*>(lds_totals + first);
     AITER_UNROLL
     for (int i = 0; i < kTotalsAtOnce; ++i) {
-      if (first + i < wave_idx()) all.below += totals.of_wave[i];
-      all.total += totals.of_wave[i];
+      if (first + i < wave_idx()) all.below += totals.word[i];
+      all.total += totals.word[i];
     }
   }
   return all;

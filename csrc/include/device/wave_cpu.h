@@ -103,6 +103,31 @@ inline T wave_read_lane(T x, int lane, AITER_CALL_SITE) {
   return wave_cpu::read_slot<T>(parity, lane, site);
 }
 
+template <int kDistance>
+inline uint32_t wave_swap(uint32_t x, AITER_CALL_SITE) {
+  const hip_cpu::Site site = AITER_SITE_OF("wave_swap");
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), nullptr, site);
+  const int first = (lane_idx() ^ kDistance) / kDistance * kDistance;
+  const uint32_t theirs = wave_cpu::read_slot<uint32_t>(parity, first, site);
+  for (int l = first + 1; l < first + kDistance; ++l) {
+    if (wave_cpu::read_slot<uint32_t>(parity, l, site) != theirs) {
+      hip_cpu::fail(site, "reads a group of lanes that do not hold the same");
+    }
+  }
+  return theirs;
+}
+
+template <int kGroup>
+inline float wave_sum_in_groups(float x, int count, AITER_CALL_SITE) {
+  const hip_cpu::Site site = AITER_SITE_OF("wave_sum_in_groups");
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), nullptr, site);
+  const int first = lane_idx() / kGroup * kGroup;
+  if (lane_idx() - first >= 8) return __builtin_nanf("");
+  float sum = wave_cpu::read_slot<float>(parity, first, site);
+  for (int l = 1; l < count; ++l) sum += wave_cpu::read_slot<float>(parity, first + l, site);
+  return sum;
+}
+
 #undef AITER_CALL_SITE
 #undef AITER_SITE_OF
 

@@ -40,6 +40,22 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
   return init;
 }
 
+template <int kDistance>
+__device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
+  return __shfl_xor_sync(kAllLanes, x, kDistance);
+}
+
+template <int kGroup>
+__device__ __forceinline__ float wave_sum_in_groups(float x, int count) {
+  float sum = __shfl_sync(kAllLanes, x, 0, kGroup);
+  AITER_UNROLL
+  for (int l = 1; l < 8; ++l) {
+    const float term = __shfl_sync(kAllLanes, x, l, kGroup);
+    if (l < count) sum += term;
+  }
+  return sum;
+}
+
 __device__ __forceinline__ WaveMask wave_ballot(bool flag) {
   return __ballot_sync(kAllLanes, flag);
 }

@@ -12,6 +12,11 @@ namespace aiter {
 
 namespace dpp {
 
+constexpr int kQuadRead = 0x55;     // * n: all lanes of a quad read its lane n
+constexpr int kQuadSwap1 = 0xb1;    // lane l reads l ^ 1
+constexpr int kQuadSwap2 = 0x4e;    // lane l reads l ^ 2
+constexpr int kRowMirror = 0x140;   // lane l of a row reads 15 - l
+constexpr int kHalfMirror = 0x141;  // lane l of half a row reads 7 - l
 constexpr int kRowShr = 0x110;      // + n: lane l reads l - n of its row
 constexpr int kRowRor = 0x120;      // + n: rotation within the row
 constexpr int kRowBcast15 = 0x142;  // gfx9: lane 15 of a row into the next row
@@ -80,19 +85,59 @@ __device__ __forceinline__ float add_across_halves(float x) {
 }
 #endif
 
+#if !defined(__gfx950__)
+// x of the lane whose index differs in the bit 16.
+__device__ __forceinline__ uint32_t swap_rows(uint32_t x) {
+#if defined(__GFX9__)
+  constexpr int kSwizzleXor16 = 0x401f;  // and_mask 0x1f, or_mask 0, xor_mask 0x10
+  return __builtin_amdgcn_ds_swizzle(x, kSwizzleXor16);
+#else
+  return __builtin_amdgcn_permlanex16(x, x, 0x76543210, 0xfedcba98, false, false);
+#endif
+}
+#endif
+
 // x of this lane + x of the lane whose index differs in the bit 16.
 __device__ __forceinline__ float add_across_rows(float x) {
   const uint32_t bits = __float_as_uint(x);
 #if defined(__gfx950__)
   const auto both = __builtin_amdgcn_permlane16_swap(bits, bits, false, false);
   return __uint_as_float(both[0]) + __uint_as_float(both[1]);
-#elif defined(__GFX9__)
-  constexpr int kSwizzleXor16 = 0x401f;  // and_mask 0x1f, or_mask 0, xor_mask 0x10
-  return x + __uint_as_float(__builtin_amdgcn_ds_swizzle(bits, kSwizzleXor16));
 #else
-  return x + __uint_as_float(
-                 __builtin_amdgcn_permlanex16(bits, bits, 0x76543210, 0xfedcba98, false, false));
+  return x + __uint_as_float(swap_rows(bits));
 #endif
+}
+
+template <int kDistance>
+__device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
+  static_assert(kDistance <= 16, "halves of a wave64 are not swapped");
+  if constexpr (kDistance == 1) return dpp::move<dpp::kQuadSwap1>(x);
+  if constexpr (kDistance == 2) return dpp::move<dpp::kQuadSwap2>(x);
+  if constexpr (kDistance == 4) return dpp::move<dpp::kHalfMirror>(x);
+  if constexpr (kDistance == 8) return dpp::move<dpp::kRowMirror>(x);
+#if defined(__gfx950__)
+  const auto both = __builtin_amdgcn_permlane16_swap(x, x, false, false);
+  return (lane_idx() & 16) != 0 ? both[0] : both[1];
+#else
+  return swap_rows(x);
+#endif
+}
+
+// The first quad of a group adds up its lanes, hands the sum to the second one by a mirror, and gets it
+// back the same way.
+template <int kGroup>
+__device__ __forceinline__ float wave_sum_in_groups(float x, int count) {
+  float sum = dpp::move<0 * dpp::kQuadRead>(x);
+  if (count > 1) sum += dpp::move<1 * dpp::kQuadRead>(x);
+  if (count > 2) sum += dpp::move<2 * dpp::kQuadRead>(x);
+  if (count > 3) sum += dpp::move<3 * dpp::kQuadRead>(x);
+  if (count <= 4) return sum;
+  float all = dpp::move<dpp::kHalfMirror>(sum) + dpp::move<0 * dpp::kQuadRead>(x);
+  if (count > 5) all += dpp::move<1 * dpp::kQuadRead>(x);
+  if (count > 6) all += dpp::move<2 * dpp::kQuadRead>(x);
+  if (count > 7) all += dpp::move<3 * dpp::kQuadRead>(x);
+  const float back = dpp::move<dpp::kHalfMirror>(all);
+  return (lane_idx() & 4) != 0 ? all : back;
 }
 
 __device__ __forceinline__ float wave_sum_by_halves(float x) {

@@ -8,6 +8,8 @@
 
 namespace {
 
+using aiter::FourWords;
+using aiter::Inbox;
 using aiter::kWaveSize;
 
 __global__ void sound(int* data, int n) {
@@ -116,42 +118,50 @@ __global__ void exited_lane(int* data, int n) {
   if (t < n) data[t] = static_cast<int>(x);
 }
 
-// Those below run as a cluster of two workgroups, each of which sends the other a word per lane.
-__device__ __forceinline__ uint32_t* cluster_word(char* lds_base) {
-  return reinterpret_cast<uint32_t*>(lds_base) + threadIdx.x;
+// Those below run as a cluster of two workgroups, each of which sends the other four words per lane.
+__device__ __forceinline__ FourWords* letter(char* lds_base) {
+  return reinterpret_cast<FourWords*>(lds_base + sizeof(FourWords)) + threadIdx.x;
+}
+
+__device__ __forceinline__ void send_letter(char* lds_base) {
+  aiter::cluster_send(letter(lds_base), reinterpret_cast<Inbox*>(lds_base), 1 - blockIdx.x,
+                      FourWords{{threadIdx.x, 0, 0, 0}});
 }
 
 __global__ void sound_cluster(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
+  Inbox* const inbox = reinterpret_cast<Inbox*>(lds_base);
+  if (threadIdx.x == 0) aiter::open_inbox(inbox, blockDim.x * sizeof(FourWords));
   aiter::cluster_arrive();
+  __syncthreads();
   aiter::cluster_wait();
-  aiter::cluster_store(cluster_word(lds_base), 1 - blockIdx.x, threadIdx.x);
-  aiter::cluster_arrive();
-  aiter::cluster_wait();
+  send_letter(lds_base);
+  aiter::wait_for_inbox(inbox);
   const int t = threadIdx.x;
-  if (blockIdx.x == 0 && t < n) data[t] = static_cast<int>(*cluster_word(lds_base));
+  if (blockIdx.x == 0 && t < n) data[t] = static_cast<int>(letter(lds_base)->word[0]);
 }
 
 __global__ void unordered_workgroups(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
-  *cluster_word(lds_base) = 0;
+  *letter(lds_base) = FourWords{};
   aiter::cluster_arrive();
   aiter::cluster_wait();
-  aiter::cluster_store(cluster_word(lds_base), 1 - blockIdx.x, threadIdx.x);
+  send_letter(lds_base);
   __syncthreads();
   const int t = threadIdx.x;
   if (blockIdx.x == 1 && t < n) {
-    data[t] = static_cast<int>(*cluster_word(lds_base));  // BUG: unordered_workgroups
+    data[t] = static_cast<int>(letter(lds_base)->word[0]);  // BUG: unordered_workgroups
   }
 }
 
 __global__ void early_workgroup(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
-  aiter::cluster_store(cluster_word(lds_base), 1 - blockIdx.x, 1);  // BUG: early_workgroup
+  aiter::cluster_send(letter(lds_base), nullptr, 1 - blockIdx.x,
+                      FourWords{});  // BUG: early_workgroup
   aiter::cluster_arrive();
   aiter::cluster_wait();
   const int t = threadIdx.x;
-  if (blockIdx.x == 0 && t < n) data[t] = static_cast<int>(*cluster_word(lds_base));
+  if (blockIdx.x == 0 && t < n) data[t] = static_cast<int>(letter(lds_base)->word[0]);
 }
 
 __global__ void divergent_cluster(int* data, int n) {
@@ -197,9 +207,12 @@ void run_planted(const std::string& name, int* data, int n) {
   };
   for (const auto& entry : kernels) {
     if (name != entry.name) continue;
-    aiter::launch(entry.kernel, aiter::device_limits(0),
-                  {entry.num_blocks, kThreads, kThreads * sizeof(int), entry.cluster_size},
-                  static_cast<hipStream_t>(nullptr), data, n);
+    aiter::launch(
+        entry.kernel, aiter::device_limits(0),
+        {entry.num_blocks, kThreads,
+         entry.cluster_size > 1 ? (kThreads + 1) * sizeof(FourWords) : kThreads * sizeof(int),
+         entry.cluster_size},
+        static_cast<hipStream_t>(nullptr), data, n);
     return;
   }
   throw std::invalid_argument("name: expected one of the planted kernels, got " + name);
