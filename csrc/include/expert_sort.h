@@ -183,48 +183,52 @@ __device__ __forceinline__ void write_num_valid_ids(const SortShape& shape, cons
 
 // Gives every expert its blocks: fills lds.starts and lds.tails, and writes sorted_expert_ids and
 // num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
-// e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early. Needs
-// a barrier before and after.
+// e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early; `wave` is
+// uniform_wave_idx(). Waves beyond the last expert only pass the barriers. Needs one before and after.
 template <typename CountOf>
 __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
-                                              bool is_first_local, bool writes, const SortLds& lds,
-                                              const SortParams& out, CountOf count_of) {
+                                              bool is_first_local, bool writes, int wave,
+                                              const SortLds& lds, const SortParams& out,
+                                              CountOf count_of) {
+  uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
+  const bool has_mask = out.expert_mask != nullptr;
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
   AITER_LOOP
   for (int first = 0; first < shape.num_experts; first += blockDim.x) {
     const int e = first + static_cast<int>(threadIdx.x);
     const bool exists = e < shape.num_experts;
-    const bool local = exists && (first == 0 ? is_first_local
-                                             : is_local(out.expert_mask, static_cast<uint32_t>(e)));
+    const int num_waves = active_waves(shape.num_experts - first);
+    bool local = exists;
     ExpertCount count{0, 0};
-    if (local) count = count_of(e);
-    const uint32_t num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
-
-    WavePrefix blocks = wave_prefix_sum(num_blocks);
-    WavePrefix locals{static_cast<uint32_t>(e - first), 0};
-    uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
+    uint32_t num_blocks = 0;
+    WavePrefix blocks{}, locals{static_cast<uint32_t>(e - first), 0};
     if (first != 0) __syncthreads();
-    post_total(lds.totals, blocks);
-    if (out.expert_mask != nullptr) {
-      locals = wave_rank(local);
-      post_total(local_totals, locals);
+    if (wave < num_waves) {
+      if (has_mask && first == 0) local = is_first_local;
+      if (has_mask && first != 0) local = exists && is_local(out.expert_mask, e);
+      if (local) count = count_of(e);
+      num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
+      blocks = wave_prefix_sum(num_blocks);
+      post_total(lds.totals, blocks);
+      if (has_mask) {
+        locals = wave_rank(local);
+        post_total(local_totals, locals);
+      }
     }
     __syncthreads();
-    const int num_waves = active_waves(shape.num_experts - first);
-    blocks = over_workgroup(lds.totals, num_waves, blocks);
-    if (out.expert_mask != nullptr) locals = over_workgroup(local_totals, num_waves, locals);
+    if (wave >= num_waves) continue;  // only in the last round
 
+    blocks = over_workgroup(lds.totals, num_waves, blocks);
+    if (has_mask) locals = over_workgroup(local_totals, num_waves, locals);
     const uint32_t first_block = blocks_before + blocks.below;
     const uint32_t start = first_block * shape.block_size;
-    const uint32_t end = start + count.total;
-    const uint32_t tail = count.total != num_blocks * shape.block_size ? end : kNoSlot;
     if (exists) {
       lds.starts[e] = local ? start + count.before : kNoSlot;
-      lds.tails[e] = tail;
+      lds.tails[e] = count.total != num_blocks * shape.block_size ? start + count.total : kNoSlot;
     }
     if (writes) {
-      const uint32_t local_id = out.expert_mask != nullptr ? local_before + locals.below : e;
+      const uint32_t local_id = has_mask ? local_before + locals.below : e;
       write_expert_ids(out.sorted_expert_ids, first_block, num_blocks, local_id);
     }
     blocks_before += blocks.total;
@@ -384,38 +388,40 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
     }
     hit.post(first, is_member && hits.any(e));
   }
+  // What the thread's first entry needs is asked for early.
+  const int first_idx = static_cast<int>(threadIdx.x);
+  Entry entry{};
+  uint32_t rank = 0;
+  if (first_idx < num_entries) {
+    entry = entry_at(first_idx);
+    rank = hits.rank(entry.token, entry.expert_idx);
+  }
   __syncthreads();
 
-  const auto slot_of = [&](const Entry& entry) {
-    if (!hit.has(entry.expert_idx)) return kNoSlot;
-    return hit.rank(entry.expert_idx) * shape.block_size + hits.rank(entry.token, entry.expert_idx);
-  };
-  const auto write = [&](const Entry& entry, uint32_t slot) {
-    if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
-  };
-  Entry first_entry{};
-  uint32_t first_slot = kNoSlot;
-  if (static_cast<int>(threadIdx.x) < num_entries) {
-    first_entry = entry_at(threadIdx.x);
-    first_slot = slot_of(first_entry);
-  }
   const uint32_t num_blocks = hit.count(shape.num_experts);
   fill_with_padding(shape, num_local, num_blocks * shape.block_size, out);
+  const auto slot_of = [&](const Entry& of, uint32_t rank_in_block) {
+    if (!hit.has(of.expert_idx)) return kNoSlot;
+    return hit.rank(of.expert_idx) * shape.block_size + rank_in_block;
+  };
+  uint32_t slot = first_idx < num_entries ? slot_of(entry, rank) : kNoSlot;
+  __syncthreads();
+
+  if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
   AITER_LOOP
-  for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) {
+  for (int i = first_idx + blockDim.x; i < num_entries; i += blockDim.x) {
+    entry = entry_at(i);
+    slot = slot_of(entry, hits.rank(entry.token, entry.expert_idx));
+    if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
+  }
+  // The last threads first, as the first ones are busy with entries.
+  AITER_LOOP
+  for (int e = blockDim.x - 1 - threadIdx.x; e < shape.num_experts; e += blockDim.x) {
     if (hit.has(e)) {
       out.sorted_expert_ids[hit.rank(e)] = static_cast<int32_t>(has_mask ? local.rank(e) : e);
     }
   }
-  if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_blocks, num_local);
-  __syncthreads();
-
-  write(first_entry, first_slot);
-  AITER_LOOP
-  for (int i = threadIdx.x + blockDim.x; i < num_entries; i += blockDim.x) {
-    const Entry entry = entry_at(i);
-    write(entry, slot_of(entry));
-  }
+  if (threadIdx.x == blockDim.x - 1) write_num_valid_ids(shape, out, num_blocks, num_local);
 }
 
 // Zeroes `num_bytes` from `data` on, worker `worker` of `num_workers`; any alignment, any length.

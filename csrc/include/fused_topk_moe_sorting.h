@@ -111,21 +111,24 @@ struct ClusterCounts {
   __device__ __forceinline__ void expect() const {
     if (threadIdx.x == 0) open_inbox(inbox, sizeof(uint32_t) * stride * size);
   }
-  // A wave per receiver, four experts per lane.
-  __device__ __forceinline__ void send(const HitMask& hits) const {
+  // Every wave has its receivers, every lane its experts, four at a time.
+  __device__ __forceinline__ void send(const HitMask& hits, int wave) const {
     const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
-    AITER_LOOP
-    for (int to = wave_idx(); to < size; to += num_waves) {
+    if (wave < size) {
       AITER_LOOP
       for (int e = 4 * lane_idx(); e < stride; e += 4 * kWaveSize) {
+        const FourWords four = hits.count_four(e);
         uint32_t* const place = lds_counts + rank * stride + e;
-        cluster_send(reinterpret_cast<FourWords*>(place), inbox, to, hits.count_four(e));
+        AITER_LOOP
+        for (int to = wave; to < size; to += num_waves) {
+          cluster_send(reinterpret_cast<FourWords*>(place), inbox, to, four);
+        }
       }
     }
     wait_for_inbox(inbox);
   }
   __device__ __forceinline__ ExpertCount of(int e) const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
     ExpertCount sum{0, 0};
     AITER_LOOP
     for (int first = 0; first < size; first += kAtOnce) {
@@ -144,89 +147,118 @@ struct ClusterCounts {
   }
 };
 
+// A routing workgroup, and its LDS.
+struct RoutingBlock {
+  int rank, cluster_size;
+  int wave;
+  int first_token, num_rows;  // rows that count
+  int num_local;
+  bool is_first_local;  // is_local() of the expert threadIdx.x
+  HitMask hits;
+  float* lds_weights;
+  uint16_t* lds_experts;
+  uint32_t* lds_totals;
+  ClusterCounts counts;
+  uint32_t *lds_starts, *lds_tails;
+};
+
+// Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
+__device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block) {
+  const int topk = p.shape.topk;
+  const int num_entries = block.num_rows * topk;
+  const HitMask& hits = block.hits;
+  const auto entry_at = [&](int i) {
+    const int row = static_cast<int>(p.shape.by_topk.quotient(i));
+    return Entry{block.lds_experts[i], row, i - row * topk, block.lds_weights[i]};
+  };
+  const bool is_alone = kMaxClusterSize == 1 || block.cluster_size == 1;
+  if (is_alone && block.num_local <= p.shape.block_size && p.shape.num_experts <= kMaxSetExperts) {
+    write_single_blocks(p.shape, block.num_local, block.is_first_local, hits, block.lds_totals,
+                        p.sort, num_entries, entry_at);
+    return;
+  }
+
+  if (!is_alone) {
+    cluster_wait();  // all workgroups have started
+    block.counts.send(hits, block.wave);
+  }
+  const SortLds sort_lds{block.lds_starts, block.lds_tails, block.lds_totals};
+  assign_blocks(
+      p.shape, block.num_local, block.is_first_local, block.rank == 0, block.wave, sort_lds, p.sort,
+      [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : block.counts.of(e); });
+  __syncthreads();
+
+  AITER_LOOP
+  for (int i = threadIdx.x; i < num_entries; i += blockDim.x) {
+    const Entry entry = entry_at(i);
+    const uint32_t start = sort_lds.starts[entry.expert_idx];
+    if (start == kNoSlot) continue;
+    write_entry(p.sort, start + hits.rank(entry.token, entry.expert_idx),
+                block.first_token + entry.token, entry.k, entry.weight);
+  }
+  // The last threads pad first, as the first ones have most of the entries.
+  write_padding(p.shape, block.num_local, sort_lds.tails, p.sort,
+                (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
+                block.cluster_size * blockDim.x);
+}
+
 template <typename Rows>
 __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
-  const int cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
-  const int rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
-  const int topk = p.shape.topk;
   const int num_experts = p.shape.num_experts;
-  const int first_token = rank * p.tokens_per_block;
+  RoutingBlock block;
+  block.cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
+  block.rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
+  block.wave = uniform_wave_idx();
+  block.first_token = block.rank * p.tokens_per_block;
 
   // What comes from memory sets off first; rows that turn out not to count are loaded in vain.
-  const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
   const auto* const rows =
-      static_cast<const typename Rows::Item*>(p.gating) + first_token * p.row_stride;
-  const int last_row = p.shape.num_tokens - 1 - first_token;
+      static_cast<const typename Rows::Item*>(p.gating) + block.first_token * p.row_stride;
+  const int last_row = p.shape.num_tokens - 1 - block.first_token;
   Rows logits;
   const auto load = [&](int row) {
     logits.load(rows + (row < last_row ? row : last_row) * p.row_stride, num_experts, p.wide_rows);
   };
-  int first_row = wave_idx() * Rows::kRowsPerWave;
+  int first_row = block.wave * Rows::kRowsPerWave;
   const int own_row = Rows::row_in_wave();
   if (first_row < p.tokens_per_block && first_row <= last_row) load(first_row + own_row);
-  const bool is_first_local =
+  block.is_first_local =
       static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
-  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
 
-  const HitMask hits{reinterpret_cast<uint32_t*>(lds_base + p.lds.hits),
-                     padded_experts(num_experts), hit_words(p.tokens_per_block)};
-  float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
-  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
-  uint32_t* const lds_totals = reinterpret_cast<uint32_t*>(lds_base + p.lds.totals);
-  const ClusterCounts counts{reinterpret_cast<uint32_t*>(lds_base + p.lds.counts),
-                             reinterpret_cast<Inbox*>(lds_base + p.lds.inbox), hits.stride, rank,
-                             cluster_size};
-  if (cluster_size > 1) {
-    counts.expect();
+  const auto words = [&](uint32_t offset) {
+    return reinterpret_cast<uint32_t*>(lds_base + offset);
+  };
+  block.hits = {words(p.lds.hits), padded_experts(num_experts), hit_words(p.tokens_per_block)};
+  block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
+  block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
+  block.lds_totals = words(p.lds.totals);
+  block.lds_starts = words(p.lds.starts);
+  block.lds_tails = words(p.lds.tails);
+  block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
+                  block.hits.stride, block.rank, block.cluster_size};
+  if (block.cluster_size > 1) {
+    block.counts.expect();
     cluster_arrive();
   }
-  hits.clear();
+  block.hits.clear();
   __syncthreads();
 
-  const int rows_left = num_local > first_token ? num_local - first_token : 0;
-  const int num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
+  const int rows_left =
+      block.num_local > block.first_token ? block.num_local - block.first_token : 0;
+  block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
+  const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
   AITER_LOOP
-  while (first_row < num_rows) {
+  while (first_row < block.num_rows) {
     const int row = first_row + own_row;
-    FusedSink sink{lds_experts + row * topk, lds_weights + row * topk, hits, row};
-    wave_topk(logits, num_experts, topk, p.need_renorm, row < num_rows, sink);
+    const int entry = row * p.shape.topk;
+    FusedSink sink{block.lds_experts + entry, block.lds_weights + entry, block.hits, row};
+    wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
     first_row += rows_at_once;
-    if (first_row < num_rows) load(first_row + own_row);
+    if (first_row < block.num_rows) load(first_row + own_row);
   }
   __syncthreads();
-
-  const auto entry_at = [&](int i) {
-    const int row = static_cast<int>(p.shape.by_topk.quotient(i));
-    return Entry{lds_experts[i], row, i - row * topk, lds_weights[i]};
-  };
-  if (cluster_size == 1 && num_local <= p.shape.block_size && num_experts <= kMaxSetExperts) {
-    write_single_blocks(p.shape, num_local, is_first_local, hits, lds_totals, p.sort,
-                        num_rows * topk, entry_at);
-    return;
-  }
-
-  if (cluster_size > 1) {
-    cluster_wait();  // all workgroups have started
-    counts.send(hits);
-  }
-  const SortLds sort_lds{reinterpret_cast<uint32_t*>(lds_base + p.lds.starts),
-                         reinterpret_cast<uint32_t*>(lds_base + p.lds.tails), lds_totals};
-  assign_blocks(p.shape, num_local, is_first_local, rank == 0, sort_lds, p.sort, [&](int e) {
-    return cluster_size > 1 ? counts.of(e) : ExpertCount{hits.count(e), 0};
-  });
-  __syncthreads();
-
-  AITER_LOOP
-  for (int i = threadIdx.x; i < num_rows * topk; i += blockDim.x) {
-    const Entry entry = entry_at(i);
-    const uint32_t start = sort_lds.starts[entry.expert_idx];
-    if (start == kNoSlot) continue;
-    write_entry(p.sort, start + hits.rank(entry.token, entry.expert_idx), first_token + entry.token,
-                entry.k, entry.weight);
-  }
-  // The last threads pad first, as the first ones have most of the entries.
-  write_padding(p.shape, num_local, sort_lds.tails, p.sort,
-                (cluster_size - rank) * blockDim.x - 1 - threadIdx.x, cluster_size * blockDim.x);
+  sort_rows(p, block);
 }
 
 template <typename Rows>

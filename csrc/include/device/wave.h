@@ -16,7 +16,9 @@
 //   wave_swap<D>(x)                 uint32_t of the neighbouring one of the groups of D lanes, all lanes of
 //                                   which hold the same: lane l reads one of l ^ D; D = 1, 2, 4, 8, 16
 //   wave_sum_in_groups<G>(x, n)     (x of lane 0 + x of lane 1) + ... n terms, within each group of G
-//                                   lanes; n <= 8 <= G; in the first 8 lanes of the group
+//                                   lanes, in its first n; G = 8 or 16 with n <= 8, or 32
+//   uniform_wave_idx()              wave_idx() as a value that compilers know to be the wave's, so that
+//                                   branches on it do not make them expect divergence
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
@@ -94,6 +96,10 @@ namespace aiter {
 
 constexpr int kMaxWaveSize = 64;
 constexpr int kMaxWavesPerBlock = 32;  // 1024 threads of wave32
+
+__device__ __forceinline__ int uniform_wave_idx() {
+  return static_cast<int>(wave_read_lane(static_cast<uint32_t>(wave_idx()), 0));
+}
 
 template <typename F>
 __device__ __forceinline__ void wave_for_each(bool flag, F f) {

@@ -122,9 +122,9 @@ inline float wave_sum_in_groups(float x, int count, AITER_CALL_SITE) {
   const hip_cpu::Site site = AITER_SITE_OF("wave_sum_in_groups");
   const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), nullptr, site);
   const int first = lane_idx() / kGroup * kGroup;
-  if (lane_idx() - first >= 8) return __builtin_nanf("");
-  float sum = wave_cpu::read_slot<float>(parity, first, site);
-  for (int l = 1; l < count; ++l) sum += wave_cpu::read_slot<float>(parity, first + l, site);
+  if (lane_idx() - first >= count) return __builtin_nanf("");
+  float sum = 0.0f;
+  for (int l = 0; l < count; ++l) sum += wave_cpu::read_slot<float>(parity, first + l, site);
   return sum;
 }
 

@@ -47,11 +47,17 @@ __device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
 
 template <int kGroup>
 __device__ __forceinline__ float wave_sum_in_groups(float x, int count) {
-  float sum = __shfl_sync(kAllLanes, x, 0, kGroup);
-  AITER_UNROLL
-  for (int l = 1; l < 8; ++l) {
-    const float term = __shfl_sync(kAllLanes, x, l, kGroup);
-    if (l < count) sum += term;
+  constexpr int kAtOnce = 4;
+  float sum = 0.0f;
+  AITER_LOOP
+  for (int first = 0; first < count; first += kAtOnce) {
+    float term[kAtOnce];
+    AITER_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) term[i] = __shfl_sync(kAllLanes, x, first + i, kGroup);
+    AITER_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < count) sum += term[i];
+    }
   }
   return sum;
 }

@@ -123,10 +123,20 @@ __device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
 #endif
 }
 
-// The first quad of a group adds up its lanes, hands the sum to the second one by a mirror, and gets it
-// back the same way.
+// In small groups the first quad adds up its lanes, hands the sum to the second one by a mirror, and
+// gets it back the same way; large ones are few, and go through scalar registers one by one.
 template <int kGroup>
 __device__ __forceinline__ float wave_sum_in_groups(float x, int count) {
+  if constexpr (kGroup == 32) {
+    float sum = 0.0f;
+    for (int l = 0; l < count; ++l) sum += wave_read_lane(x, l);
+    if constexpr (kWaveSize == 64) {
+      float upper = 0.0f;
+      for (int l = 0; l < count; ++l) upper += wave_read_lane(x, 32 + l);
+      return lane_idx() < 32 ? sum : upper;
+    }
+    return sum;
+  }
   float sum = dpp::move<0 * dpp::kQuadRead>(x);
   if (count > 1) sum += dpp::move<1 * dpp::kQuadRead>(x);
   if (count > 2) sum += dpp::move<2 * dpp::kQuadRead>(x);
