@@ -1,10 +1,10 @@
 // Softmax and top-k of several rows of 16-bit logits by one wave: row_topk.h's rules and results, for
-// K <= 16 and renormalised weights, by a merge instead of a step per winner.
+// K <= 8, E <= 512 and renormalised weights, by merging lists instead of a step per winner.
 //
 // A group of kLanes lanes takes a row, so a wave of W takes W / kLanes of them. Lane l of a group holds
 // the logits 8l ... 8l + 7, 8(kLanes + l) ... + 7 and so on, kValues of them: loads of 16 bytes, where rows
-// begin on such a boundary. As in row_topk.h a register is the logit's key above the complemented expert index, so that
-// all registers of a row differ and the order is that of the registers.
+// begin on such a boundary. As in row_topk.h a register is the logit's key above the complemented expert
+// index, so that all registers of a row differ and the order is that of the registers.
 //
 //   lane    sorts its registers in lists of kBest (sorting networks) and merges these: of two
 //           descending lists, the maxima of a_i and b_(kBest-1-i) are the best kBest of both, as a
@@ -14,27 +14,33 @@
 // Then all lanes of the group hold the row's winners, lane k takes winner k, and exp, the sum in slot
 // order and the division are done once for all rows of the wave.
 //
-// On an H100 (2026-11-23), a routing of M=1024 rows by 8 workgroups went from 11.9 to 7.3 us (E=128, K=4) and
-// from 18.6 to 13.9 us (E=256, K=8) by this. f32 logits would need pairs of registers.
+// Measured on an H100 (2026-11-23), 1024 rows routed by 8 workgroups, a step per winner -> merging:
+//   E=128 K=4    11.9 -> 7.1 us
+//   E=256 K=8    18.6 -> 13.9 us
+// What counts there is the number of integer instructions, of which a scheduler does one in two cycles.
+// Rejected: lists of 16 for K up to 16, 29 -> 33 us for E=512, K=10 and 56 -> 50 us for E=896, K=16, by
+// instances that take the longest to compile. f32 logits would need pairs of registers.
 #pragma once
 
 #include "row_topk.h"
 
 namespace aiter {
 
-constexpr int kMaxGroupExperts = 1024;
-constexpr int kMaxGroupTopk = 16;
+constexpr int kMaxGroupExperts = 512;
+constexpr int kMaxGroupTopk = 8;
+constexpr int kFewTokens = 512;
 
 // Lanes of a group for a row of E logits, registers of a lane for them, and the winners looked for, K or
-// more: of the instances there are, the one that suffices.
+// more: of the instances there are, the one that suffices. Fewer lanes with more registers each take fewer
+// instructions a row, but more time for the first.
 struct GroupShape {
   int lanes, values, best;
 };
 
-__host__ __device__ constexpr GroupShape group_shape(int num_experts, int topk) {
-  if (num_experts > 512) return {32, 32, 16};
-  if (topk > 8 || num_experts > 256) return {32, 16, 16};
-  if (num_experts > 128) return {16, 16, 8};
+__host__ __device__ constexpr GroupShape group_shape(int num_tokens, int num_experts, int topk) {
+  if (num_experts > 256) return {32, 16, 8};
+  if (num_experts > 128)
+    return num_tokens > kFewTokens ? GroupShape{8, 32, 8} : GroupShape{16, 16, 8};
   return {8, 16, topk > 4 ? 8 : 4};
 }
 
@@ -123,7 +129,7 @@ class GroupRows {
     order(first + 1, first + 2);
   }
 
-  // These two: Batcher's odd-even merge of two sorted halves.
+  // Batcher's odd-even merge of two lists of four.
   __device__ __forceinline__ void sort_eight(int first) {
     sort_four(first);
     sort_four(first + 4);
@@ -133,22 +139,6 @@ class GroupRows {
     order(first + 3, first + 5);
     AITER_UNROLL
     for (int i = 1; i < 7; i += 2) order(first + i, first + i + 1);
-  }
-
-  __device__ __forceinline__ void sort_sixteen(int first) {
-    sort_eight(first);
-    sort_eight(first + 8);
-    AITER_UNROLL
-    for (int i = 0; i < 8; ++i) order(first + i, first + 8 + i);
-    AITER_UNROLL
-    for (int i = 4; i < 8; ++i) order(first + i, first + 4 + i);
-    AITER_UNROLL
-    for (int i = 2; i < 14; i += 4) {
-      order(first + i, first + i + 2);
-      order(first + i + 1, first + i + 3);
-    }
-    AITER_UNROLL
-    for (int i = 1; i < 15; i += 2) order(first + i, first + i + 1);
   }
 
   // Puts a bitonic list of kBest in descending order.
@@ -177,10 +167,8 @@ class GroupRows {
     for (int first = 0; first < kValues; first += kBest) {
       if constexpr (kBest == 4) {
         sort_four(first);
-      } else if constexpr (kBest == 8) {
-        sort_eight(first);
       } else {
-        sort_sixteen(first);
+        sort_eight(first);
       }
     }
     AITER_UNROLL

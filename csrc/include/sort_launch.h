@@ -66,7 +66,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
     return choice;
   }
   choice.in_groups = true;
-  choice.group = group_shape(num_experts, topk);
+  choice.group = group_shape(static_cast<int>(gating.shape[0]), num_experts, topk);
   choice.values = choice.group.values;
   choice.rows_per_wave = wave_size / choice.group.lanes;
   const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
@@ -93,8 +93,8 @@ void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
     if (is(8, 16, 4)) return f(RowsTag<GroupRows<T, 8, 16, 4>>{});
     if (is(8, 16, 8)) return f(RowsTag<GroupRows<T, 8, 16, 8>>{});
     if (is(16, 16, 8)) return f(RowsTag<GroupRows<T, 16, 16, 8>>{});
-    if (is(32, 16, 16)) return f(RowsTag<GroupRows<T, 32, 16, 16>>{});
-    return f(RowsTag<GroupRows<T, 32, 32, 16>>{});
+    if (is(8, 32, 8)) return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    return f(RowsTag<GroupRows<T, 32, 16, 8>>{});
   };
   const auto by_wave = [&](auto logit) {
     using T = decltype(logit);

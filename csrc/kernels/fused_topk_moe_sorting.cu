@@ -8,6 +8,9 @@
 namespace aiter {
 namespace {
 
+// The numbers of routing workgroups that are chosen from, unasked, as far as the device has clusters.
+constexpr int kClusterSizes[] = {1, 8, 16};
+
 // Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
@@ -31,20 +34,24 @@ int max_tokens(int num_experts, int topk, int cluster_size, const DeviceLimits& 
 
 int max_tokens(int num_experts, int topk, const DeviceLimits& limits) {
   int most = 0;
-  for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
+  for (int wanted : kClusterSizes) {
+    const int size = std::min(wanted, limits.default_cluster_size);
     most = std::max(most, max_tokens(num_experts, topk, size, limits));
   }
   return most;
 }
 
-// The fewest workgroups that have a wave per row, as far as there are so many; 0 if none of the sizes
-// has LDS for all rows.
-int choose_cluster_size(const SortShape& shape, int max_rows, const DeviceLimits& limits) {
+// The number of routing workgroups; 0 if none has LDS for all rows. One sorts fastest as long as its
+// waves hardly wait for each other in top-k; more have to talk, which takes about as long among 8 as among
+// 2, and a little longer among 16 (`op_tests/bench_fused_topk_moe_sorting.py --clusters 1,2,4,8,16`).
+int choose_cluster_size(const SortShape& shape, const RowChoice& rows, const DeviceLimits& limits) {
+  constexpr int kUnhurriedWaves = 8;
   int chosen = 0;
-  for (int size = 1; size <= limits.default_cluster_size; size *= 2) {
+  for (int wanted : kClusterSizes) {
+    const int size = std::min(wanted, limits.default_cluster_size);
     if (!fits(shape.num_tokens, shape.num_experts, shape.topk, size, limits)) continue;
     chosen = size;
-    if (size * max_rows >= shape.num_tokens) break;
+    if (size * kUnhurriedWaves * rows.rows_per_wave >= shape.num_tokens) break;
   }
   return chosen;
 }
@@ -78,7 +85,7 @@ int check_cluster_size(int64_t asked, const SortShape& shape, const RowChoice& r
                        const DeviceLimits& limits) {
   int size = 0;
   if (asked == 0) {
-    size = choose_cluster_size(shape, max_waves(rows, limits) * rows.rows_per_wave, limits);
+    size = choose_cluster_size(shape, rows, limits);
   } else {
     check_range("cluster_size", asked, 1, limits.max_cluster_size);
     if ((asked & (asked - 1)) != 0) {
