@@ -37,7 +37,7 @@ AUTOMATIC, ONESHOT, MULTIPHASE = 0, 1, 2
 POLICIES = (AUTOMATIC, ONESHOT, MULTIPHASE)
 POLICY_OF_CHAIN: dict[Path, int] = {"oneshot": ONESHOT, "multiphase": MULTIPHASE}
 
-MOST_ONESHOT_ENTRIES = 8192  # tokens x slots; kMaxOneshotEntries of moe_sorting_opus.cu
+MOST_ONESHOT_ENTRIES = 8192  # tokens x slots; also in moe_sorting_opus.cu, and a test compares
 CAPACITY = -1  # as an override: every measurement is left aside
 FARTHEST = 1.0  # powers of two between a problem's E and K and those of a row that speaks for it
 

@@ -46,6 +46,7 @@ from torch.nn import functional as F
 
 from aiter.moe_routing import SortedBuffers
 from aiter.moe_types import ActivationType
+from aiter.reference import TOKEN_BITS, TOKEN_MASK
 from aiter.torch_ops import traced
 
 Backend = Literal["grouped_mm", "block_bmm"]
@@ -57,7 +58,6 @@ BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
 CHUNK_BYTES = 256 << 20
 """How much of the experts' weights "block_bmm" copies at once."""
 
-TOKEN_BITS = 24
 SIGN_SLOT = 128  # the first slot number that sets the sign bit of a sorted id
 ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
 SWIGLU_LIMIT = 7.0
@@ -128,7 +128,7 @@ def run_experts(
     rows = blocks * block_size
     complete = all_routed and block_size == 1
     entries = sorted_ids[:rows]
-    token = entries & ((1 << TOKEN_BITS) - 1)
+    token = entries & TOKEN_MASK
     slot = entries >> TOKEN_BITS
     if not complete or topk > SIGN_SLOT:
         slot = slot & 0xFF

@@ -26,7 +26,8 @@ from torch import Tensor
 TOKEN_BITS = 24
 """``sorted_ids`` holds the token in bits 0..23 and the slot in bits 24..31."""
 
-MAX_TOKENS = (1 << TOKEN_BITS) - 1
+TOKEN_MASK = (1 << TOKEN_BITS) - 1
+MAX_TOKENS = TOKEN_MASK
 MAX_TOPK = 255
 
 TAIL_ID = -1

@@ -1,8 +1,6 @@
 """Do the commands of the README and of docs/ work? Every block is run, in its page's order.
 
-A block's info string says what it is: `bash` and `python` are run from the checkout; `bash install`
-changes the environment and is left to `.ci/run`, `bash gpu` needs a GPU, `bash long` takes minutes
-and names what CI runs instead, `models` needs transformers. Any other word is an error.
+`doc_blocks.py` says what the marks of a block mean. Any other mark is an error.
 """
 
 from __future__ import annotations
@@ -10,47 +8,27 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 import pytest
-import torch
+from doc_blocks import CI_RUN, PAGES, ROOT, Block, blocks, commands, is_step_of_ci
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|python)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LEFT_OUT = {"install": "changes the environment", "long": "takes minutes"}
+LEFT_OUT = {"install": "run by .ci/install_blocks.py", "long": "takes minutes"}
 SECONDS = 600
 
 
-def blocks() -> list[tuple[str, str, str, str]]:
-    """Page, language, marks and text of every block."""
-    return [
-        (page.name, language, marks.strip(), text)
-        for page in PAGES
-        for language, marks, text in BLOCK.findall(page.read_text())
-    ]
-
-
-@pytest.mark.parametrize(
-    ("page", "language", "marks", "text"),
-    blocks(),
-    ids=lambda value: value.splitlines()[0][:60] if value else "plain",
-)
-def test_block(page: str, language: str, marks: str, text: str) -> None:
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_block(block: Block) -> None:
+    page, marks, text = block.page, block.marks, block.text
     if marks in LEFT_OUT:
         pytest.skip(LEFT_OUT[marks])
-    if marks == "gpu" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     if marks == "models":
         pytest.importorskip("transformers")
-    assert marks in ("", "gpu", "models"), f"{page}: unknown mark {marks!r}"
-    code = (
-        text
-        if language == "python"
-        else f"set -e\npython() {{ '{sys.executable}' \"$@\"; }}\n{text}"
-    )
-    command = [sys.executable, "-c", code] if language == "python" else ["bash", "-c", code]
+    assert marks in ("", "models"), f"{page}: unknown mark {marks!r}"
+    if block.language == "python":
+        command = [sys.executable, "-c", text]
+    else:
+        command = ["bash", "-c", f"set -e\npython() {{ '{sys.executable}' \"$@\"; }}\n{text}"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
     )
@@ -58,8 +36,26 @@ def test_block(page: str, language: str, marks: str, text: str) -> None:
 
 
 def test_pages_have_blocks() -> None:
-    found = {page for page, *_ in blocks()}
+    found = {block.page for block in blocks()}
     assert {"README.md", "adding_an_op.md", "debugging.md", "kernel.md"} <= found
+
+
+def test_ci_runs_the_blocks_that_install() -> None:
+    """Each is run by `.ci/install_blocks.py` or a step of `.ci/run`; the test suite is the latter."""
+    if not CI_RUN.is_file():
+        pytest.skip(".ci is not part of this installation")
+    assert ".ci/install_blocks.py" in CI_RUN.read_text().splitlines()
+    install = [block for block in blocks() if block.marks == "install"]
+    steps = [block for block in install if is_step_of_ci(block)]
+    assert 0 < len(steps) < len(install)
+    for block in install:
+        suite = "python -m pytest op_tests" in commands(block.text)
+        assert block in steps or not suite, f"{block}: the suite beside commands not of .ci/run"
+
+
+def test_commands_of_a_block() -> None:
+    text = "a 'x;y' && b  # why\n# nothing\nc \\\n  --d\n"
+    assert commands(text) == ["a 'x;y'", "b", "c    --d"]
 
 
 def test_links_lead_somewhere() -> None:

@@ -29,7 +29,6 @@ from aiter.cli.table import format_table
 from aiter.jit import cpu_wave
 from aiter.ops.device import current_device
 
-_TOKEN_BITS = 0xFFFFFF
 _WEIGHT_TOLERANCE = 1e-6  # relative; exp and the sum may round differently in the reference
 _OUTPUT_TOLERANCE = 2e-2  # relative to the output's norm; bf16 GEMMs in two orders
 
@@ -201,7 +200,7 @@ def _experts(
     """The expert GEMMs, block by block as a grouped GEMM would take them; returns moe_buf."""
     sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = buffers
     slots, num_tokens = num_valid_ids.tolist()
-    ids = (sorted_ids[:slots] & _TOKEN_BITS).view(-1, block_size)
+    ids = (sorted_ids[:slots] & reference.TOKEN_MASK).view(-1, block_size)
     weights = sorted_weights[:slots].view(-1, block_size, 1)
     for block, expert in enumerate(sorted_expert_ids[: slots // block_size].tolist()):
         used = int((ids[block] < num_tokens).sum())

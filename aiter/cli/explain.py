@@ -19,9 +19,9 @@ from aiter.jit import envs
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from aiter.reference import TOKEN_BITS, TOKEN_MASK
 from aiter.torch_ops import sorted_sizes
 
-_TOKEN_BITS, _SLOT_SHIFT = 0xFFFFFF, 24
 _SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
 _MOST_DRAWN = 512  # slots
 _COLOURS = (36, 33, 35, 32, 34, 31)  # of tokens, in turn
@@ -154,8 +154,8 @@ def _draw(options: argparse.Namespace) -> str:
     for block in range(slots // b):
         cells = []
         for slot in range(block * b, (block + 1) * b):
-            token = int(sorted_ids[slot]) & _TOKEN_BITS
-            choice = int(sorted_ids[slot]) >> _SLOT_SHIFT & 0xFF
+            token = int(sorted_ids[slot]) & TOKEN_MASK
+            choice = int(sorted_ids[slot]) >> TOKEN_BITS & 0xFF
             if token == num_local:
                 cells.append(_paint(f"{'padding':^14}", _DIM))
             else:

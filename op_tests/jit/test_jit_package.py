@@ -96,7 +96,7 @@ def test_package_in_a_read_only_folder(
 def test_wheel_carries_its_sources(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(
-        ".git", "__pycache__", "_prebuilt", "build", "*.egg-info", ".*_cache", ".hypothesis"
+        ".*", "venv", "__pycache__", "_prebuilt", "build", "*.egg-info", "*.whl"
     )
     shutil.copytree(REPOSITORY, checkout, ignore=ignored)
     command = [

@@ -3,15 +3,18 @@
 Mirrors the launchers in `csrc/kernels`: the parameter structs, the choice of the kernel instance
 and the launch shape. A struct of another size than the kernel's own, or too little LDS, is an
 error there (`machine.kernel_arguments`, `memory.Lds`); too many or too few threads would still be
-right, as the kernels ask for their block size.
+right, as the kernels ask for their block size. Constants are read out of the headers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
+import re
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,16 +25,30 @@ from amdgcn.statistics import Statistics
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aiter.dispatch import MOST_ONESHOT_ENTRIES
 from aiter.jit.device_code import compile_module
 from aiter.jit.device_kernels import ARCHS
 
+INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
+
+
+def constant(header: str, name: str) -> int:
+    """The value of a constexpr of a header that is a number or a product of numbers."""
+    text = (INCLUDE / header).read_text()
+    match = re.search(rf"^constexpr \w+ {name} =\s*([0-9* ]+);", text, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{header}: expected constexpr {name} = a product of numbers, got none")
+    return math.prod(int(factor) for factor in match[1].split("*"))
+
+
 COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and little to emulate.
-MAX_THREADS = 1024
-ROWS_PER_BLOCK = 4  # topk_softmax.h
-MAX_WAVES_PER_BLOCK = 32  # wave.h
-MAX_ROW_EXPERTS = 1024  # row_topk.h
-ZERO_BYTES_PER_BLOCK = 32 * 1024  # sort_launch.h
-SORT_LDS_WORDS, TARGET_TILES, ONESHOT_ENTRIES = 15 * 1024, 64, 8192  # moe_sorting_opus
+MAX_THREADS = constant("moe_sorting_opus.h", "kSortThreads")
+WAVES_PER_BLOCK = constant("topk_softmax.h", "kWavesPerBlock")
+MAX_WAVES_PER_BLOCK = constant("device/wave.h", "kMaxWavesPerBlock")
+MAX_ROW_EXPERTS = constant("row_topk.h", "kMaxRowExperts")
+ZERO_BYTES_PER_BLOCK = constant("sort_launch.h", "kZeroBytesPerBlock")
+SORT_LDS_WORDS = constant("moe_sorting_opus.h", "kSortLdsWords")
+TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
 
 _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _i32, _u32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64
@@ -174,8 +191,8 @@ class Device:
         )
         values = row_values(num_experts, self.wave_size)
         name = f"topk_softmax<{_TYPE_NAMES[gating_output.dtype]}, {values}>"
-        blocks = (num_tokens + ROWS_PER_BLOCK - 1) // ROWS_PER_BLOCK
-        threads = ROWS_PER_BLOCK * self.wave_size
+        blocks = (num_tokens + WAVES_PER_BLOCK - 1) // WAVES_PER_BLOCK
+        threads = WAVES_PER_BLOCK * self.wave_size
         self._launch("module_topk_softmax", name, memory, params, blocks, threads, 0)
 
     def fused_topk_moe_sorting_fwd(
@@ -243,7 +260,7 @@ class Device:
         outputs = (sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
         multiphase = dispatch_policy == 2 or (
-            dispatch_policy == 0 and num_tokens * topk > ONESHOT_ENTRIES
+            dispatch_policy == 0 and num_tokens * topk > MOST_ONESHOT_ENTRIES
         )
         words = (num_tokens + 31) // 32
         wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
