@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,16 @@ def fused_topk_moe_sorting_fwd(
         TypeError: an argument is of the wrong Python type.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
+
+
+def fused_topk_moe_sorting_compiled(device: torch.device) -> Callable[..., None]:
+    """What `fused_topk_moe_sorting_fwd` calls for tensors on `device`, with the same arguments.
+
+    A caller that remembers it saves what finding it costs, 0.7 us of a call. It belongs to the cpu
+    target's wave width of the moment.
+    """
+    function: Callable[..., None] = module_for(_MODULE, device).fused_topk_moe_sorting_fwd
+    return function
 
 
 def fused_topk_moe_sorting_max_tokens(
