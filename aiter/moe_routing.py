@@ -27,7 +27,13 @@ from aiter.moe_buffers import BUFFER_NAMES, SortedBuffers, allocate, empty, give
 from aiter.ops.device import current_device
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
 from aiter.routing_plan import Plan, check_size, plan_routing, plan_sorting, sorted_buffers
-from aiter.torch_ops import empty_topk, moe_sorting_opus_fwd, topk_softmax, traced
+from aiter.torch_ops import (
+    empty_topk,
+    fused_topk_moe_sorting_fwd,
+    moe_sorting_opus_fwd,
+    topk_softmax,
+    traced,
+)
 
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
@@ -132,23 +138,20 @@ def topk_softmax_sorting(
         dispatch_policy,
     )  # fmt: skip
     path, workspace_bytes, expected, layouts, fused = _known(plan_routing, sizes)
-    buffers = allocate(layouts, device) if out is None else given(out, expected)
     if fused is not None:
-        if expert_mask is None and num_local_tokens is None:
-            # NOTE: a keyword costs the binding 0.3 us.
-            fused(gating_output, *buffers, num_experts, topk, block_size, need_renorm)
-        else:
-            fused(
-                gating_output,
-                *buffers,
-                num_experts,
-                topk,
-                block_size,
-                need_renorm,
-                local_expert_mask=expert_mask,
-                num_local_tokens=num_local_tokens,
-            )
+        buffers = allocate(layouts, device) if out is None else out
+        # NOTE: checks the outputs' sizes, too, in 0.05 us; in Python that takes 0.5 us.
+        if not fused(
+            gating_output, buffers, expected, num_experts, topk, block_size, need_renorm,
+            expert_mask, num_local_tokens,
+        ):  # fmt: skip
+            buffers = given(buffers, expected)
+            fused_topk_moe_sorting_fwd(
+                gating_output, *buffers, num_experts, topk, block_size, need_renorm,
+                local_expert_mask=expert_mask, num_local_tokens=num_local_tokens,
+            )  # fmt: skip
     else:
+        buffers = allocate(layouts, device) if out is None else given(out, expected)
         weights, ids = empty_topk(gating_output, topk)
         sort = (
             ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,

@@ -12,7 +12,6 @@ On the CPU of an AMD EPYC, Python 3.11, a lookup takes 0.3 us and making a plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -24,7 +23,8 @@ from aiter.dispatch import Crossover
 from aiter.jit import envs
 from aiter.moe_buffers import Buffers, Layouts, layouts_of
 from aiter.ops.fused_topk_moe_sorting import (
-    fused_topk_moe_sorting_compiled,
+    FusedInto,
+    fused_topk_moe_sorting_into,
     fused_topk_moe_sorting_max_tokens,
 )
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
@@ -41,14 +41,14 @@ class Plan(NamedTuple):
         workspace_bytes: of the sort of the chain; 0 for none.
         buffers: the sizes of the outputs.
         layouts: how they are allocated.
-        fused: the compiled function of the fused launch, if that is the path.
+        fused: the fused launch (`fused_topk_moe_sorting_into`), if that is the path.
     """
 
     path: dispatch.Path
     workspace_bytes: int
     buffers: Buffers
     layouts: Layouts
-    fused: Callable[..., None] | None
+    fused: FusedInto | None
 
 
 @dataclass(frozen=True)
@@ -200,5 +200,5 @@ def _plan(
             problem.tokens, problem.num_experts, problem.topk, dispatch.POLICY_OF_CHAIN[path],
             device=device,
         )  # fmt: skip
-    fused = fused_topk_moe_sorting_compiled(device) if path == "fused" else None
+    fused = fused_topk_moe_sorting_into(device) if path == "fused" else None
     return Plan(path, workspace_bytes, buffers, layouts_of(buffers, device), fused)

@@ -10,6 +10,8 @@ from torch import Tensor
 from aiter.jit import compile_ops, module_for
 from aiter.ops.device import current_device
 
+FusedInto = Callable[..., bool]
+
 _MODULE = "module_fused_topk_moe_sorting"
 
 
@@ -65,13 +67,15 @@ def fused_topk_moe_sorting_fwd(
     """
 
 
-def fused_topk_moe_sorting_compiled(device: torch.device) -> Callable[..., None]:
-    """What `fused_topk_moe_sorting_fwd` calls for tensors on `device`, with the same arguments.
+def fused_topk_moe_sorting_into(device: torch.device) -> FusedInto:
+    """The fused launch for tensors on `device`, as a function that a caller remembers.
 
-    A caller that remembers it saves what finding it costs, 0.7 us of a call. It belongs to the cpu
-    target's wave width of the moment.
+    Called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+    local_expert_mask, num_local_tokens), it does what `fused_topk_moe_sorting_fwd` does if `out` is a
+    tuple of tensors of exactly the sizes in `expected` (`aiter.moe_buffers.Buffers`), else nothing,
+    and returns which. It belongs to the cpu target's wave width of the moment.
     """
-    function: Callable[..., None] = module_for(_MODULE, device).fused_topk_moe_sorting_fwd
+    function: FusedInto = module_for(_MODULE, device).fused_topk_moe_sorting_into
     return function
 
 

@@ -134,29 +134,39 @@ inline void read_attributes(py::handle object, TensorView& view) {
 
 }  // namespace detail
 
+// Reads a tensor by the exchange alone, for a caller that has another way where there is none.
+// Nothing is checked.
+inline bool read_exchanged(py::handle object, const char* name, TensorView& view) {
+  view.name = name;
+  if (!detail::read_exchange(object, view)) return false;
+  if (view.dtype == DType::other) view.dtype_name = py::str(object.attr("dtype"));
+  return true;
+}
+
+inline void check_memory(const TensorView& view) {
+  // As of a parameter whose memory was given back.
+  if (view.data == nullptr && view.numel() != 0) {
+    fail_argument(view.name, "a tensor with memory", "shape " + shape_of(view) + " without any");
+  }
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  if (view.dtype != DType::other && address % static_cast<uintptr_t>(view.itemsize) != 0) {
+    fail_argument(view.name,
+                  "memory aligned to the " + std::to_string(view.itemsize) + " bytes of " +
+                      to_string(view.dtype),
+                  "address " + std::to_string(address));
+  }
+}
+
 inline TensorView tensor_arg(py::handle object, const char* name) {
   TensorView view;
-  view.name = name;
-  if (detail::read_exchange(object, view)) {
-    if (view.dtype == DType::other) view.dtype_name = py::str(object.attr("dtype"));
-  } else {
+  if (!read_exchanged(object, name, view)) {
     if (!py::hasattr(object, "data_ptr") || !py::hasattr(object, "stride")) {
       throw py::type_error(std::string(name) + ": expected a tensor, got " +
                            detail::type_name(object));
     }
     detail::read_attributes(object, view);
   }
-  // As of a parameter whose memory was given back.
-  if (view.data == nullptr && view.numel() != 0) {
-    fail_argument(name, "a tensor with memory", "shape " + shape_of(view) + " without any");
-  }
-  const auto address = reinterpret_cast<uintptr_t>(view.data);
-  if (view.dtype != DType::other && address % static_cast<uintptr_t>(view.itemsize) != 0) {
-    fail_argument(name,
-                  "memory aligned to the " + std::to_string(view.itemsize) + " bytes of " +
-                      to_string(view.dtype),
-                  "address " + std::to_string(address));
-  }
+  check_memory(view);
   return view;
 }
 
