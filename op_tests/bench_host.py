@@ -30,6 +30,7 @@ from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
+from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_into
 
 PIECE_CALLS = 1000  # of a piece that launches nothing, per repeat
 BLOCK_SIZE = 32
@@ -54,6 +55,8 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     )
     weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
     sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
+    into = fused_topk_moe_sorting_into(device)
+    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None)
     fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
     nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
     selecting = module_for("module_topk_softmax", device).topk_softmax
@@ -84,7 +87,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "plan: found": lambda: moe_routing._known(routing_plan.plan_routing, sizes),
         "outputs: five allocations": lambda: moe_buffers.allocate(plan.layouts, device),
         "outputs: views of one allocation (not used)": views,
-        "outputs: check of given ones": lambda: moe_buffers.given(out, plan.buffers),
+        "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
         "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
         "topk_softmax_sorting without its op, allocating": routing,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
@@ -93,6 +96,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     }
     launching: Pieces = {
         "fused launch, compiled function": lambda: compiled(*fused),
+        "fused launch, as topk_softmax_sorting makes it": lambda: into(*planned),
         "fused_topk_moe_sorting_fwd": lambda: aiter.fused_topk_moe_sorting_fwd(*fused),
         "topk_softmax_sorting, out given": lambda: routing(out=out),
         "topk_softmax_sorting, allocating": routing,
