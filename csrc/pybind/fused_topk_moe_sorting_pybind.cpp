@@ -1,3 +1,5 @@
+#include <array>
+
 #include "fused_topk_moe_sorting_api.h"
 #include "pybind_args.h"
 
@@ -7,7 +9,11 @@ namespace {
 
 // Reads `out` if it is a tuple of tensors of exactly the sizes in `expected`, an
 // aiter.moe_buffers.Buffers.
-bool read_outputs(py::handle out, const py::tuple& expected, aiter::SortTensors& sort) {
+bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort) {
+  if (!PyTuple_Check(expected.ptr()) || PyTuple_GET_SIZE(expected.ptr()) != 5) {
+    throw py::type_error("expected: expected a tuple of 5, got " +
+                         aiter::detail::type_name(expected));
+  }
   if (!PyTuple_Check(out.ptr()) || PyTuple_GET_SIZE(out.ptr()) != 5) return false;
   const auto output = [&](int index) { return py::handle(PyTuple_GET_ITEM(out.ptr(), index)); };
   if (!aiter::read_exchanged(output(0), "sorted_ids", sort.sorted_ids) ||
@@ -17,27 +23,28 @@ bool read_outputs(py::handle out, const py::tuple& expected, aiter::SortTensors&
       !aiter::read_exchanged(output(4), "moe_buf", sort.moe_buf)) {
     return false;
   }
-  const auto size = [](const py::tuple& sizes, int index) {
-    return PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), index));
+  const auto size = [&](int index) {
+    return aiter::int_arg(PyTuple_GET_ITEM(expected.ptr(), index), "expected");
   };
-  const auto shape = py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(expected.ptr(), 3));
+  const auto shape = py::cast<std::pair<int64_t, int64_t>>(PyTuple_GET_ITEM(expected.ptr(), 3));
   static PyObject* const dtype_name = PyUnicode_InternFromString("dtype");
   const auto dtype =
       py::reinterpret_steal<py::object>(PyObject_GetAttr(output(4).ptr(), dtype_name));
   if (!dtype) throw py::error_already_set();
-  return sort.sorted_ids.numel() == size(expected, 0) &&
-         sort.sorted_weights.numel() == size(expected, 1) &&
-         sort.sorted_expert_ids.numel() == size(expected, 2) && sort.moe_buf.ndim == 2 &&
-         sort.moe_buf.shape[0] == size(shape, 0) && sort.moe_buf.shape[1] == size(shape, 1) &&
+  return sort.sorted_ids.numel() == size(0) && sort.sorted_weights.numel() == size(1) &&
+         sort.sorted_expert_ids.numel() == size(2) && sort.moe_buf.ndim == 2 &&
+         sort.moe_buf.shape[0] == shape.first && sort.moe_buf.shape[1] == shape.second &&
          dtype.ptr() == PyTuple_GET_ITEM(expected.ptr(), 4);
 }
 
 // As fused_topk_moe_sorting_fwd, into outputs of exactly the expected sizes. False: nothing was
 // launched, as they are not plainly that, and the caller is to find out what they are.
-bool fused_topk_moe_sorting_into(py::handle gating_output, py::handle out,
-                                 const py::tuple& expected, py::handle num_experts, py::handle topk,
-                                 py::handle unit_size, py::handle need_renorm,
-                                 py::handle local_expert_mask, py::handle num_local_tokens) {
+//
+// Arguments: gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+// local_expert_mask, num_local_tokens.
+bool fused_topk_moe_sorting_into(const std::array<py::handle, 9>& arguments) {
+  const auto [gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+              local_expert_mask, num_local_tokens] = arguments;
   aiter::FusedTopkMoeSortingArgs args{};
   if (!read_outputs(out, expected, args.sort)) return false;
   args.gating_output = aiter::input_arg(gating_output, "gating_output");
@@ -90,10 +97,7 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       py::arg("num_experts"), py::arg("topk"), py::arg("unit_size"), py::arg("need_renorm"),
       py::kw_only(), py::arg("local_expert_mask") = py::none(),
       py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none());
-  m.def("fused_topk_moe_sorting_into", &fused_topk_moe_sorting_into, py::arg("gating_output"),
-        py::arg("out"), py::arg("expected"), py::arg("num_experts"), py::arg("topk"),
-        py::arg("unit_size"), py::arg("need_renorm"), py::arg("local_expert_mask"),
-        py::arg("num_local_tokens"));
+  aiter::def_positional<&fused_topk_moe_sorting_into>(m, "fused_topk_moe_sorting_into");
   m.def(
       "fused_topk_moe_sorting_max_tokens",
       [](py::handle num_experts, py::handle topk, int device_index) {
