@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from aiter.jit import compile_ops, module_for
+from aiter.jit.target import cpu_wave_override
 from aiter.ops.device import current_device
 
 FusedInto = Callable[..., bool]
@@ -75,6 +77,11 @@ def fused_topk_moe_sorting_into(device: torch.device) -> FusedInto:
     tuple of tensors of exactly the sizes in `expected` (`aiter.moe_buffers.Buffers`), else nothing,
     and returns which. It belongs to the cpu target's wave width of the moment.
     """
+    return _into(device, cpu_wave_override.get())
+
+
+@cache
+def _into(device: torch.device, cpu_wave: int | None) -> FusedInto:
     function: FusedInto = module_for(_MODULE, device).fused_topk_moe_sorting_into
     return function
 
