@@ -8,12 +8,13 @@ device that is not the current one, the filling of new memory under
 `torch.use_deterministic_algorithms`, the refusal of quantised dtypes, and everything in a PyTorch
 without them.
 
-Per tensor on the CPU of an AMD EPYC, Python 3.11, PyTorch 2.13 (2026-11-23, medians of loops of 1e5
-calls less an empty one): the allocator used 0.4 us (two dimensions: 0.4 us), torch.empty of an int
-0.95 us, of a tuple 1.5 us (1.7 us), torch.empty_strided 0.95 us (1.05 us), a bound new_empty of an
-int 0.8 us (of another dtype 0.95 us), of a tuple 1.3 us, torch.empty_like 0.8 us. Rejected: one
-allocation with views of it as outputs, 14 us for the five, and outputs that share a storage; memory
-made by DLPack's exchange API, which `Tensor.record_stream` does not know.
+`python -m timeit` on the CPU of an AMD EPYC, Python 3.11, PyTorch 2.13, 2026-11-23, a tensor each:
+the allocator used 0.4 us; torch.empty of an int 1.0 us, of a tuple 1.5 us; torch.empty_strided 1.0
+us, in two dimensions 1.1 us; a bound new_empty of an int 0.8 us, of a tuple 1.3 us;
+torch.empty_like 0.8 us. Rejected: one allocation with views of it as outputs, 14 us for the five
+(`op_tests/bench_host.py`), and outputs that share a storage; memory made by DLPack's exchange API,
+as `Tensor.record_stream` passes over what PyTorch's allocator did not make; outputs kept for later
+calls, whose memory would have to be guarded across streams, threads and graphs.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def layouts_of(buffers: Buffers, device: torch.device) -> Layouts:
 
 
 def allocate(layouts: Layouts, device: torch.device) -> SortedBuffers:
-    """The five outputs, uninitialised; `device` is that of the layouts. Not for use under a tracer."""
+    """The five outputs, uninitialised, on `device`, that of the layouts; not under a tracer."""
     quick, ids, weights, experts, num_valid, moe_buf = layouts
     if (
         quick is None
