@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from aiter.moe_arguments import check_knobs, check_layer, check_routing, check_unsupported
+from aiter.moe_buffers import SortedBuffers
 from aiter.moe_experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
 from aiter.moe_routing import (
-    SortedBuffers,
     empty_sorted_buffers,
     fused_topk,
     last_path,

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aiter.moe_routing import SortedBuffers
+from aiter.moe_buffers import SortedBuffers
 from aiter.moe_types import ActivationType
 from aiter.reference import TOKEN_BITS, TOKEN_MASK
 from aiter.torch_ops import traced

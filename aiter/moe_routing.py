@@ -7,32 +7,27 @@ one node, the registered op of its name (see `aiter.torch_ops`). `aiter.fused_mo
 find these functions.
 
 Host time is what a decode step pays per layer, so an eager call makes one memo lookup, allocates and
-goes to the binding, which checks the tensors. `python op_tests/bench_host.py --tokens 1` prints the
-pieces; on the CPU of an AMD EPYC (2026-11-23) they are 5.0 us for the five allocations, 1.6 us for
-this module, 0.3 us for the op's Python function, 1.0 us for the binding and its checks. Rejected: one
-allocation with views of it as outputs, 14 us instead of 5.0, and outputs that share a storage.
+goes to the binding, which checks the tensors. The plan holds the binding's function, which saves the
+0.7 us of an op's Python function, and that function compares the sizes of given outputs, which takes
+0.5 us in Python. `python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD
+EPYC (2026-11-23) they are 2.0 us for the five allocations (`aiter.moe_buffers`), 1.5 us for this
+module, 1.0 us for the binding and its checks.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from aiter import dispatch
+from aiter.jit.target import cpu_wave_override
+from aiter.moe_buffers import BUFFER_NAMES, SortedBuffers, allocate, empty, given, layouts_of
 from aiter.ops.device import current_device
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
-from aiter.routing_plan import (
-    Buffers,
-    Plan,
-    check_size,
-    plan_routing,
-    plan_sorting,
-    sorted_buffers,
-)
+from aiter.routing_plan import Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 from aiter.torch_ops import (
     empty_topk,
     fused_topk_moe_sorting_fwd,
@@ -44,12 +39,7 @@ from aiter.torch_ops import (
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
 
-SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-BUFFER_NAMES = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf")
-
-_empty, _empty_strided = torch.empty, torch.empty_strided
-_INT32, _FLOAT32 = torch.int32, torch.float32
+_cpu_wave = cpu_wave_override.get
 
 
 class _Last(threading.local):
@@ -90,7 +80,8 @@ def empty_sorted_buffers(
     """
     check_size("tokens", tokens, low=0)
     buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    return _allocate(buffers, current_device(device))
+    chosen = current_device(device)
+    return empty(layouts_of(buffers, chosen), chosen)
 
 
 def topk_softmax_sorting(
@@ -144,29 +135,24 @@ def topk_softmax_sorting(
     device = gating_output.device
     tokens, width = gating_output.shape
     sizes = (
-        device, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
+        device, _cpu_wave(), tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
         dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected = _known(plan_routing, sizes)
-    buffers = _allocate(expected, device) if out is None else _given(out, expected)
-    if path == "fused":
-        if expert_mask is None and num_local_tokens is None:
-            # NOTE: a keyword costs the binding 0.3 us.
+    path, workspace_bytes, expected, layouts, fused = _known(plan_routing, sizes)
+    if fused is not None:
+        buffers = allocate(layouts, device) if out is None else out
+        # NOTE: checks the outputs' sizes, too, in 0.05 us; in Python that takes 0.5 us.
+        if not fused(
+            gating_output, buffers, expected, num_experts, topk, block_size, need_renorm,
+            expert_mask, num_local_tokens,
+        ):  # fmt: skip
+            buffers = given(buffers, expected)
             fused_topk_moe_sorting_fwd(
-                gating_output, *buffers, num_experts, topk, block_size, need_renorm
-            )
-        else:
-            fused_topk_moe_sorting_fwd(
-                gating_output,
-                *buffers,
-                num_experts,
-                topk,
-                block_size,
-                need_renorm,
-                local_expert_mask=expert_mask,
-                num_local_tokens=num_local_tokens,
-            )
+                gating_output, *buffers, num_experts, topk, block_size, need_renorm,
+                local_expert_mask=expert_mask, num_local_tokens=num_local_tokens,
+            )  # fmt: skip
     else:
+        buffers = allocate(layouts, device) if out is None else given(out, expected)
         weights, ids = empty_topk(gating_output, topk)
         sort = (
             ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
@@ -213,8 +199,8 @@ def moe_sorting(
     sizes = (
         device, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected = _known(plan_sorting, sizes)
-    buffers = _allocate(expected, device) if out is None else _given(out, expected)
+    path, workspace_bytes, expected, layouts, _ = _known(plan_sorting, sizes)
+    buffers = allocate(layouts, device) if out is None else given(out, expected)
     moe_sorting_opus_fwd(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
         _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
@@ -274,50 +260,8 @@ def _known(plan_for: _lru_cache_wrapper[Plan], sizes: tuple[Any, ...]) -> Plan:
     return plan_for.__wrapped__(*sizes)
 
 
-def _allocate(expected: Buffers, device: torch.device) -> SortedBuffers:
-    """The five outputs, uninitialised.
-
-    torch.empty takes 1.0 us for an int, 1.5 us for a tuple; torch.empty_strided 1.0 us for tuples.
-    """
-    slots, _, blocks, shape, moebuf_dtype = expected
-    return (
-        _empty(slots, dtype=_INT32, device=device),
-        _empty(slots, dtype=_FLOAT32, device=device),
-        _empty(blocks, dtype=_INT32, device=device),
-        _empty(2, dtype=_INT32, device=device),
-        _empty_strided(shape, (shape[1] or 1, 1), dtype=moebuf_dtype, device=device),
-    )
-
-
-def _given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:
-    """The caller's outputs, if they have the sizes of the call; the ops check everything else."""
-    try:
-        ids, weights, experts, _, moe_buf = out
-        sizes = (ids.numel(), weights.numel(), experts.numel(), moe_buf.shape, moe_buf.dtype)
-        fits = sizes == expected
-    except (AttributeError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        _refuse_out(out, expected)
-    return out
-
-
-def _refuse_out(out: object, expected: Buffers) -> NoReturn:
-    """Raises what is wrong with `out`."""
-    if not isinstance(out, Sequence) or len(out) != len(BUFFER_NAMES):
-        got = f"{len(out)} of them" if isinstance(out, Sequence) else type(out).__name__
-        raise TypeError(f"out: expected {len(BUFFER_NAMES)} tensors or None, got {got}")
-    shapes = ([expected.slots], [expected.slots], [expected.blocks], [2], list(expected.moe_buf))
-    for name, tensor, shape in zip(BUFFER_NAMES, out, shapes, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"out: expected a tensor as {name}, got {type(tensor).__name__}")
-        if list(tensor.shape) != shape:
-            raise ValueError(f"out: expected {name} of shape {shape}, got {list(tensor.shape)}")
-    raise ValueError(f"out: expected moe_buf of dtype {expected.moebuf_dtype}, got {out[4].dtype}")
-
-
 def _workspace(num_bytes: int, device: torch.device) -> Tensor | None:
-    return _empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
 
 
 def _as_traced(name: str, out: SortedBuffers | None, *arguments: Any) -> SortedBuffers:

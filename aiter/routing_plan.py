@@ -1,12 +1,12 @@
 """What do the shapes of a routing call decide, and how is it known without asking again?
 
 A `Plan` is everything about a call that does not depend on the contents of its tensors: the path,
-the sizes of the outputs, the workspace. It is made once per shape and device, checks included, and
-found again by one lookup in a typed LRU memo (`True` and `1` are different keys, so a bool for an
-int is refused every time). What a device is known to be fastest at is read once per device and
-process; `forget` drops both.
+the sizes of the outputs, the workspace, the compiled function. It is made once per shape and device,
+checks included, and found again by one lookup in a typed LRU memo (`True` and `1` are different keys,
+so a bool for an int is refused every time). What a device is known to be fastest at is read once per
+device and process; `forget` drops both.
 
-On the CPU of an AMD EPYC, Python 3.11, a lookup takes 0.3 us and making a plan 12 us (2026-11-23,
+On the CPU of an AMD EPYC, Python 3.11, a lookup takes 0.3 us and making a plan 14 us (2026-11-23,
 `python op_tests/bench_host.py --tokens 1`).
 """
 
@@ -21,21 +21,16 @@ import torch
 from aiter import dispatch
 from aiter.dispatch import Crossover
 from aiter.jit import envs
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from aiter.moe_buffers import Buffers, Layouts, layouts_of
+from aiter.ops.fused_topk_moe_sorting import (
+    FusedInto,
+    fused_topk_moe_sorting_into,
+    fused_topk_moe_sorting_max_tokens,
+)
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from aiter.torch_ops import sorted_sizes
 
 MOST_PLANS = 4096  # a plan takes about 1 KiB; decode and prefill sizes of a few layers are hundreds
-
-
-class Buffers(NamedTuple):
-    """The sizes of a call's outputs: numbers of items, the shape and the dtype of moe_buf."""
-
-    slots: int  # of sorted_ids: S = M*K + E*B - K
-    weights: int  # of sorted_weights: S
-    blocks: int  # of sorted_expert_ids: S / B, rounded up
-    moe_buf: tuple[int, int]
-    moebuf_dtype: torch.dtype
 
 
 class Plan(NamedTuple):
@@ -44,12 +39,16 @@ class Plan(NamedTuple):
     Attributes:
         path: which launches run.
         workspace_bytes: of the sort of the chain; 0 for none.
-        buffers: the outputs.
+        buffers: the sizes of the outputs.
+        layouts: how they are allocated.
+        fused: the fused launch (`fused_topk_moe_sorting_into`), if that is the path.
     """
 
     path: dispatch.Path
     workspace_bytes: int
     buffers: Buffers
+    layouts: Layouts
+    fused: FusedInto | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
 @lru_cache(MOST_PLANS, typed=True)
 def plan_routing(
     device: torch.device,
+    cpu_wave: int | None,
     tokens: int,
     width: int,
     topk: int,
@@ -118,6 +118,8 @@ def plan_routing(
     dispatch_policy: int,
 ) -> Plan:
     """The plan of `topk_softmax_sorting` for gating_output [tokens, width] on `device`.
+
+    `cpu_wave` is the override of the cpu target's wave width, which the fused launch is bound to.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -198,4 +200,5 @@ def _plan(
             problem.tokens, problem.num_experts, problem.topk, dispatch.POLICY_OF_CHAIN[path],
             device=device,
         )  # fmt: skip
-    return Plan(path, workspace_bytes, buffers)
+    fused = fused_topk_moe_sorting_into(device) if path == "fused" else None
+    return Plan(path, workspace_bytes, buffers, layouts_of(buffers, device), fused)

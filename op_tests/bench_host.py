@@ -14,7 +14,9 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import _checkout  # noqa: F401  (makes a checkout importable)
@@ -23,11 +25,12 @@ import torch
 from bench_timing import Timing
 
 import aiter
-from aiter import fused_moe, moe_routing, reference, routing_plan
+from aiter import fused_moe, moe_buffers, moe_routing, reference, routing_plan
 from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
+from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_into
 
 PIECE_CALLS = 1000  # of a piece that launches nothing, per repeat
 BLOCK_SIZE = 32
@@ -38,19 +41,20 @@ Pieces = dict[str, Callable[[], object]]
 def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     """What is measured, by name: what launches nothing, and what does.
 
-    The first are to be called while `moe_routing` has an op that does nothing.
+    The first are to be called while `moe_routing` plans with `silent_plan`.
     """
     num_experts, topk, model_dim = shape
     tokens, device = logits.shape[0], logits.device
-    sizes = (
-        device, tokens, num_experts, topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, 0,
-    )  # fmt: skip
+    sizes = (device, None, tokens, num_experts, topk, num_experts)
+    sizes += (model_dim, torch.bfloat16, BLOCK_SIZE, 0)
     plan = routing_plan.plan_routing(*sizes)
     out = fused_moe.empty_sorted_buffers(
         tokens, topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, device=device
     )
     weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
     sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
+    into = fused_topk_moe_sorting_into(device)
+    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None)
     fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
     nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
     selecting = module_for("module_topk_softmax", device).topk_softmax
@@ -79,9 +83,9 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     silent: Pieces = {
         "plan: made": lambda: routing_plan.plan_routing.__wrapped__(*sizes),
         "plan: found": lambda: moe_routing._known(routing_plan.plan_routing, sizes),
-        "outputs: five allocations": lambda: moe_routing._allocate(plan.buffers, device),
+        "outputs: five allocations": lambda: moe_buffers.allocate(plan.layouts, device),
         "outputs: views of one allocation (not used)": views,
-        "outputs: check of given ones": lambda: moe_routing._given(out, plan.buffers),
+        "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
         "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
         "topk_softmax_sorting without its op, allocating": routing,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
@@ -90,6 +94,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     }
     launching: Pieces = {
         "fused launch, compiled function": lambda: compiled(*fused),
+        "fused launch, as topk_softmax_sorting makes it": lambda: into(*planned),
         "fused_topk_moe_sorting_fwd": lambda: aiter.fused_topk_moe_sorting_fwd(*fused),
         "topk_softmax_sorting, out given": lambda: routing(out=out),
         "topk_softmax_sorting, allocating": routing,
@@ -97,6 +102,12 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
     }
     return silent, launching
+
+
+@lru_cache(typed=True)
+def silent_plan(*sizes: Any) -> routing_plan.Plan:
+    """The plan of a routing, with a fused launch that does nothing."""
+    return routing_plan.plan_routing(*sizes)._replace(fused=lambda *_: True)
 
 
 def check(logits: torch.Tensor, shape: Shape) -> None:
@@ -115,7 +126,7 @@ def measure(logits: torch.Tensor, shape: Shape) -> list[tuple[str, str, Timing]]
     device = logits.device
     silent, launching = pieces(logits, shape)
     what = "host and launch" if device.type == "cuda" else "host and the kernel on the CPU"
-    with mock.patch.object(moe_routing, "fused_topk_moe_sorting_fwd", lambda *_: None):
+    with mock.patch.object(moe_routing, "plan_routing", silent_plan):
         rows = [
             (name, "host", bench_timing.host_us(piece, device, PIECE_CALLS))
             for name, piece in silent.items()

@@ -7,9 +7,11 @@ a test of the fused launch cannot pass through the chain.
 from __future__ import annotations
 
 import builtins
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import _checkout  # noqa: F401
 import pytest
@@ -24,7 +26,7 @@ from torch import Tensor
 
 import aiter
 import aiter.fused_moe
-from aiter import dispatch, reference, routing_plan
+from aiter import dispatch, moe_routing, reference, routing_plan
 from aiter.jit import envs
 
 POLICIES = (0, *PATH_OF_POLICY)
@@ -148,6 +150,16 @@ def break_op(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             for attribute, value in list(vars(module).items()):
                 if value is op:
                     monkeypatch.setattr(module, attribute, broken)
+    if name == "fused_topk_moe_sorting_fwd":
+        # NOTE: a plan holds the compiled function behind the op.
+        plan = routing_plan.plan_routing
+
+        @functools.lru_cache(typed=True)
+        def broken_plan(*sizes: Any) -> routing_plan.Plan:
+            made = plan(*sizes)
+            return made._replace(fused=broken if made.path == "fused" else made.fused)
+
+        monkeypatch.setattr(moe_routing, "plan_routing", broken_plan)
 
 
 def assert_fails(case: Case, target: Target, policies: Sequence[int], words: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import _checkout  # noqa: F401
@@ -14,7 +16,7 @@ from targets import Target
 from torch import Tensor
 
 import aiter.fused_moe
-from aiter import reference
+from aiter import moe_routing, reference, routing_plan
 
 POLICIES = (0, 1, 2)
 CASE = Case(6, 24, 3, block_size=8, model_dim=5)
@@ -145,6 +147,31 @@ def test_refused(
     target.synchronize()
     for buffer in outputs.buffers:
         buffer.check_untouched()
+
+
+def test_routes_where_the_binding_leaves_the_outputs_to_python(
+    monkeypatch: pytest.MonkeyPatch, target: Target
+) -> None:
+    """As it does in a PyTorch whose tensors it cannot read by the exchange."""
+    plan = routing_plan.plan_routing
+
+    @functools.lru_cache(typed=True)
+    def declined_plan(*sizes: Any) -> routing_plan.Plan:
+        made = plan(*sizes)
+        assert made.fused is not None
+        return made._replace(fused=lambda *_: False)
+
+    monkeypatch.setattr(moe_routing, "plan_routing", declined_plan)
+    for options in ({}, {"mask": "random", "num_local": 3}):
+        case = replace(CASE, **options)
+        inputs = make_inputs(case, target.device)
+        outputs = SortedOutputs.allocate(case, target.device)
+        out = outputs.tensors
+        assert route(case, target, 0, out) is out
+        outputs.check(case, inputs, expected_sorted(case, inputs))
+        assert aiter.fused_moe.last_path() == "fused"
+        with pytest.raises(ValueError, match="moe_buf of dtype"):
+            route(case, target, 0, out, moebuf_dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

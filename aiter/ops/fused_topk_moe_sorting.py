@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from aiter.jit import compile_ops, module_for
+from aiter.jit.target import cpu_wave_override
 from aiter.ops.device import current_device
+
+FusedInto = Callable[..., bool]
 
 _MODULE = "module_fused_topk_moe_sorting"
 
@@ -61,6 +67,23 @@ def fused_topk_moe_sorting_fwd(
         TypeError: an argument is of the wrong Python type.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
+
+
+def fused_topk_moe_sorting_into(device: torch.device) -> FusedInto:
+    """The fused launch for tensors on `device`, as a function that a caller remembers.
+
+    Called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+    local_expert_mask, num_local_tokens), it does what `fused_topk_moe_sorting_fwd` does if `out` is a
+    tuple of tensors of exactly the sizes in `expected` (`aiter.moe_buffers.Buffers`), else nothing,
+    and returns which. It belongs to the cpu target's wave width of the moment.
+    """
+    return _into(device, cpu_wave_override.get())
+
+
+@cache
+def _into(device: torch.device, cpu_wave: int | None) -> FusedInto:
+    function: FusedInto = module_for(_MODULE, device).fused_topk_moe_sorting_into
+    return function
 
 
 def fused_topk_moe_sorting_max_tokens(

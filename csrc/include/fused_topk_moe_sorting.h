@@ -32,6 +32,7 @@
 #include "device/cluster.h"
 #include "expert_sort.h"
 #include "group_topk.h"
+#include "single_blocks.h"
 
 namespace aiter {
 
@@ -202,6 +203,23 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
                 block.cluster_size * blockDim.x);
 }
 
+// The workgroup's parts of LDS.
+__device__ __forceinline__ void find_lds(const FusedParams& p, char* lds_base,
+                                         RoutingBlock& block) {
+  const auto words = [&](uint32_t offset) {
+    return reinterpret_cast<uint32_t*>(lds_base + offset);
+  };
+  block.hits = {words(p.lds.hits), padded_experts(p.shape.num_experts),
+                hit_words(p.tokens_per_block)};
+  block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
+  block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
+  block.lds_totals = words(p.lds.totals);
+  block.lds_starts = words(p.lds.starts);
+  block.lds_tails = words(p.lds.tails);
+  block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
+                  block.hits.stride, block.rank, block.cluster_size};
+}
+
 template <typename Rows>
 __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   const int num_experts = p.shape.num_experts;
@@ -226,17 +244,7 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
       static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
   block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
 
-  const auto words = [&](uint32_t offset) {
-    return reinterpret_cast<uint32_t*>(lds_base + offset);
-  };
-  block.hits = {words(p.lds.hits), padded_experts(num_experts), hit_words(p.tokens_per_block)};
-  block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
-  block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
-  block.lds_totals = words(p.lds.totals);
-  block.lds_starts = words(p.lds.starts);
-  block.lds_tails = words(p.lds.tails);
-  block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
-                  block.hits.stride, block.rank, block.cluster_size};
+  find_lds(p, lds_base, block);
   if (block.cluster_size > 1) {
     block.counts.expect();
     cluster_arrive();

@@ -1,7 +1,71 @@
+#include <array>
+
 #include "fused_topk_moe_sorting_api.h"
 #include "pybind_args.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// Reads `out` if it is a tuple of tensors of exactly the sizes in `expected`, an
+// aiter.moe_buffers.Buffers.
+bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort) {
+  if (!PyTuple_Check(expected.ptr()) || PyTuple_GET_SIZE(expected.ptr()) != 5) {
+    throw py::type_error("expected: expected a tuple of 5, got " +
+                         aiter::detail::type_name(expected));
+  }
+  if (!PyTuple_Check(out.ptr()) || PyTuple_GET_SIZE(out.ptr()) != 5) return false;
+  const auto output = [&](int index) { return py::handle(PyTuple_GET_ITEM(out.ptr(), index)); };
+  if (!aiter::read_exchanged(output(0), "sorted_ids", sort.sorted_ids) ||
+      !aiter::read_exchanged(output(1), "sorted_weights", sort.sorted_weights) ||
+      !aiter::read_exchanged(output(2), "sorted_expert_ids", sort.sorted_expert_ids) ||
+      !aiter::read_exchanged(output(3), "num_valid_ids", sort.num_valid_ids) ||
+      !aiter::read_exchanged(output(4), "moe_buf", sort.moe_buf)) {
+    return false;
+  }
+  const auto size = [&](int index) {
+    return aiter::int_arg(PyTuple_GET_ITEM(expected.ptr(), index), "expected");
+  };
+  const auto shape = py::cast<std::pair<int64_t, int64_t>>(PyTuple_GET_ITEM(expected.ptr(), 3));
+  static PyObject* const dtype_name = PyUnicode_InternFromString("dtype");
+  const auto dtype =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(output(4).ptr(), dtype_name));
+  if (!dtype) throw py::error_already_set();
+  return sort.sorted_ids.numel() == size(0) && sort.sorted_weights.numel() == size(1) &&
+         sort.sorted_expert_ids.numel() == size(2) && sort.moe_buf.ndim == 2 &&
+         sort.moe_buf.shape[0] == shape.first && sort.moe_buf.shape[1] == shape.second &&
+         dtype.ptr() == PyTuple_GET_ITEM(expected.ptr(), 4);
+}
+
+// As fused_topk_moe_sorting_fwd, into outputs of exactly the expected sizes. False: nothing was
+// launched, as they are not plainly that, and the caller is to find out what they are.
+//
+// Arguments: gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+// local_expert_mask, num_local_tokens.
+bool fused_topk_moe_sorting_into(const std::array<py::handle, 9>& arguments) {
+  const auto [gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+              local_expert_mask, num_local_tokens] = arguments;
+  aiter::FusedTopkMoeSortingArgs args{};
+  if (!read_outputs(out, expected, args.sort)) return false;
+  args.gating_output = aiter::input_arg(gating_output, "gating_output");
+  for (const aiter::TensorView* output :
+       {&args.sort.sorted_ids, &args.sort.sorted_weights, &args.sort.sorted_expert_ids,
+        &args.sort.num_valid_ids, &args.sort.moe_buf}) {
+    aiter::check_memory(*output);
+  }
+  args.sort.expert_mask = aiter::optional_tensor_arg(local_expert_mask, "local_expert_mask");
+  args.sort.num_local_tokens = aiter::optional_tensor_arg(num_local_tokens, "num_local_tokens");
+  args.num_experts = aiter::int_arg(num_experts, "num_experts");
+  args.topk = aiter::int_arg(topk, "topk");
+  args.unit_size = aiter::int_arg(unit_size, "unit_size");
+  args.need_renorm = aiter::bool_arg(need_renorm, "need_renorm");
+  void* stream = aiter::current_stream(gating_output, args.gating_output);
+  const aiter::ReleaseGilOnCpu release(args.gating_output);
+  aiter::fused_topk_moe_sorting_fwd(args, stream);
+  return true;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
   m.def(
@@ -33,6 +97,7 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       py::arg("num_experts"), py::arg("topk"), py::arg("unit_size"), py::arg("need_renorm"),
       py::kw_only(), py::arg("local_expert_mask") = py::none(),
       py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none());
+  aiter::def_positional<&fused_topk_moe_sorting_into>(m, "fused_topk_moe_sorting_into");
   m.def(
       "fused_topk_moe_sorting_max_tokens",
       [](py::handle num_experts, py::handle topk, int device_index) {
