@@ -229,21 +229,15 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   block.wave = uniform_wave_idx();
   block.first_token = block.rank * p.tokens_per_block;
 
-  // What comes from memory sets off first; rows that turn out not to count are loaded in vain.
-  const auto* const rows =
-      static_cast<const typename Rows::Item*>(p.gating) + block.first_token * p.row_stride;
   const int last_row = p.shape.num_tokens - 1 - block.first_token;
-  Rows logits;
-  const auto load = [&](int row) {
-    logits.load(rows + (row < last_row ? row : last_row) * p.row_stride, num_experts, p.wide_rows);
+  const auto row_at = [&](int row) {
+    const int token = block.first_token + (row < last_row ? row : last_row);
+    return static_cast<const typename Rows::Item*>(p.gating) + token * p.row_stride;
   };
   int first_row = block.wave * Rows::kRowsPerWave;
   const int own_row = Rows::row_in_wave();
-  if (first_row < p.tokens_per_block && first_row <= last_row) load(first_row + own_row);
-  block.is_first_local =
-      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
-  block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
 
+  // What does without memory is done while an earlier launch still runs.
   find_lds(p, lds_base, block);
   if (block.cluster_size > 1) {
     block.counts.expect();
@@ -251,7 +245,17 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   }
   block.hits.clear();
   __syncthreads();
+  wait_for_earlier_launch();
+  let_next_launch_begin();
 
+  // Rows that turn out not to count are loaded in vain.
+  Rows logits;
+  if (first_row < p.tokens_per_block && first_row <= last_row) {
+    logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+  }
+  block.is_first_local =
+      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
+  block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   const int rows_left =
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
@@ -263,7 +267,9 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
     FusedSink sink{block.lds_experts + entry, block.lds_weights + entry, block.hits, row};
     wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
     first_row += rows_at_once;
-    if (first_row < block.num_rows) load(first_row + own_row);
+    if (first_row < block.num_rows) {
+      logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+    }
   }
   __syncthreads();
   sort_rows(p, block);
@@ -273,12 +279,12 @@ template <typename Rows>
 __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
     fused_topk_moe_sorting_kernel(FusedParams p) {
   AITER_DYNAMIC_LDS(lds_base);
-  wait_for_earlier_launch();
-  let_next_launch_begin();
   const unsigned num_routing = kMaxClusterSize > 1 ? p.cluster_size : 1;
   if (blockIdx.x < num_routing) {
     if constexpr (Rows::kIsUsed) route<Rows>(p, lds_base);
   } else {
+    wait_for_earlier_launch();
+    let_next_launch_begin();
     zero_moe_buf(p.sort, local_tokens(p.sort.num_local_tokens, p.shape.num_tokens), num_routing);
   }
 }

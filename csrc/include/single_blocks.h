@@ -112,8 +112,9 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
     }
     hit.post(first, is_member && hits.any(e));
   }
-  // What the thread's first entry needs is asked for early.
-  const int first_idx = static_cast<int>(threadIdx.x);
+  // Entries are given to the last threads, as the first ones have experts to look after; what a thread's
+  // first entry needs is asked for early.
+  const int first_idx = static_cast<int>(blockDim.x - 1 - threadIdx.x);
   Entry entry{};
   uint32_t rank = 0;
   if (first_idx < num_entries) {
@@ -129,6 +130,13 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
     return hit.rank(of.expert_idx) * shape.block_size + rank_in_block;
   };
   uint32_t slot = first_idx < num_entries ? slot_of(entry, rank) : kNoSlot;
+  AITER_LOOP
+  for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) {
+    if (hit.has(e)) {
+      out.sorted_expert_ids[hit.rank(e)] = static_cast<int32_t>(has_mask ? local.rank(e) : e);
+    }
+  }
+  if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_blocks, num_local);
   __syncthreads();
 
   if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
@@ -138,14 +146,6 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
     slot = slot_of(entry, hits.rank(entry.token, entry.expert_idx));
     if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
   }
-  // The last threads first, as the first ones are busy with entries.
-  AITER_LOOP
-  for (int e = blockDim.x - 1 - threadIdx.x; e < shape.num_experts; e += blockDim.x) {
-    if (hit.has(e)) {
-      out.sorted_expert_ids[hit.rank(e)] = static_cast<int32_t>(has_mask ? local.rank(e) : e);
-    }
-  }
-  if (threadIdx.x == blockDim.x - 1) write_num_valid_ids(shape, out, num_blocks, num_local);
 }
 
 }  // namespace aiter

@@ -64,10 +64,15 @@ FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_
                           int size, const DeviceLimits& limits) {
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  // All rows at once while there are waves; never fewer than a thread per expert would use well.
-  const int expert_waves = (shape.num_experts + limits.wave_size - 1) / limits.wave_size;
+  // All rows at once while there are waves; a thread per expert and, of few, one per entry besides.
+  const auto waves_for = [&](int threads) {
+    return (threads + limits.wave_size - 1) / limits.wave_size;
+  };
   const int row_waves = (config.tokens_per_block + rows.rows_per_wave - 1) / rows.rows_per_wave;
-  const int wanted_waves = std::max(row_waves, expert_waves);
+  const int entry_waves =
+      waves_for(std::min(config.tokens_per_block, shape.block_size) * shape.topk);
+  const int wanted_waves =
+      std::max(row_waves, waves_for(shape.num_experts) + std::min(entry_waves, 4));
   const int num_waves =
       std::clamp((wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
                  max_waves(rows, limits));
