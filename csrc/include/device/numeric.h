@@ -45,27 +45,32 @@ __device__ __forceinline__ float to_float(F16 x) {
                          static_cast<uint32_t>(x.bits & 0x8000u) << 16);
 }
 
-// Bits -> key and back; kInf is the bit pattern of +inf. 16-bit logits come in the upper half, whose
-// upper half of the key is theirs.
-template <uint32_t kInf>
-struct OrderedKey {
-  static constexpr uint32_t kSign = 0x80000000u;
+// The bits of a logit with NaN read as -inf and -0 as +0. Those of f32, and of bf16 as its upper half, are
+// a float's, so that floating-point units do it in two instructions; f16's take five of integers.
+__device__ __forceinline__ uint32_t ordinary_bits(uint32_t bits) {
+  constexpr float kLowest = -__builtin_inff();
+  const float x = bit_cast<float>(bits) + 0.0f;
+  return bit_cast<uint32_t>(x > kLowest ? x : kLowest);
+}
 
-  static __device__ __forceinline__ uint32_t encode(uint32_t bits) {
-    const uint32_t magnitude = bits & ~kSign;
-    if (magnitude > kInf) bits = kSign | kInf;
-    if (magnitude == 0) bits = 0;
-    return bits ^ (all_ones_if_negative(bits) | kSign);
-  }
-  static __device__ __forceinline__ uint32_t decode(uint32_t key) {
-    return key ^ (all_ones_if_negative(~key) | kSign);
-  }
+__device__ __forceinline__ uint32_t ordinary_f16_bits(uint32_t bits) {
+  constexpr uint32_t kInf = 0x7c000000u, kSign = 0x80000000u;
+  const uint32_t magnitude = bits & ~kSign;
+  if (magnitude > kInf) bits = kSign | kInf;
+  return magnitude == 0 ? 0 : bits;
+}
 
- private:
-  static __device__ __forceinline__ uint32_t all_ones_if_negative(uint32_t bits) {
-    return static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
-  }
-};
+// Ordinary bits -> key and back. 16-bit logits come in the upper half, whose upper half of the key is
+// theirs.
+__device__ __forceinline__ uint32_t all_ones_if_negative(uint32_t bits) {
+  return static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
+}
+__device__ __forceinline__ uint32_t ordered_key(uint32_t bits) {
+  return bits ^ (all_ones_if_negative(bits) | 0x80000000u);
+}
+__device__ __forceinline__ uint32_t bits_of_key(uint32_t key) {
+  return key ^ (all_ones_if_negative(~key) | 0x80000000u);
+}
 
 // How a lane stores a logit of type T; 0 stands for no logit.
 template <typename T>
@@ -73,19 +78,18 @@ struct Logit;
 
 template <>
 struct Logit<float> {
-  using Key = OrderedKey<0x7f800000u>;
   static constexpr bool kHoldsExpert = false;
   static __device__ __forceinline__ uint32_t bits(float x) { return bit_cast<uint32_t>(x); }
   static __device__ __forceinline__ uint32_t store(uint32_t bits, uint32_t) {
-    return Key::encode(bits);
+    return ordered_key(ordinary_bits(bits));
   }
   static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored; }
   static __device__ __forceinline__ float value(uint32_t key) {
-    return bit_cast<float>(Key::decode(key));
+    return bit_cast<float>(bits_of_key(key));
   }
 };
 
-template <typename T, uint16_t Inf>
+template <typename T, uint32_t kOrdinaryBits(uint32_t)>
 struct Logit16 {
   static constexpr bool kHoldsExpert = true;
   static __device__ __forceinline__ uint32_t bits(T x) { return x.bits; }
@@ -94,24 +98,21 @@ struct Logit16 {
   }
   // `high` has the logit's bits in its upper half, and 0 below.
   static __device__ __forceinline__ uint32_t store_high(uint32_t high, uint32_t expert_idx) {
-    return (Key::encode(high) & 0xffff0000u) | (0xffffu - expert_idx);
+    return (ordered_key(kOrdinaryBits(high)) & 0xffff0000u) | (0xffffu - expert_idx);
   }
   static __device__ __forceinline__ uint32_t key(uint32_t stored) { return stored >> 16; }
   static __device__ __forceinline__ uint32_t expert(uint32_t stored) {
     return 0xffffu - (stored & 0xffffu);
   }
   static __device__ __forceinline__ float value(uint32_t key) {
-    return to_float(T{static_cast<uint16_t>(Key::decode(key << 16) >> 16)});
+    return to_float(T{static_cast<uint16_t>(bits_of_key(key << 16) >> 16)});
   }
-
- private:
-  using Key = OrderedKey<uint32_t{Inf} << 16>;
 };
 
 template <>
-struct Logit<Bf16> : Logit16<Bf16, 0x7f80u> {};
+struct Logit<Bf16> : Logit16<Bf16, ordinary_bits> {};
 template <>
-struct Logit<F16> : Logit16<F16, 0x7c00u> {};
+struct Logit<F16> : Logit16<F16, ordinary_f16_bits> {};
 
 // exp(x) for x <= 0, -inf included; largest relative error found over 2e6 random x: 7.6e-8.
 // x = n ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (weighted least squares, exact at
