@@ -2,10 +2,15 @@
 
 `graph_slope_us`: device time of one call inside a stream of calls, with no launch gap and no
 graph-launch cost: the slope between a CUDA/HIP graph of `LOW` and one of `HIGH` copies. Its inputs
-and outputs stay in the L2 (warm).
+and outputs stay in the L2 (warm). Where launches may overlap (compute capability 9.0), a call that
+follows its like starts up while that one still runs.
+`alone_us`: what a graph of empty kernels, each followed by a call, takes more than one of the empty
+kernels alone: a call behind a kernel that does not let the next launch begin early.
 `cold_us`: device time of one call after the L2 was flushed: what a graph of flushes and calls takes
 more than a graph of the flushes alone.
 `host_us`: what the caller's thread pays per call, enqueueing without synchronising.
+`wall_us`: wall time per call of several in a row, the last one's work included: for what synchronises,
+and so cannot be captured in a graph.
 `floor_us`: device time of a kernel that does nothing, by the same slope: no launch can beat it.
 `cpu_us`: wall time of a call on the cpu target, where a call is done when it returns.
 All are medians, of 60 replays on a GPU unless these would take longer than half a second; the spread is
@@ -29,8 +34,10 @@ Call = Callable[[], object]
 LOW, HIGH = 20, 60  # calls per graph
 REPLAYS = 60
 LEAST_REPLAYS, MOST_US = 10, 5e5  # fewer replays where 60 would take longer than that
+ALONE_CALLS = 40
 COLD_CALLS, COLD_REPLAYS = 10, 20
 HOST_CALLS, HOST_REPEATS = 30, 20  # NOTE: more calls would fill the launch queue, and wait for it.
+WALL_CALLS = 5
 FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU
 
 
@@ -41,12 +48,14 @@ class Timing:
     Attributes:
         us: the median: device time with a warm L2 on a GPU, wall time on the cpu target.
         spread: the interquartile range over the median.
+        alone_us: the median behind a kernel that does not overlap; None where it was not measured.
         cold_us: the median with a cold L2; None where it was not measured.
         host_us: the median of what the caller's thread pays; None where it was not measured.
     """
 
     us: float
     spread: float
+    alone_us: float | None = None
     cold_us: float | None = None
     host_us: float | None = None
 
@@ -78,17 +87,17 @@ def graph_slope_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
 def cold_us(calls: Sequence[Call]) -> Timing:
     """Device time per call with an L2 that holds nothing of it."""
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    flushes: list[Call] = [flushed.zero_] * COLD_CALLS
-    both: list[Call] = []
-    for i, flush in enumerate(flushes):
-        both += [flush, calls[i % len(calls)]]
-    low, high = _replay_us(calls, [flushes, both], COLD_REPLAYS)
-    return summary(slopes(low, high, COLD_CALLS))
+    return _behind(flushed.zero_, calls, COLD_CALLS, COLD_REPLAYS)
+
+
+def alone_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
+    """Device time per call behind a kernel that does nothing and does not overlap."""
+    return _behind(_empty_kernel, calls, ALONE_CALLS, replays)
 
 
 def floor_us() -> Timing:
     """Device time of a kernel of one thread that returns at once."""
-    return graph_slope_us([lambda: torch.cuda._sleep(0)])  # type: ignore[no-untyped-call]
+    return graph_slope_us([_empty_kernel])
 
 
 def host_us(call: Call, device: torch.device, count: int = HOST_CALLS) -> Timing:
@@ -102,6 +111,20 @@ def host_us(call: Call, device: torch.device, count: int = HOST_CALLS) -> Timing
             call()
         samples.append((time.perf_counter() - start) / count * 1e6)
     synchronize(device)
+    return summary(samples)
+
+
+def wall_us(call: Call, device: torch.device, count: int = WALL_CALLS) -> Timing:
+    """Wall time per call of `count` in a row, until the device has done them."""
+    call()
+    samples = []
+    for _ in range(HOST_REPEATS):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize(device)
+        samples.append((time.perf_counter() - start) / count * 1e6)
     return summary(samples)
 
 
@@ -121,14 +144,19 @@ def call_us(calls: Sequence[Call], everything: bool = False) -> Timing:
     """What a bench's table shows for the same work on rotating inputs: graph slope on a GPU.
 
     Args:
-        everything: also measure cold L2 and host time, on a GPU.
+        everything: also measure alone, cold L2 and host time, on a GPU.
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return cpu_us(calls[0])
     timing = graph_slope_us(calls)
     if everything:
         device = torch.device("cuda", torch.cuda.current_device())
-        timing = replace(timing, cold_us=cold_us(calls).us, host_us=host_us(calls[0], device).us)
+        timing = replace(
+            timing,
+            alone_us=alone_us(calls).us,
+            cold_us=cold_us(calls).us,
+            host_us=host_us(calls[0], device).us,
+        )
     return timing
 
 
@@ -136,6 +164,19 @@ def synchronize(device: torch.device) -> None:
     """Waits for a GPU; the cpu target is always done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _empty_kernel() -> None:
+    torch.cuda._sleep(0)  # type: ignore[no-untyped-call]
+
+
+def _behind(other: Call, calls: Sequence[Call], count: int, replays: int) -> Timing:
+    """What calls, each behind one of `count` other calls, take more than those."""
+    both: list[Call] = []
+    for i in range(count):
+        both += [other, calls[i % len(calls)]]
+    low, high = _replay_us(calls, [[other] * count, both], replays)
+    return summary(slopes(low, high, count))
 
 
 def _replay_us(

@@ -35,7 +35,7 @@ CPU_TOKENS = "1,8,64,256"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_INPUTS = 4  # rotated, so that no call finds its own input in L1
 SEED = 0
-CSV_PARTS = ("us", "spread", "cold_us", "host_us")
+CSV_PARTS = ("us", "spread", "alone_us", "cold_us", "host_us")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -121,9 +121,10 @@ def _where(options: argparse.Namespace) -> str:
 
 
 def tables(names: Sequence[str], records: list[Entry]) -> str:
-    """A table of the medians, then those of cold L2 and of host time where they were measured."""
+    """A table of the medians, then those of the other clocks where they were measured."""
     parts = [table(names, records, lambda timing: timing.us)]
     for title, value in (
+        ("device time behind an empty kernel", lambda timing: timing.alone_us),
         ("device time with a cold L2", lambda timing: timing.cold_us),
         ("host time", lambda timing: timing.host_us),
     ):

@@ -17,6 +17,7 @@ from aiter.timing import (
     slopes,
     summary,
     synchronize,
+    wall_us,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "slopes",
     "summary",
     "synchronize",
+    "wall_us",
 ]

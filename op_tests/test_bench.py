@@ -19,7 +19,7 @@ from bench_timing import Timing
 from aiter import reference
 
 NAMES = ("E", "K", "D")
-FULL = Timing(2.0, 0.25, cold_us=4.0, host_us=8.0)
+FULL = Timing(2.0, 0.25, alone_us=3.0, cold_us=4.0, host_us=8.0)
 RECORDS: list[bench_report.Entry] = [
     ((128, 4, 64), 1, {"fused": FULL, "oneshot": Timing(5.0, 0.1), "PyTorch": Timing(50.0, 0.0)}),
     ((128, 4, 64), 64, {"fused": None, "oneshot": Timing(6.0, 0.1), "PyTorch": Timing(3.0, 0.5)}),
@@ -74,7 +74,8 @@ def test_tables() -> None:
 def test_csv_rows_match_their_header() -> None:
     header = bench_report.csv_header(NAMES, RECORDS[0][2])
     first, second = (dict(zip(header, bench_report.csv_row(r), strict=True)) for r in RECORDS)
-    assert first["M"] == 1 and first["fused cold_us"] == 4.0 and first["fused host_us"] == 8.0
+    assert first["M"] == 1 and first["fused alone_us"] == 3.0
+    assert first["fused cold_us"] == 4.0 and first["fused host_us"] == 8.0
     assert first["oneshot us"] == 5.0 and first["oneshot cold_us"] == ""
     assert second["fused us"] == "" and second["PyTorch spread"] == 0.5
 
@@ -117,10 +118,12 @@ def test_every_clock_of_a_gpu_comes_to_an_end() -> None:
     timings = [
         bench_timing.floor_us(),
         bench_timing.graph_slope_us([lambda: buffer.add_(1)], 3),
+        bench_timing.wall_us(lambda: buffer.add_(1), device),
         bench_timing.call_us([lambda: buffer.add_(1)] * 2, everything=True),
     ]
     assert all(math.isfinite(timing.us) for timing in timings)
-    assert timings[-1].cold_us is not None and (timings[-1].host_us or 0.0) > 0.0
+    assert timings[-1].alone_us is not None and timings[-1].cold_us is not None
+    assert (timings[-1].host_us or 0.0) > 0.0
 
 
 def test_the_fused_bench_measures() -> None:
