@@ -8,8 +8,9 @@ Every contestant does the same work: bf16 logits to weights, ids, the sorted buf
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
 with `aiter.reference` before anything is timed. On a GPU the first table is the slope of graph
 replay (see `aiter.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
-the device time behind an empty kernel, that with a cold L2, and the host time. torch.compile is among the contestants there. On
-the CPU a figure is wall time, and says how fast the execution layer is, not how fast the kernel is.
+the device time behind an empty kernel, that with a cold L2, and the host time. torch.compile is among
+the contestants there. On the CPU a figure is wall time, and says how fast the execution layer is, not
+how fast the kernel is.
 With --clusters the contestants are the fused launch with so many workgroups that route.
 """
 

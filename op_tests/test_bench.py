@@ -61,14 +61,15 @@ def test_every_clock_of_the_cpu_counts_calls() -> None:
 
 def test_tables() -> None:
     text = bench_report.tables(NAMES, RECORDS)
-    device, cold, host = text.split("\n\n")
+    device, alone, cold, host = text.split("\n\n")
     first, second = device.splitlines()[2:]
     assert first.split() == ["128", "4", "64", "1", "2.00", "5.00", "50.00", "25%", "0.40", "x"]
     assert second.split() == ["128", "4", "64", "64", "-", "6.00", "3.00", "50%", "-"]
+    assert alone.startswith("device time behind an empty kernel") and " 3.00 " in alone
     assert cold.startswith("device time with a cold L2") and " 4.00 " in cold
     assert host.startswith("host time") and " 8.00 " in host
     plain = bench_report.tables(NAMES, RECORDS[1:])
-    assert "cold" not in plain and "host" not in plain
+    assert all(word not in plain for word in ("behind", "cold", "host"))
 
 
 def test_csv_rows_match_their_header() -> None:
