@@ -56,7 +56,7 @@ using hipStream_t = void*;
 // Before a loop whose trip count the compiler knows: registers are indexed by constants only.
 // Before one that shall stay a loop, as unrolling it would only make code longer: AITER_LOOP.
 #if defined(AITER_TARGET_CPU)
-#define AITER_UNROLL _Pragma("GCC unroll 32")
+#define AITER_UNROLL
 #define AITER_LOOP
 #else
 #define AITER_UNROLL _Pragma("unroll")
