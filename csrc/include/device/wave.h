@@ -19,6 +19,10 @@
 //                                   lanes, in its first n; G = 8 or 16 with n <= 8, or 32
 //   uniform_wave_idx()              wave_idx() as a value that compilers know to be the wave's, so that
 //                                   branches on it do not make them expect divergence
+//   anew(x)                         int that is the same in all lanes, hidden from compilers on AMD GPUs:
+//                                   what follows from it is computed in every round of a loop, where
+//                                   masks of lanes, kept over all rounds, would take more scalar
+//                                   registers than there are
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
