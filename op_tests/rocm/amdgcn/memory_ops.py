@@ -181,15 +181,21 @@ def _bytes_of(kind: str) -> int:
     return int(match[1]) // 8
 
 
+def _alignment(size: int) -> int:
+    """Of an access to global memory; 16 bytes come only from types that are aligned to them."""
+    return 16 if size == 16 else min(size, 4)
+
+
 def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     size = _bytes_of(kind)
     addresses = _global_addresses(instruction, 1, size, memories)
     write = _writer(instruction.operands[0], kind)
+    align = _alignment(size)
 
     def run(w: Wave) -> None:
         if w.mask.any():
             w.in_flight.append(True)
-            write(w, memories.memory.load(addresses(w), size, min(size, 4)))
+            write(w, memories.memory.load(addresses(w), size, align))
 
     return run
 
@@ -214,8 +220,7 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
     addresses = _global_addresses(instruction, 0, size, memories)
     high = ".h" if "d16_hi" in kind else ""
     rows = _source_rows(instruction.operands[1] + high, size)
-    # NOTE: 16 bytes come only from types that are aligned to them.
-    align = 16 if size == 16 else min(size, 4)
+    align = _alignment(size)
 
     def run(w: Wave) -> None:
         if w.mask.any():
