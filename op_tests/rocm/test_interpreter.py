@@ -168,6 +168,26 @@ def test_offsets_beside_a_scalar_address(arch: str, modifier: str, expected: int
         assert (wave.v[0] == expected).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s_load_u16 s4, s[2:3], s5 offset:0x0 scale_offset", [0x8003]),
+        ("s_load_i16 s4, s[2:3], s5 scale_offset", [0xFFFF8003]),
+        ("s_load_u16 s4, s[2:3], s5 offset:0x3", [0x8003]),
+        ("s_load_dwordx2 s[4:5], s[2:3], s5 scale_offset", [0x800D_800C, 0x800F_800E]),
+        ("s_load_dword s4, s[2:3], 0x8", [0x8005_8004]),
+    ],
+)
+def test_scalar_loads(text: str, expected: list[int]) -> None:
+    """The offset is 3, of accesses or of bytes; the halves of words count up from 0x8000."""
+    memory = GlobalMemory()
+    address = memory.add("halves", np.arange(0x8000, 0x8100, dtype=np.uint16))
+    wave = a_wave()
+    wave.s[2], wave.s[3], wave.s[5] = address & 0xFFFFFFFF, address >> 32, 3
+    decode_memory(parse_instruction(text, 1), Memories(memory, "gfx1250"))(wave)
+    assert wave.s[4 : 4 + len(expected)] == expected
+
+
 @pytest.mark.parametrize(("offset", "is_fine"), [(16, True), (4, False), (8, False)])
 @pytest.mark.parametrize(
     "access",

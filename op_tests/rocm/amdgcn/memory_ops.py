@@ -92,19 +92,22 @@ def _only(instruction: Instruction, *known: str) -> None:
 
 
 def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
-    _only(instruction, "offset", "nv")
+    _only(instruction, "offset", "scale_offset", "nv")
     destination = scalar_index(instruction.operands[0])
     base = read_scalar(instruction.operands[1], 64)
     offset = read_scalar(instruction.operands[2]) if len(instruction.operands) > 2 else lambda w: 0
     extra = _number(instruction, "offset")
-    count = int(instruction.mnemonic.rsplit("_b", 1)[1]) // 32
+    kind = instruction.mnemonic.removeprefix("s_load_")
+    size = _bytes_of(kind)
+    scale = size if "scale_offset" in instruction.modifiers else 1
+    count = (size + 3) // 4
     if destination is None or destination + count > 106:
         raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
 
     def run(w: Wave) -> None:
-        address = np.array([base(w) + offset(w) + extra], np.int64)
-        words = memories.memory.load(address, 4 * count, 4).view(np.uint32).reshape(-1)
-        w.s[destination : destination + count] = [int(word) for word in words]
+        address = np.array([base(w) + offset(w) * scale + extra], np.int64)
+        words = _unpack(memories.memory.load(address, size, min(size, 4)), kind)
+        w.s[destination : destination + count] = [int(word[0]) for word in words]
 
     return run
 
