@@ -78,7 +78,7 @@ class KernelCode:
 
     Attributes:
         symbol: the mangled name.
-        name: for people, such as `fused_topk_moe_sorting<bf16, 4>`.
+        name: for people, such as `fused_topk_moe_sorting<WaveRow<f32, 4>>`.
         arch: such as `gfx942`.
         wave_size: lanes per wave.
         vgprs, sgprs: registers that a wave uses.
@@ -195,50 +195,56 @@ def instruction_class(line: str) -> str:
 
 
 def readable_name(symbol: str) -> str:
-    """`topk_softmax<bf16, 4>` for the mangled name of topk_softmax_kernel<Bf16, 4>.
+    """`topk_softmax<WaveRow<bf16, 4>>` for the mangled name of topk_softmax_kernel of that type.
 
     Only what this project's kernels use of the Itanium mangling is understood: namespaces, and
-    template arguments that are types or integers. Anything else gives the symbol itself.
+    template arguments that are integers or types, templates included. Anything else gives the symbol
+    itself.
     """
-    parts, rest = _source_names(symbol.removeprefix("_Z"))
-    if not parts:
+    if not symbol.startswith("_Z"):
         return symbol
-    name = parts[-1].removesuffix("_kernel")
-    if not rest.startswith("I"):
-        return name
-    arguments = []
-    rest = rest[1:]
-    while rest and rest[0] != "E":
-        literal = re.match(r"L[a-z](n?\d+)E", rest)
-        if literal is not None:
-            arguments.append(literal[1].replace("n", "-"))
-            rest = rest[literal.end() :]
-        elif rest[0] in _BUILTIN_TYPES:
-            arguments.append(_BUILTIN_TYPES[rest[0]])
-            rest = rest[1:]
-        else:
-            names, rest = _source_names(rest)
-            if not names:
-                return symbol
-            arguments.append(_TYPE_NAMES.get(names[-1], names[-1]))
-            rest = rest.removeprefix("E") if not rest.startswith("EE") else rest[1:]
-    return f"{name}<{', '.join(arguments)}>"
+    name, _ = _name(symbol.removeprefix("_Z"))
+    return symbol if name is None else name
 
 
 _BUILTIN_TYPES = {"f": "f32", "d": "f64", "i": "i32", "j": "u32", "l": "i64", "m": "u64"}
 _TYPE_NAMES = {"Bf16": "bf16", "F16": "f16"}
 
 
-def _source_names(text: str) -> tuple[list[str], str]:
-    """The identifiers of a (nested) name, `3abc4defg...`, and what follows them."""
-    text = text.removeprefix("N")
-    text = re.sub(r"^S_", "5aiter", text)
-    names = []
+def _name(text: str) -> tuple[str | None, str]:
+    """The last of a (nested) name's identifiers, `3abc4defg...`, with its template arguments, and
+    what follows the name; None if it is not understood."""
+    is_nested = text.startswith("N")
+    text = text.removeprefix("N").removeprefix("S_")
+    name = None
     while match := re.match(r"\d+", text):
         end = match.end() + int(match[0])
-        names.append(text[match.end() : end])
-        text = text[end:]
-    return names, text
+        name, text = text[match.end() : end], text[end:]
+    if name is None:
+        return None, text
+    name = _TYPE_NAMES.get(name, name.removesuffix("_kernel"))
+    if text.startswith("I"):
+        arguments, text = _template_arguments(text[1:])
+        name = None if arguments is None else f"{name}<{', '.join(arguments)}>"
+    return name, text.removeprefix("E") if is_nested else text
+
+
+def _template_arguments(text: str) -> tuple[list[str] | None, str]:
+    """The arguments up to the E that ends them, and what follows it; None as in `_name`."""
+    arguments = []
+    while text and text[0] != "E":
+        literal = re.match(r"L[a-z](n?\d+)E", text)
+        argument: str | None
+        if literal is not None:
+            argument, text = literal[1].replace("n", "-"), text[literal.end() :]
+        elif text[0] in _BUILTIN_TYPES:
+            argument, text = _BUILTIN_TYPES[text[0]], text[1:]
+        else:
+            argument, text = _name(text)
+        if argument is None:
+            return None, text
+        arguments.append(argument)
+    return arguments, text.removeprefix("E")
 
 
 def _metadata_by_symbol(text: str) -> dict[str, dict[str, int]]:

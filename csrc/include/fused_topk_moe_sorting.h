@@ -19,7 +19,7 @@
 //                              blocks for the experts, by all workgroups alike
 //   4 write    all threads     own entries to start + rank; its share of the padding
 //
-// Five barriers in all, the first of which is passed while logits are on their way; in a cluster there are
+// Four barriers in all, the first of which is passed while logits are on their way; in a cluster there are
 // two waits more, the first of which is over during top-k. What workgroups tell each other is one
 // count per expert, through LDS: nothing in global memory is shared, so launches on several streams
 // and graphs that are replayed at the same time do not meet.

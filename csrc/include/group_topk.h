@@ -58,6 +58,7 @@ class GroupRows {
 
   // `row` is the lane's; `wide`: it begins on a 16-byte boundary and E is a multiple of 8.
   __device__ __forceinline__ void load(const T* row, int num_experts, bool wide) {
+    num_experts = anew(num_experts);
     AITER_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       const int first = first_expert(c);
@@ -100,6 +101,7 @@ class GroupRows {
   }
 
   __device__ __forceinline__ void encode(int num_experts) {
+    num_experts = anew(num_experts);
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       const uint32_t word = chunk_[i / kChunkItems].word[i % kChunkItems / 2];

@@ -1,27 +1,32 @@
 """The ops of this project, launched on the interpreter instead of a GPU.
 
-Mirrors the launchers in `csrc/kernels`: the parameter structs, the choice of the kernel instance
-and the launch shape. A struct of another size than the kernel's own, or too little LDS, is an
-error there (`machine.kernel_arguments`, `memory.Lds`); too many or too few threads would still be
-right, as the kernels ask for their block size. Constants are read out of the headers.
+Mirrors the launchers in `csrc/kernels`: the parameter structs here, the choice of the kernel instance
+and of the launch shape in `choices`. A struct of another size than the kernel's own, or too little LDS,
+is an error there (`machine.kernel_arguments`, `memory.Lds`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-import math
-import re
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-import torch
 from amdgcn.assembly import KernelText, parse
 from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
+from choices import (
+    MAX_THREADS,
+    MAX_WAVES_PER_BLOCK,
+    SORT_LDS_WORDS,
+    TARGET_TILES,
+    WAVES_PER_BLOCK,
+    choose_rows,
+    fused_threads,
+    zeroing_blocks,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,28 +34,6 @@ from aiter.dispatch import MOST_ONESHOT_ENTRIES
 from aiter.jit.device_code import compile_module
 from aiter.jit.device_kernels import ARCHS
 
-INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
-
-
-def constant(header: str, name: str) -> int:
-    """The value of a constexpr of a header that is a number or a product of numbers."""
-    text = (INCLUDE / header).read_text()
-    match = re.search(rf"^constexpr \w+ {name} =\s*([0-9* ]+);", text, re.MULTILINE)
-    if match is None:
-        raise ValueError(f"{header}: expected constexpr {name} = a product of numbers, got none")
-    return math.prod(int(factor) for factor in match[1].split("*"))
-
-
-COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and little to emulate.
-MAX_THREADS = constant("moe_sorting_opus.h", "kSortThreads")
-WAVES_PER_BLOCK = constant("topk_softmax.h", "kWavesPerBlock")
-MAX_WAVES_PER_BLOCK = constant("device/wave.h", "kMaxWavesPerBlock")
-MAX_ROW_EXPERTS = constant("row_topk.h", "kMaxRowExperts")
-ZERO_BYTES_PER_BLOCK = constant("sort_launch.h", "kZeroBytesPerBlock")
-SORT_LDS_WORDS = constant("moe_sorting_opus.h", "kSortLdsWords")
-TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
-
-_TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _i32, _u32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64
 
 
@@ -83,8 +66,8 @@ class FusedLds(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
     _fields_ = [
-        ("totals", _u32), ("hits", _u32), ("weights", _u32), ("starts", _u32), ("tails", _u32),
-        ("counts", _u32), ("experts", _u32), ("total", _u64),
+        ("totals", _u32), ("inbox", _u32), ("hits", _u32), ("starts", _u32), ("tails", _u32),
+        ("counts", _u32), ("weights", _u32), ("experts", _u32), ("total", _u64),
     ]  # fmt: skip
 
 
@@ -94,7 +77,7 @@ class FusedParams(ctypes.Structure):
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("shape", SortShape),
         ("sort", SortParams), ("lds", FusedLds), ("cluster_size", _i32),
-        ("tokens_per_block", _i32), ("need_renorm", ctypes.c_bool),
+        ("tokens_per_block", _i32), ("need_renorm", ctypes.c_bool), ("wide_rows", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -104,7 +87,8 @@ class TopkSoftmaxParams(ctypes.Structure):
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_tokens", _i32),
         ("num_experts", _i32), ("topk", _i32), ("need_renorm", ctypes.c_bool),
-        ("topk_weights", _ptr), ("topk_indices", _ptr), ("token_expert_indices", _ptr),
+        ("wide_rows", ctypes.c_bool), ("topk_weights", _ptr), ("topk_indices", _ptr),
+        ("token_expert_indices", _ptr),
     ]  # fmt: skip
 
 
@@ -124,16 +108,6 @@ def kernels(module: str, arch: str) -> dict[str, KernelText]:
     for assembly in compile_module(module, (arch,)):
         found.update(parse(assembly.text, arch))
     return found
-
-
-def row_values(num_experts: int, wave_size: int) -> int:
-    """Registers of a lane that hold a row of logits; 0 for rows that stay in memory (row_topk.h)."""
-    if num_experts > MAX_ROW_EXPERTS:
-        return 0
-    values = 2
-    while values * wave_size < num_experts:
-        values *= 2
-    return values
 
 
 def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
@@ -177,6 +151,7 @@ class Device:
     ) -> None:
         """`aiter.topk_softmax`."""
         num_tokens, num_experts = gating_output.shape
+        rows = choose_rows(gating_output, topk_weights.shape[1], need_renorm, self.wave_size)
         memory = GlobalMemory()
         params = TopkSoftmaxParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
@@ -185,14 +160,15 @@ class Device:
             num_experts=num_experts,
             topk=topk_weights.shape[1],
             need_renorm=need_renorm,
+            wide_rows=rows.wide,
             topk_weights=_map(memory, "topk_weights", topk_weights),
             topk_indices=_map(memory, "topk_indices", topk_indices),
             token_expert_indices=_map(memory, "token_expert_indices", token_expert_indices),
         )
-        values = row_values(num_experts, self.wave_size)
-        name = f"topk_softmax<{_TYPE_NAMES[gating_output.dtype]}, {values}>"
-        blocks = (num_tokens + WAVES_PER_BLOCK - 1) // WAVES_PER_BLOCK
+        rows_per_block = WAVES_PER_BLOCK * rows.rows_per_wave
+        blocks = (num_tokens + rows_per_block - 1) // rows_per_block
         threads = WAVES_PER_BLOCK * self.wave_size
+        name = f"topk_softmax<{rows.name}>"
         self._launch("module_topk_softmax", name, memory, params, blocks, threads, 0)
 
     def fused_topk_moe_sorting_fwd(
@@ -217,6 +193,7 @@ class Device:
         outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
         lds = fused_lds(num_tokens, num_experts, topk)
+        rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
         params = FusedParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
             row_stride=gating_output.stride(0),
@@ -226,15 +203,15 @@ class Device:
             cluster_size=1,
             tokens_per_block=num_tokens,
             need_renorm=need_renorm,
+            wide_rows=rows.wide,
         )
-        values = row_values(num_experts, self.wave_size)
         self._launch(
             "module_fused_topk_moe_sorting",
-            f"fused_topk_moe_sorting<{_TYPE_NAMES[gating_output.dtype]}, {values}>",
+            f"fused_topk_moe_sorting<{rows.name}>",
             memory,
             params,
             1 + zeroing_blocks(sort.row_bytes * num_tokens),
-            fused_threads(num_tokens, num_experts, values, self.wave_size),
+            fused_threads(num_tokens, num_experts, rows, self.wave_size),
             lds.total,
         )
 
@@ -303,29 +280,18 @@ class Device:
         self.statistics[name] = run(kernel, memory, launch)
 
 
-def zeroing_blocks(num_bytes: int) -> int:
-    """Workgroups that zero moe_buf (sort_launch.h)."""
-    wanted = (num_bytes + ZERO_BYTES_PER_BLOCK - 1) // ZERO_BYTES_PER_BLOCK
-    return int(min(wanted, max(1, COMPUTE_UNITS - 1)))
-
-
-def fused_threads(num_tokens: int, num_experts: int, values: int, wave_size: int) -> int:
-    """Threads of the fused launch (fused_topk_moe_sorting.cu)."""
-    max_threads = 512 if values > 16 else MAX_THREADS
-    wanted = max(num_tokens, (num_experts + wave_size - 1) // wave_size)
-    return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size
-
-
 def fused_lds(num_tokens: int, num_experts: int, topk: int) -> FusedLds:
     """Where the one routing workgroup keeps what (fused_topk_moe_sorting.h)."""
     entries = num_tokens * topk
+    per_expert = 4 * ((num_experts + 3) // 4 * 4)
     parts = {
         "totals": 4 * 2 * MAX_WAVES_PER_BLOCK,
-        "hits": 4 * num_experts * ((num_tokens + 31) // 32),
-        "weights": 4 * entries,
-        "starts": 4 * num_experts,
-        "tails": 4 * num_experts,
+        "inbox": 16,
+        "hits": per_expert * ((num_tokens + 31) // 32),
+        "starts": per_expert,
+        "tails": per_expert,
         "counts": 0,
+        "weights": 4 * entries,
         "experts": 2 * entries,
     }
     ends = list(itertools.accumulate(parts.values()))

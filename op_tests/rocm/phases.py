@@ -1,9 +1,11 @@
 """What does each phase of the fused launch execute, and how often do its LDS banks collide?
 
 Phases are told apart by workgroup and by the barriers passed (`amdgcn.statistics`): the workgroup
-that routes clears the bitmask before its first barrier while its first rows are on their way, selects
-before the second, writes entries and padding after the last, and counts and assigns in between. The
-other workgroups zero moe_buf.
+that routes clears the bitmask before its first barrier while its first rows are on their way, and
+selects before the second. Where no expert can have two blocks, it then finds the experts that are hit,
+fills their blocks with padding and puts the entries over it, with a barrier between each; elsewhere it
+writes entries and padding after the last barrier, and counts and assigns in between. The other
+workgroups zero moe_buf.
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ import torch
 from amdgcn.banks import BankTally
 from amdgcn.statistics import Statistics, Where
 from cases import Case
+from choices import constant
 from launches import Device
 from runners import run_fused
 from targets import Target
 
-PHASES = ("load, clear", "top-k", "assign", "write", "zero moe_buf")
+ROUTING = ("load, clear", "top-k", "assign", "write")
+ROUTING_SINGLE_BLOCKS = ("load, clear", "top-k", "blocks", "padding", "entries")
+ZEROING = "zero moe_buf"
 ROUTING_WORKGROUP = 0
+MAX_SET_EXPERTS = 32 * constant("single_blocks.h", "kMaxSetWords")
 
 # Decode batches of models, under the names that the tables show.
 PROBLEMS = {
     "gpt-oss-120b, M=64": Case(64, 128, 4, torch.bfloat16, model_dim=2880),
     "gpt-oss-120b, M=8": Case(8, 128, 4, torch.bfloat16, model_dim=2880),
+    "DeepSeek-V3, M=64": Case(64, 256, 8, torch.bfloat16, model_dim=2048),
     "Qwen3-Next, M=32": Case(32, 512, 10, torch.bfloat16, model_dim=2048),
     "Kimi-K3, M=16, f32": Case(16, 896, 16, torch.float32, model_dim=3584),
     "Mixtral, M=64, f16": Case(64, 8, 2, torch.float16, model_dim=4096),
@@ -43,14 +50,18 @@ def launch(arch: str, problem: str) -> Statistics:
     return statistics
 
 
-def phase_of(where: Where, last: int) -> str:
+def routing_phases(case: Case) -> tuple[str, ...]:
+    """The phases of the workgroup that routes: those of single_blocks.h, or of expert_sort.h."""
+    is_single = case.local_tokens <= case.block_size and case.num_experts <= MAX_SET_EXPERTS
+    return ROUTING_SINGLE_BLOCKS if is_single else ROUTING
+
+
+def phase_of(where: Where, names: tuple[str, ...], last: int) -> str:
     """The phase of a stretch of code; `last` is the number of barriers that routing has."""
     workgroup, barriers = where
     if workgroup != ROUTING_WORKGROUP:
-        return PHASES[4]
-    if barriers == last:
-        return PHASES[3]
-    return PHASES[min(barriers, 2)]
+        return ZEROING
+    return names[-1] if barriers == last else names[min(barriers, len(names) - 2)]
 
 
 @dataclass(frozen=True)
@@ -70,16 +81,18 @@ class Phase:
     round_trips: int
 
 
-def phases(statistics: Statistics) -> dict[str, Phase]:
-    """The phases of a fused launch by name, in PHASES' order."""
+def phases(arch: str, problem: str) -> dict[str, Phase]:
+    """The phases of a problem's fused launch by name, in their order."""
+    statistics, names = launch(arch, problem), routing_phases(PROBLEMS[problem])
     last = max(where[1] for where in statistics.counts if where[0] == ROUTING_WORKGROUP)
-    if last < len(PHASES) - 2:
-        raise ValueError(f"barriers of the routing workgroup: expected at least 3, got {last}")
+    if last < len(names) - 1:
+        raise ValueError(f"barriers of the routing workgroup: expected one or more between each of"
+                         f" {names}, got {last}")  # fmt: skip
     found = {}
-    for name in PHASES:
+    for name in (*names, ZEROING):
 
         def chosen(where: Where, name: str = name) -> bool:
-            return phase_of(where, last) == name
+            return phase_of(where, names, last) == name
 
         static = sum(count > 0 for count in statistics.executed(chosen))
         found[name] = Phase(

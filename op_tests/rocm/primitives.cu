@@ -38,6 +38,32 @@ PRIMITIVE(rank) {
   out[threadIdx.x + blockDim.x] = prefix.total;
 }
 
+#define SWAP(distance) \
+  PRIMITIVE(swap_##distance) { out[threadIdx.x] = wave_swap<distance>(in[threadIdx.x]); }
+SWAP(1)
+SWAP(2)
+SWAP(4)
+SWAP(8)
+SWAP(16)
+
+#define SUM_IN_GROUPS(group)                                                    \
+  PRIMITIVE(sum_in_groups_##group) {                                            \
+    const float x = bit_cast<float>(in[threadIdx.x]);                           \
+    const float sum = wave_sum_in_groups<group>(x, static_cast<int>(argument)); \
+    out[threadIdx.x] = bit_cast<uint32_t>(sum);                                 \
+  }
+SUM_IN_GROUPS(8)
+SUM_IN_GROUPS(16)
+SUM_IN_GROUPS(32)
+
+PRIMITIVE(wave_index) { out[threadIdx.x] = in[uniform_wave_idx()]; }
+
+PRIMITIVE(sum_of_anew) {
+  uint32_t sum = in[threadIdx.x];
+  for (uint32_t i = 0; i < argument; ++i) sum += anew(static_cast<int>(argument));
+  out[threadIdx.x] = sum;
+}
+
 PRIMITIVE(prefix_over_workgroup) {
   __shared__ alignas(16) uint32_t lds_totals[kMaxWavesPerBlock];
   const WavePrefix own = wave_prefix_sum(in[threadIdx.x]);

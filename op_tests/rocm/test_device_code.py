@@ -32,7 +32,7 @@ from aiter.jit.spec import ModuleSpec  # noqa: E402
 from aiter.jit.target import Target  # noqa: E402
 
 MODULES = ("module_topk_softmax", "module_fused_topk_moe_sorting", "module_moe_sorting_opus")
-INSTANCES = {"module_topk_softmax": 18, "module_fused_topk_moe_sorting": 18,
+INSTANCES = {"module_topk_softmax": 28, "module_fused_topk_moe_sorting": 28,
              "module_moe_sorting_opus": 4}  # fmt: skip
 
 
@@ -120,11 +120,14 @@ def test_instruction_class(line: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("symbol", "name"),
     [
-        ("_ZN5aiter19topk_softmax_kernelIfLi2EEEvNS_17TopkSoftmaxParamsE", "topk_softmax<f32, 2>"),
-        ("_ZN5aiter19topk_softmax_kernelINS_4Bf16ELi32EEEvNS_17TopkSoftmaxParamsE",
-         "topk_softmax<bf16, 32>"),
-        ("_ZN5aiter19topk_softmax_kernelINS_3F16ELi0EEEvNS_17TopkSoftmaxParamsE",
-         "topk_softmax<f16, 0>"),
+        ("_ZN5aiter19topk_softmax_kernelINS_7WaveRowIfLi2EEEEEvNS_17TopkSoftmaxParamsE",
+         "topk_softmax<WaveRow<f32, 2>>"),
+        ("_ZN5aiter29fused_topk_moe_sorting_kernelINS_7WaveRowINS_4Bf16ELi0EEEEEvNS_11FusedParamsE",
+         "fused_topk_moe_sorting<WaveRow<bf16, 0>>"),
+        ("_ZN5aiter19topk_softmax_kernelINS_9GroupRowsINS_3F16ELi8ELi16ELi4EEEEEvNS_17TopkSoftmaxParamsE",
+         "topk_softmax<GroupRows<f16, 8, 16, 4>>"),
+        ("_ZN5aiter3twoINS_4Bf16EiLin3EEEvv", "two<bf16, i32, -3>"),
+        ("_ZN5aiter3twoISt4pairIiiEEEvv", "_ZN5aiter3twoISt4pairIiiEEEvv"),
         ("_ZN5aiter26moe_sorting_oneshot_kernelENS_10OpusParamsE", "moe_sorting_oneshot"),
         ("plain_c_name", "plain_c_name"),
     ],

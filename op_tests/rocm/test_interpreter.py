@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from amdgcn import exact
 from amdgcn.assembly import parse_instruction
-from amdgcn.memory import GlobalMemory
+from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.operations import OPERATIONS
 from amdgcn.scalar import decode_scalar
@@ -166,6 +166,49 @@ def test_offsets_beside_a_scalar_address(arch: str, modifier: str, expected: int
     else:
         operation(wave)
         assert (wave.v[0] == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s_load_u16 s4, s[2:3], s5 offset:0x0 scale_offset", [0x8003]),
+        ("s_load_i16 s4, s[2:3], s5 scale_offset", [0xFFFF8003]),
+        ("s_load_u16 s4, s[2:3], s5 offset:0x3", [0x8003]),
+        ("s_load_dwordx2 s[4:5], s[2:3], s5 scale_offset", [0x800D_800C, 0x800F_800E]),
+        ("s_load_dword s4, s[2:3], 0x8", [0x8005_8004]),
+    ],
+)
+def test_scalar_loads(text: str, expected: list[int]) -> None:
+    """The offset is 3, of accesses or of bytes; the halves of words count up from 0x8000."""
+    memory = GlobalMemory()
+    address = memory.add("halves", np.arange(0x8000, 0x8100, dtype=np.uint16))
+    wave = a_wave()
+    wave.s[2], wave.s[3], wave.s[5] = address & 0xFFFFFFFF, address >> 32, 3
+    decode_memory(parse_instruction(text, 1), Memories(memory, "gfx1250"))(wave)
+    assert wave.s[4 : 4 + len(expected)] == expected
+
+
+@pytest.mark.parametrize(("offset", "is_fine"), [(16, True), (4, False), (8, False)])
+@pytest.mark.parametrize(
+    "access",
+    ["global_load_dwordx4 v[0:3], v4, s[2:3]", "global_store_dwordx4 v4, v[0:3], s[2:3]",
+     "ds_read_b128 v[0:3], v4", "ds_write_b128 v4, v[0:3]"],
+)  # fmt: skip
+def test_sixteen_bytes_are_aligned(access: str, offset: int, is_fine: bool) -> None:
+    memory = GlobalMemory()
+    address = memory.add("words", words(256))
+    wave = a_wave()
+    wave.s[2], wave.s[3] = address & 0xFFFFFFFF, address >> 32
+    wave.v[4] = words(32) * 16 - 16 + offset
+    memories = Memories(memory, "gfx942")
+    memories.lds = Lds(1024, np.random.default_rng(0))
+    memories.lds.store(np.arange(0, 1024, 4), np.zeros((256, 4), np.uint8), wave=0, epoch=-1)
+    operation = decode_memory(parse_instruction(access, 1), memories)
+    if is_fine:
+        operation(wave)
+    else:
+        with pytest.raises(Fault, match="expected a multiple of 16|expected an aligned one"):
+            operation(wave)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ import aiter
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
-from launches import Device  # noqa: E402
+from choices import choose_rows  # noqa: E402
+from launches import Device, kernels  # noqa: E402
 
 ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201", "gfx1250")
 OLDEST = "gfx90a"
@@ -39,6 +40,13 @@ SHAPES = (
     (3, 385, 9, BF16), (3, 513, 11, F32), (2, 896, 16, BF16), (2, 1024, 3, F16), (2, 1500, 4, BF16),
     (2, 80, 70, F32), (2, 1100, 65, F16), (66, 40, 3, BF16),
 )  # fmt: skip
+# Where waves take several rows (group_topk.h): every instance beside those of SHAPES; aligned rows and
+# others; with all lanes' registers full and not; in one block per expert, and in more.
+GROUPS = (
+    (5, 30, 4, F16), (6, 64, 8, F16), (9, 100, 7, BF16), (5, 161, 8, F16), (9, 256, 8, BF16),
+    (3, 385, 8, BF16), (2, 512, 6, F16),
+)  # fmt: skip
+MANY_ROWS = ((513, 136, 2, BF16), (513, 131, 2, F16))
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
     for index, (logits, dtype) in enumerate(
@@ -111,6 +119,41 @@ def test_fused_shapes(
     arch: str, shape: tuple[int, int, int, torch.dtype], need_renorm: bool
 ) -> None:
     check_fused(arch, Case(*shape, need_renorm=need_renorm, block_size=8))
+
+
+def check_groups(arch: str, shape: tuple[int, int, int, torch.dtype]) -> None:
+    """Both ops whose rows go in groups of lanes."""
+    check_fused(arch, Case(*shape, block_size=8))
+    check_topk(arch, Case(*shape))
+
+
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_groups_of_lanes(arch: str, shape: tuple[int, int, int, torch.dtype]) -> None:
+    check_groups(arch, shape)
+
+
+@pytest.mark.parametrize("shape", MANY_ROWS, ids=str)
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_groups_of_lanes_with_many_rows(
+    arch: str, shape: tuple[int, int, int, torch.dtype]
+) -> None:
+    check_groups(arch, shape)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_all_groups_of_lanes_are_covered(arch: str) -> None:
+    """Every instance is executed, on rows that are loaded 16 bytes at a time and on others."""
+    wide, names = {False: set(), True: set()}, set()
+    for num_tokens, num_experts, topk, dtype in (*SHAPES, *GROUPS, *MANY_ROWS):
+        rows = choose_rows(torch.empty(num_tokens, num_experts, dtype=dtype), topk, True,
+                           Device(arch).wave_size)  # fmt: skip
+        wide[rows.wide].add(rows.name.partition(", ")[2])
+        names.add(rows.name)
+    compiled = {name.partition("<")[2].removesuffix(">")
+                for name in kernels("module_topk_softmax", arch) if "GroupRows" in name}  # fmt: skip
+    assert len(compiled) == 10 and compiled - names == set()
+    assert {name.partition(", ")[2] for name in compiled} <= wide[False] & wide[True]
 
 
 @pytest.mark.parametrize("case", SORTING, ids=str)

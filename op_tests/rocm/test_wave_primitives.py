@@ -99,6 +99,45 @@ def test_rank(arch: str) -> None:
         assert (got[width:] == flags.sum()).all()
 
 
+@pytest.mark.parametrize("distance", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_swap(arch: str, distance: int) -> None:
+    width = FACTS[arch].wave_size
+    of_groups = random_words(width // distance, distance)
+    words = np.repeat(of_groups, distance)
+    expected = np.repeat(of_groups.reshape(-1, 2)[:, ::-1].reshape(-1), distance)
+    assert np.array_equal(run_primitive(arch, f"swap_{distance}", words), expected)
+
+
+@pytest.mark.parametrize("group", [8, 16, 32])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sum_in_groups(arch: str, group: int) -> None:
+    width = FACTS[arch].wave_size
+    for count in (*range(1, 9), 32)[: 8 if group < 32 else 9]:
+        values = np.random.default_rng(count).random(width, np.float32) ** 9
+        rows = values.reshape(-1, group)
+        expected = rows[:, 0].copy()
+        for term in rows.T[1:count]:
+            expected += term
+        got = run_primitive(arch, f"sum_in_groups_{group}", as_words(values), count)
+        sums = got.reshape(-1, group)[:, :count]
+        assert (sums == as_words(expected)[:, None]).all(), f"count {count}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_uniform_wave_idx(arch: str) -> None:
+    width = FACTS[arch].wave_size
+    words = random_words(4 * width)
+    got = run_primitive(arch, "wave_index", words, threads=4 * width)
+    assert np.array_equal(got, np.repeat(words[:4], width))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_anew(arch: str) -> None:
+    words = random_words(FACTS[arch].wave_size)
+    assert np.array_equal(run_primitive(arch, "sum_of_anew", words, 7), words + np.uint32(49))
+
+
 @pytest.mark.parametrize("waves", [4, 8, 16])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_prefix_over_workgroup(arch: str, waves: int) -> None:

@@ -33,7 +33,7 @@ MARKERS = ("<!-- tables: op_tests/rocm/write_tables.py -->", "<!-- end of tables
 MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus")
 SHOWN = ("gfx942", "gfx950")
 LAUNCH = Case(8, 128, 4, torch.bfloat16, model_dim=2880)
-BY_PHASE = "gpt-oss-120b, M=64"
+BY_PHASE = ("gpt-oss-120b, M=64", "gpt-oss-120b, M=8", "DeepSeek-V3, M=64")
 
 
 def used(kernel: KernelCode) -> bool:
@@ -79,15 +79,15 @@ def executed_table() -> str:
     return format_table(("arch", "kernel", "waves", *MIX_CLASSES), rows)
 
 
-def phase_table() -> str:
-    """What every phase of BY_PHASE executes, all waves together."""
+def phase_table(problem: str) -> str:
+    """What every phase of a launch executes, all waves together."""
     rows = []
     for arch in SHOWN:
-        found = phases(launch(arch, BY_PHASE))
+        found = phases(arch, problem)
         for name, phase in found.items():
             mix = (phase.mix[c] for c in MIX_CLASSES)
             rows.append((arch, name, phase.static, phase.round_trips, *mix, phase.idle))
-        whole = launch(arch, BY_PHASE)
+        whole = launch(arch, problem)
         static = sum(count > 0 for count in whole.executed())
         mix = (whole.mix()[c] for c in MIX_CLASSES)
         rows.append((arch, "all", static, whole.most_round_trips(), *mix, whole.idle_slots()))
@@ -125,7 +125,8 @@ def tables() -> str:
         ("Static instruction mix of the fused kernel", mix_table(fused)),
         (f"Executed by one fused launch of M={LAUNCH.num_tokens}, E={LAUNCH.num_experts},"
          f" K={LAUNCH.topk}, bf16, all waves", executed_table()),
-        (f"Phases of one fused launch: {BY_PHASE}, bf16, all waves", phase_table()),
+        *((f"Phases of one fused launch: {problem}, bf16, all waves", phase_table(problem))
+          for problem in BY_PHASE),
         ("Passes over the banks of LDS, one fused launch each", bank_table()),
     )  # fmt: skip
     date = datetime.date.today().isoformat()

@@ -19,40 +19,53 @@
 //                                   lanes, in its first n; G = 8 or 16 with n <= 8, or 32
 //   uniform_wave_idx()              wave_idx() as a value that compilers know to be the wave's, so that
 //                                   branches on it do not make them expect divergence
+//   anew(x)                         int x, the same in all lanes, hidden from compilers on AMD GPUs, so
+//                                   that a loop computes what follows from it in every round; masks of
+//                                   lanes, kept for all rounds, took more scalar registers than exist
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
 // What compilers make of them, read and held by op_tests/rocm/test_wave_instructions.py; lanes talk
 // by no other instruction than the ones named:
 //
-//   wave_max, 32 bit     gfx9          6 v_max_u32_dpp, 1 v_readlane_b32
-//                        gfx11, gfx12  4 v_max_u32_dpp, 2 v_readlane_b32, 1 s_max_u32
-//                        sm_90         1 REDUX.MAX
-//   wave_max, 64 bit     gfx9          12 v_max_u32_dpp, 2 v_readlane_b32
-//                        gfx11, gfx12  8 v_max_u32_dpp, 4 v_readlane_b32, 2 s_max_u32
-//                        sm_90         2 REDUX.MAX
-//   wave_sum_by_halves   gfx9          1 ds_bpermute_b32, 1 ds_swizzle_b32, 4 v_add_f32_dpp,
-//                                      1 v_readlane_b32
-//                        gfx950        1 v_permlane32_swap_b32, 1 v_permlane16_swap_b32,
-//                                      4 v_add_f32_dpp, 1 v_readlane_b32
-//                        gfx11, gfx12  1 v_permlanex16_b32, 4 v_add_f32_dpp, 1 v_readlane_b32
-//                        sm_90         5 SHFL.BFLY
-//   wave_sum_in_order    gfx9          n v_readlane_b32, n v_add_f32
-//                        gfx11         n v_readlane_b32, n v_add_f32
-//                        gfx12         n v_readlane_b32, n s_add_f32
-//                        sm_90         n SHFL.IDX, n FADD
-//   wave_inclusive_sum   gfx9          6 v_add_u32_dpp
-//                        gfx11, gfx12  4 v_add_nc_u32_dpp, 1 v_readlane_b32
-//                        sm_90         5 SHFL.UP
-//   wave_rank            gfx9          1 v_mbcnt_lo_u32_b32, 1 v_mbcnt_hi_u32_b32, 1 s_bcnt1_i32_b64
-//                        gfx11, gfx12  1 v_mbcnt_lo_u32_b32, 1 s_bcnt1_i32_b32
-//                        sm_90         1 VOTE.ANY, 2 POPC
-//   wave_read_lane       gfx           1 v_readlane_b32
-//                        sm_90         1 SHFL.IDX
-//   wave_swap            gfx           1 v_mov_b32_dpp
-//                        sm_90         1 SHFL.BFLY
-//   wave_sum_in_groups   gfx           10 v_mov_b32_dpp
-//                        sm_90         8 SHFL.IDX
+//   wave_max, 32 bit        gfx9          6 v_max_u32_dpp, 1 v_readlane_b32
+//                           gfx11, gfx12  4 v_max_u32_dpp, 2 v_readlane_b32, 1 s_max_u32
+//                           sm_90         1 REDUX.MAX
+//   wave_max, 64 bit        gfx9          12 v_max_u32_dpp, 2 v_readlane_b32
+//                           gfx11, gfx12  8 v_max_u32_dpp, 4 v_readlane_b32, 2 s_max_u32
+//                           sm_90         2 REDUX.MAX
+//   wave_sum_by_halves      gfx9          1 ds_bpermute_b32, 1 ds_swizzle_b32, 4 v_add_f32_dpp,
+//                                         1 v_readlane_b32
+//                           gfx950        1 v_permlane32_swap_b32, 1 v_permlane16_swap_b32,
+//                                         4 v_add_f32_dpp, 1 v_readlane_b32
+//                           gfx11, gfx12  1 v_permlanex16_b32, 4 v_add_f32_dpp, 1 v_readlane_b32
+//                           sm_90         5 SHFL.BFLY
+//   wave_sum_in_order       gfx9          n v_readlane_b32, n v_add_f32
+//                           gfx11         n v_readlane_b32, n v_add_f32
+//                           gfx12         n v_readlane_b32, n s_add_f32
+//                           sm_90         n SHFL.IDX, n FADD
+//   wave_inclusive_sum      gfx9          6 v_add_u32_dpp
+//                           gfx11, gfx12  4 v_add_nc_u32_dpp, 1 v_readlane_b32
+//                           sm_90         5 SHFL.UP
+//   wave_rank               gfx9          1 v_mbcnt_lo_u32_b32, 1 v_mbcnt_hi_u32_b32,
+//                                         1 s_bcnt1_i32_b64
+//                           gfx11, gfx12  1 v_mbcnt_lo_u32_b32, 1 s_bcnt1_i32_b32
+//                           sm_90         1 VOTE.ANY, 2 POPC
+//   wave_read_lane          gfx           1 v_readlane_b32
+//                           sm_90         1 SHFL.IDX
+//   wave_swap, 1 to 8       gfx           1 v_mov_b32_dpp
+//                           sm_90         1 SHFL.BFLY
+//   wave_swap, 16           gfx9          1 ds_swizzle_b32
+//                           gfx950        1 v_permlane16_swap_b32
+//                           gfx11, gfx12  1 v_permlanex16_b32
+//                           sm_90         1 SHFL.BFLY
+//   wave_sum_in_groups, 8   gfx           3 v_mov_b32_dpp, 7 v_add_f32_dpp for n = 8
+//                           sm_90         n SHFL.IDX, n FADD
+//   wave_sum_in_groups, 32  gfx9          2n v_readlane_b32
+//                           gfx11, gfx12  n v_readlane_b32
+//                           sm_90         n SHFL.IDX, n FADD
+//   uniform_wave_idx        gfx           1 v_readlane_b32
+//                           sm_90         1 SHFL.IDX
 //
 // On the cpu target every one of them is a single collective (hip_cpu.h): a stack switch per lane.
 #pragma once

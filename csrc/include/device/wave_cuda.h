@@ -83,4 +83,6 @@ __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
   return x;
 }
 
+__device__ __forceinline__ int anew(int x) { return x; }
+
 }  // namespace aiter

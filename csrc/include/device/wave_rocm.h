@@ -48,6 +48,11 @@ __device__ __forceinline__ float wave_read_lane(float x, int lane) {
   return __uint_as_float(wave_read_lane(__float_as_uint(x), lane));
 }
 
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+s"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint32_t max_of(uint32_t x, uint32_t y) { return x > y ? x : y; }
 
 __device__ __forceinline__ uint32_t wave_max(uint32_t x) {

@@ -85,7 +85,7 @@ class KernelText:
 
 
 def parse(text: str, arch: str) -> dict[str, KernelText]:
-    """The kernels of an assembly text by their readable names, as `topk_softmax<bf16, 4>`."""
+    """The kernels of an assembly text by their readable names, as `topk_softmax<WaveRow<f32, 4>>`."""
     return {code.name: parse_kernel(text, code) for code in parse_kernels(text, arch)}
 
 

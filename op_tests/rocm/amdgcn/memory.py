@@ -143,7 +143,9 @@ class Lds:
         return self.data[: len(self.data) // 4 * 4].view(np.uint32)
 
     def _check(self, offsets: Addresses, size: int) -> Addresses:
-        bad = (offsets < 0) | (offsets + size > len(self.data)) | (offsets % min(size, 4) != 0)
+        # NOTE: 16 bytes come only from types that are aligned to them.
+        misaligned = offsets % (16 if size == 16 else min(size, 4)) != 0
+        bad = (offsets < 0) | (offsets + size > len(self.data)) | misaligned
         if bad.any():
             lane = int(np.argmax(bad))
             raise Fault(

@@ -92,19 +92,22 @@ def _only(instruction: Instruction, *known: str) -> None:
 
 
 def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
-    _only(instruction, "offset", "nv")
+    _only(instruction, "offset", "scale_offset", "nv")
     destination = scalar_index(instruction.operands[0])
     base = read_scalar(instruction.operands[1], 64)
     offset = read_scalar(instruction.operands[2]) if len(instruction.operands) > 2 else lambda w: 0
     extra = _number(instruction, "offset")
-    count = int(instruction.mnemonic.rsplit("_b", 1)[1]) // 32
+    kind = instruction.mnemonic.removeprefix("s_load_")
+    size = _bytes_of(kind)
+    scale = size if "scale_offset" in instruction.modifiers else 1
+    count = (size + 3) // 4
     if destination is None or destination + count > 106:
         raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
 
     def run(w: Wave) -> None:
-        address = np.array([base(w) + offset(w) + extra], np.int64)
-        words = memories.memory.load(address, 4 * count, 4).view(np.uint32).reshape(-1)
-        w.s[destination : destination + count] = [int(word) for word in words]
+        address = np.array([base(w) + offset(w) * scale + extra], np.int64)
+        words = _unpack(memories.memory.load(address, size, min(size, 4)), kind)
+        w.s[destination : destination + count] = [int(word[0]) for word in words]
 
     return run
 
@@ -181,15 +184,21 @@ def _bytes_of(kind: str) -> int:
     return int(match[1]) // 8
 
 
+def _alignment(size: int) -> int:
+    """Of an access to global memory; 16 bytes come only from types that are aligned to them."""
+    return 16 if size == 16 else min(size, 4)
+
+
 def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     size = _bytes_of(kind)
     addresses = _global_addresses(instruction, 1, size, memories)
     write = _writer(instruction.operands[0], kind)
+    align = _alignment(size)
 
     def run(w: Wave) -> None:
         if w.mask.any():
             w.in_flight.append(True)
-            write(w, memories.memory.load(addresses(w), size, min(size, 4)))
+            write(w, memories.memory.load(addresses(w), size, align))
 
     return run
 
@@ -214,8 +223,7 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
     addresses = _global_addresses(instruction, 0, size, memories)
     high = ".h" if "d16_hi" in kind else ""
     rows = _source_rows(instruction.operands[1] + high, size)
-    # NOTE: 16 bytes come only from types that are aligned to them.
-    align = 16 if size == 16 else min(size, 4)
+    align = _alignment(size)
 
     def run(w: Wave) -> None:
         if w.mask.any():

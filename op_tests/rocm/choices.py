@@ -1,0 +1,115 @@
+"""What do the launchers in `csrc/kernels` choose on an emulated GPU: kernel instance and launch shape?
+
+Constants are read out of the headers. A wrong choice of instance shows as a load that is not aligned,
+or in a result; a wrong number of threads does not, as the kernels ask for their block size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
+
+
+def constant(header: str, name: str) -> int:
+    """The value of a constexpr of a header that is a number or a product of numbers."""
+    text = (INCLUDE / header).read_text()
+    match = re.search(rf"^constexpr \w+ {name} =\s*([0-9* ]+);", text, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{header}: expected constexpr {name} = a product of numbers, got none")
+    return math.prod(int(factor) for factor in match[1].split("*"))
+
+
+COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and little to emulate.
+MAX_THREADS = constant("moe_sorting_opus.h", "kSortThreads")
+WAVES_PER_BLOCK = constant("topk_softmax.h", "kWavesPerBlock")
+MAX_WAVES_PER_BLOCK = constant("device/wave.h", "kMaxWavesPerBlock")
+MAX_GROUP_EXPERTS = constant("group_topk.h", "kMaxGroupExperts")
+MAX_GROUP_TOPK = constant("group_topk.h", "kMaxGroupTopk")
+FEW_TOKENS = constant("group_topk.h", "kFewTokens")
+MAX_ROW_EXPERTS = constant("row_topk.h", "kMaxRowExperts")
+ZERO_BYTES_PER_BLOCK = constant("sort_launch.h", "kZeroBytesPerBlock")
+SORT_LDS_WORDS = constant("moe_sorting_opus.h", "kSortLdsWords")
+TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
+
+_TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """How waves take rows of logits (RowChoice of sort_launch.h).
+
+    Attributes:
+        name: of the class that the kernel is an instance for, such as `GroupRows<bf16, 8, 16, 4>`.
+        values: registers of a lane that hold logits; 0 for rows that stay in memory.
+        rows_per_wave: taken at once.
+        wide: whether rows can be loaded 16 bytes at a time.
+    """
+
+    name: str
+    values: int
+    rows_per_wave: int = 1
+    wide: bool = False
+
+
+def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) -> RowChoice:
+    """The choice for router logits [M, E] (choose_rows of sort_launch.h)."""
+    num_tokens, num_experts = gating.shape
+    dtype = _TYPE_NAMES[gating.dtype]
+    in_groups = (
+        gating.dtype != torch.float32
+        and need_renorm
+        and topk <= MAX_GROUP_TOPK
+        and num_experts <= MAX_GROUP_EXPERTS
+    )
+    if not in_groups:
+        values = row_values(num_experts, wave_size)
+        return RowChoice(f"WaveRow<{dtype}, {values}>", values)
+    lanes, values, best = group_shape(num_tokens, num_experts, topk)
+    size = gating.element_size()
+    places = (gating.data_ptr(), gating.stride(0) * size, num_experts * size)
+    return RowChoice(
+        f"GroupRows<{dtype}, {lanes}, {values}, {best}>",
+        values,
+        wave_size // lanes,
+        all(place % 16 == 0 for place in places),
+    )
+
+
+def group_shape(num_tokens: int, num_experts: int, topk: int) -> tuple[int, int, int]:
+    """Lanes of a group, registers of a lane and winners looked for (group_topk.h)."""
+    if num_experts > 256:
+        return 32, 16, 8
+    if num_experts > 128:
+        return (8, 32, 8) if num_tokens > FEW_TOKENS else (16, 16, 8)
+    return 8, 16, 8 if topk > 4 else 4
+
+
+def row_values(num_experts: int, wave_size: int) -> int:
+    """Registers of a lane that hold a row of logits; 0 for rows that stay in memory (row_topk.h)."""
+    if num_experts > MAX_ROW_EXPERTS:
+        return 0
+    values = 2
+    while values * wave_size < num_experts:
+        values *= 2
+    return values
+
+
+def zeroing_blocks(num_bytes: int) -> int:
+    """Workgroups that zero moe_buf (sort_launch.h)."""
+    wanted = (num_bytes + ZERO_BYTES_PER_BLOCK - 1) // ZERO_BYTES_PER_BLOCK
+    return int(min(wanted, max(1, COMPUTE_UNITS - 1)))
+
+
+def fused_threads(num_tokens: int, num_experts: int, rows: RowChoice, wave_size: int) -> int:
+    """Threads of the fused launch (fused_topk_moe_sorting.cu)."""
+    max_threads = 512 if rows.values > 16 else MAX_THREADS
+    row_waves = (num_tokens + rows.rows_per_wave - 1) // rows.rows_per_wave
+    wanted = max(row_waves, (num_experts + wave_size - 1) // wave_size)
+    return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size
