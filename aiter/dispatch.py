@@ -83,7 +83,8 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 
 # Up to how many tokens the fused launch is taken where nothing is measured: 8 rows for every wave that
 # routes. A wave takes its rows one after the other, which costs more than further launches in the end,
-# long before LDS is full. 16 waves of 64 or 32 of 32; on sm_9 and later datacenter parts, 8 workgroups.
+# long before LDS is full. 16 waves of 64 or 32 of 32; from sm_9 on, in each workgroup of a cluster of 8,
+# which every part has.
 ESTIMATED: dict[str, int] = {
     "gfx9": 128,
     "gfx1": 256,

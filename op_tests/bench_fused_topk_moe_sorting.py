@@ -2,7 +2,7 @@
 
     python op_tests/bench_fused_topk_moe_sorting.py [--device cpu|cuda] [--shape E,K,D ...]
         [--tokens 1,4,8,...] [--dtype bf16] [--wave 64] [--csv FILE] [--plot FILE] [--[no-]compile]
-        [--clusters 1,2,4,8]
+        [--clusters 1,2,4,8,16]
 
 Every contestant does the same work: bf16 logits to weights, ids, the sorted buffers and a zeroed
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared

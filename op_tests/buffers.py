@@ -58,6 +58,12 @@ class GuardedBuffer:
         """Guards and contents hold their poison."""
         require_poison(f"{self.name} and the bytes around it", self._raw.cpu())
 
+    def check_untouched_from(self, first: int) -> None:
+        """The items from ``first`` on hold their poison."""
+        inside = self._raw.cpu()[self._first : self._first + self._num_bytes]
+        rest = inside[first * self.tensor.dtype.itemsize :]
+        require_poison(f"{self.name} from item {first} on", rest)
+
     def check_zero_then_untouched(self, num_rows: int) -> None:
         """The first ``num_rows`` rows are zero bytes, the others hold their poison."""
         rows = self.tensor.shape[0]

@@ -66,6 +66,8 @@ class Case:
     num_local: int | None = None
     moe_buf_offset: int = 0
     """Bytes from a 256-byte boundary to the start of ``moe_buf``."""
+    slots_offset: int = 0
+    """Bytes from a 256-byte boundary to the start of ``sorted_ids`` and ``sorted_weights``."""
     seed: int = 0
 
     @property
@@ -155,6 +157,16 @@ def _infinite(shape: Shape, generator: torch.Generator) -> Tensor:
     return logits
 
 
+def _every_kind(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Row r is of kind r modulo their number, so that rows that share a wave differ."""
+    kinds = [draw for draw in LOGITS.values() if draw is not _every_kind]
+    logits = torch.empty(shape)
+    for first, draw in enumerate(kinds):
+        rows = logits[first :: len(kinds)]
+        rows.copy_(draw((len(rows), shape[1]), generator))
+    return logits
+
+
 LOGITS: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "normal": _normal(1.0),
     "wide": _normal(30.0),
@@ -171,6 +183,7 @@ LOGITS: dict[str, Callable[[Shape, torch.Generator], Tensor]] = {
     "all_nan": _pick([NAN]),
     "all_minus_inf": _pick([-INF]),
     "all_plus_inf": _pick([INF]),
+    "every_kind": _every_kind,
 }
 
 

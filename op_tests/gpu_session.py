@@ -5,8 +5,9 @@
 Writes one log per step, the benches' CSV files and plots, and `summary.txt` into FOLDER. A step that
 fails or runs out of time is reported and the next one runs; the exit status is 1 if any did not
 pass. With `--step`, only the named steps run. The limits add up to less than 25 minutes, on 16 cores
-and one GPU. Without a GPU, every step that needs one is skipped, and the others run small on the cpu
-target, which tests this program. Builds go to AITER_JIT_DIR, or to FOLDER/cache.
+and one GPU, which the tests share among several processes where pytest-xdist is installed. Without a
+GPU, every step that needs one is skipped, and the others run small on the cpu target, which tests this
+program. Builds go to AITER_JIT_DIR, or to FOLDER/cache.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from aiter.cli.table import format_table
 ROOT = Path(__file__).resolve().parents[1]
 SESSION_SECONDS = 25 * 60
 PYTHON = sys.executable
+TEST_PROCESSES = 12
 BENCH = "op_tests/bench_fused_topk_moe_sorting.py"
 PASSED, FAILED, LATE, SKIPPED = "passed", "FAILED", "OUT OF TIME", "skipped"
 
@@ -68,6 +70,8 @@ def steps(folder: Path, kind: str) -> list[Step]:
         [part for shape in SHAPES for part in ("--shape", shape)] if gpu else ["--dry-run", *small]
     )
     tests = ["op_tests", *(f"--ignore=op_tests/{name}" for name in ("jit", "rocm", "fire"))]
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", str(TEST_PROCESSES)]
     sanitize = ["op_tests/fire/sanitize_gpu.py", "--tool"]
     return [
         Step("env", 60, ["-m", "aiter", "env"]),
@@ -86,7 +90,7 @@ def steps(folder: Path, kind: str) -> list[Step]:
         ),
         Step(
             "clusters", 60,
-            [BENCH, "--clusters", "1,2,4,8", "--tokens", "16,32,64,122,256,1024",
+            [BENCH, "--clusters", "1,8,16", "--tokens", "16,32,64,122,256,1024",
              *figures("clusters")] if kind == "cuda" else None,
         ),
         # NOTE: the last one, as the rest is to run by the rule of capacity.

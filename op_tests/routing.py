@@ -29,6 +29,13 @@ def max_tokens(num_experts: int, topk: int, target: Target) -> int:
         )
 
 
+def has_clusters(target: Target) -> bool:
+    """Whether workgroups of the target can form clusters: the cpu, and NVIDIA GPUs from sm_90 on."""
+    if target.device == "cpu":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(target.device)[0] >= 9
+
+
 def route(case: Case, inputs: Inputs, target: Target, policy: int) -> tuple[Tensor, ...]:
     """``topk_softmax_sorting`` of ``inputs`` under ``policy``."""
     with target.active():

@@ -52,8 +52,8 @@ class SortedOutputs:
     @classmethod
     def allocate(cls, case: Case, device: str) -> SortedOutputs:
         rows = (
-            ("sorted_ids", (case.capacity,), torch.int32, 0),
-            ("sorted_weights", (case.capacity,), torch.float32, 0),
+            ("sorted_ids", (case.capacity,), torch.int32, case.slots_offset),
+            ("sorted_weights", (case.capacity,), torch.float32, case.slots_offset),
             ("sorted_expert_ids", (case.max_blocks,), torch.int32, 0),
             ("num_valid_ids", (2,), torch.int32, 0),
             (
@@ -80,7 +80,9 @@ class SortedOutputs:
             buffer.check_guards()
 
     def check(self, case: Case, inputs: Inputs, expected: tuple[Tensor, ...]) -> None:
-        """Guards, values, invariants and the zeroed rows of ``moe_buf``."""
+        """Guards, values, invariants, and nothing written behind the slots in use and the rows of
+        ``moe_buf`` that count.
+        """
         self.check_guards()
         if case.num_tokens == 0:
             check_equal("num_valid_ids", self.tensors[3], expected[3])
@@ -88,6 +90,10 @@ class SortedOutputs:
                 buffer.check_untouched()
             return
         check_sorted(self.tensors, expected, case.block_size)
+        num_valid = int(expected[3][0])
+        self.buffers[0].check_untouched_from(num_valid)
+        self.buffers[1].check_untouched_from(num_valid)
+        self.buffers[2].check_untouched_from(num_valid // case.block_size)
         self.buffers[4].check_zero_then_untouched(case.local_tokens)
         check_sorted_alone(case, inputs, self.tensors)
 

@@ -172,6 +172,13 @@ def _unwritten_tail(out: Outputs) -> None:
     out["ids"][int(out["counts"][0]) - 1] = -0x5A5A5A5B
 
 
+def _behind_the_slots(name: str, block_size: int) -> Callable[[Outputs], None]:
+    def bug(out: Outputs) -> None:
+        out[name][int(out["counts"][0]) // block_size] = 0
+
+    return bug
+
+
 def _global_ids(out: Outputs) -> None:
     out["experts"][: int(out["counts"][0]) // 8] += 1
 
@@ -199,6 +206,9 @@ BUGS: dict[str, tuple[Case, Callable[[Outputs], None], str]] = {
     "entry not written": (CASE, _unwritten_tail, "sorted_ids"),
     "weight off by 2e-6": (CASE, _scale_weight(1 + 2e-6), "sorted_weights"),
     "weight is NaN": (CASE, _scale_weight(NAN), "sorted_weights"),
+    "id behind the slots in use": (CASE, _behind_the_slots("ids", 1), "sorted_ids from item"),
+    "weight behind them": (MASKED, _behind_the_slots("weights", 1), "sorted_weights from item"),
+    "expert behind the blocks": (CASE, _behind_the_slots("experts", 8), "expert_ids from item"),
     "global expert ids": (MASKED, _global_ids, "sorted_expert_ids"),
     "moe_buf tail byte": (MASKED, _nonzero_moe_buf, "moe_buf"),
     "moe_buf row n zeroed": (MASKED, _zero_unused_row, "moe_buf"),

@@ -10,6 +10,7 @@ the largest M of each (E, K).
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,8 +30,8 @@ from cases import (
     Case,
     make_inputs,
 )
-from checks import check_sorted
-from routing import PATH_OF_POLICY, max_tokens, route
+from checks import check_equal, check_sorted
+from routing import PATH_OF_POLICY, has_clusters, max_tokens, route
 from runners import SortedOutputs, expected_sorted, fused_arguments, reporting, run_fused
 from targets import Target
 from torch import Tensor
@@ -113,35 +114,75 @@ def test_max_tokens(target: Target, num_experts: int, topk: int) -> None:
     assert not run_or_refuse(Case(limit + 1, num_experts, topk, torch.bfloat16), target)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_cluster_sizes(target: Target, size: int) -> None:
-    """Workgroups that share the routing write what one writes; some of them may have no row."""
-    clustered = partial(FUSED, cluster_size=size)
+def cluster_cases(size: int) -> list[Case]:
+    """Cases in which every workgroup has rows, some have, and none has.
+
+    E is as large as 64 KiB of LDS allow that hold `size` counts of every expert, up to 1100.
+    """
+    most_experts = min(1100, 8800 // size)
     base = Case(8, 128, 4, torch.bfloat16)
-    if size > 1 and not has_clusters(target):
-        with pytest.raises(Mismatch, match="cluster_size: expected a value from 1 to 1, got"):
-            run_fused(base, target, clustered)
-        return
     cases = [replace(base, num_tokens=count) for count in (0, 1, 3, 8, 33, 100, 257)]
     cases += [replace(case, mask="random", num_local=case.num_tokens // 3) for case in cases]
-    cases += [
-        replace(base, num_tokens=70, dtype=torch.float32, num_experts=896, topk=16),
+    return [
+        *cases,
+        replace(
+            base, num_tokens=70, dtype=torch.float32, num_experts=min(896, most_experts), topk=16
+        ),
         replace(base, num_tokens=70, block_size=33, need_renorm=False),
         replace(base, num_tokens=129, logits="ties", num_experts=300, topk=8, block_size=4),
-        replace(base, num_tokens=40, num_experts=1100, topk=2),
+        replace(base, num_tokens=40, num_experts=most_experts, topk=2),
+        replace(base, num_tokens=37, num_experts=5, topk=3, block_size=3, slots_offset=4),
     ]
-    for case in cases:
-        run_fused(case, target, clustered)
 
 
-def has_clusters(target: Target) -> bool:
-    """Whether workgroups of the target can form clusters: the cpu, and NVIDIA GPUs from sm_90 on."""
+def defined_bits(case: Case, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The slots in use, weights as their bits."""
+    ids, weights, experts, counts = (tensor.cpu() for tensor in outputs[:4])
+    num_valid = int(counts[0]) if case.num_tokens else 0
+    bits = weights[:num_valid].view(torch.int32)
+    return [counts, ids[:num_valid], bits, experts[: num_valid // case.block_size]]
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_cluster_sizes(target: Target, size: int) -> None:
+    """Workgroups that share the routing write what one writes; those that a device has not, it says."""
+    clustered = partial(FUSED, cluster_size=size)
+    most = largest_cluster(target)
+    if size > most:
+        words = f"cluster_size: expected a value from 1 to {most}, got {size}"
+        with pytest.raises(Mismatch, match=words):
+            run_fused(Case(8, 16, 2), target, clustered)
+        return
+    for case in cluster_cases(size):
+        alone = defined_bits(case, run_fused(case, target, partial(FUSED, cluster_size=1)))
+        shared = defined_bits(case, run_fused(case, target, clustered))
+        for got, expected in zip(shared, alone, strict=True):
+            check_equal(f"{size} workgroups, {case}", got, expected)
+
+
+def test_largest_cluster(target: Target) -> None:
+    """16 on the CPU, 1 where the hardware has no clusters; rows that do not fit are refused by it."""
+    most = largest_cluster(target)
+    assert most & (most - 1) == 0
     if target.device == "cpu":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(target.device)[0] >= 9
+        assert most == 16
+    assert (most > 1) == has_clusters(target)
+    case = Case(100_000, 16, 8, torch.bfloat16)
+    words = f"in each of {most} workgroups for num_experts 16" if most > 1 else "bytes of LDS for"
+    with pytest.raises(Mismatch, match=f"gating_output: expected at most [1-9].* {words}"):
+        run_fused(case, target, partial(FUSED, cluster_size=most))
 
 
-@pytest.mark.parametrize("size", [-1, 3, 9, "2"])
+def largest_cluster(target: Target) -> int:
+    """The most workgroups that the device lets share the routing, as it says when asked for more."""
+    with pytest.raises(Mismatch) as refusal:
+        run_fused(Case(1, 8, 2), target, partial(FUSED, cluster_size=1 << 20))
+    found = re.search(r"cluster_size: expected a value from 1 to (\d+), got 1048576", str(refusal))
+    assert found, refusal
+    return int(found[1])
+
+
+@pytest.mark.parametrize("size", [-1, 3, 17, "2"])
 def test_bad_cluster_sizes(target: Target, size: int) -> None:
     case = Case(8, 16, 2)
     with pytest.raises((ValueError, TypeError), match="cluster_size: expected .*, got"):

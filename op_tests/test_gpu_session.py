@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,18 @@ def test_the_limits_fit_in_a_session(tmp_path: Path, kind: str) -> None:
     skipped = {step.name for step in steps if step.command is None}
     nvidia = {*sanitize_gpu.TOOLS, "clusters"}
     assert skipped == {"cuda": set(), "rocm": nvidia, "cpu": nvidia | {"tests", "compiled"}}[kind]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_tests_share_their_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Several processes where pytest-xdist is installed, one where it is not."""
+    spec = importlib.machinery.ModuleSpec("xdist", None) if installed else None
+    monkeypatch.setattr(gpu_session.importlib.util, "find_spec", lambda name: spec)
+    (tests,) = (step for step in gpu_session.steps(tmp_path, "cuda") if step.name == "tests")
+    assert tests.command is not None
+    assert ("-n" in tests.command) == installed
 
 
 def test_every_step_names_a_program_that_is_there(tmp_path: Path) -> None:

@@ -55,9 +55,9 @@ def fused_topk_moe_sorting_fwd(
         local_expert_mask: int32 [E] of 0 and 1. Experts with 0 get nothing, and
             `sorted_expert_ids` counts only those with 1.
         num_local_tokens: int32 [1] on the device: n, the rows that count. None for n = M.
-        cluster_size: workgroups that share the routing, 1, 2, 4 or 8 where the device has clusters
-            (compute capability 9.0, and the cpu target), else 1. None to choose. The result is the
-            same.
+        cluster_size: workgroups that share the routing: 1, 2, 4, 8 or 16 as far as the device has
+            clusters (compute capability 9.0 and above, and the cpu target), else 1. None to choose.
+            The result is the same.
 
     What lies behind slot `num_valid_ids[0]` is not written. Runs on PyTorch's current stream of the
     tensors' device, allocates nothing and does not synchronise.
@@ -91,7 +91,8 @@ def fused_topk_moe_sorting_max_tokens(
 ) -> int:
     """The largest M that `fused_topk_moe_sorting_fwd` takes for E experts and K slots.
 
-    It is what fits in the LDS of one workgroup; 0 when not even one token does.
+    It is what fits in the LDS of the workgroups that share the routing unasked: up to 16 where a
+    GPU has clusters, else one. 0 when not even one token does.
 
     Args:
         num_experts: E.

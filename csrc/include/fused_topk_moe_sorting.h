@@ -26,7 +26,7 @@
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
-// multiple of 4. For E=128, K=4, 64 KiB and one workgroup that is M up to 1599; max_tokens() tells.
+// multiple of 4. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
 #pragma once
 
 #include "device/cluster.h"

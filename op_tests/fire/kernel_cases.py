@@ -27,7 +27,10 @@ def _fused(case: Case, target: Target) -> object:
 
 
 def _fused_cluster(case: Case, target: Target) -> object:
-    return run_fused(case, target, partial(aiter.fused_topk_moe_sorting_fwd, cluster_size=4))
+    # NOTE: every workgroup has LDS for the counts of all, which long rows leave for fewer of them.
+    size = 16 if case.num_experts <= 600 else 4
+    fused = partial(aiter.fused_topk_moe_sorting_fwd, cluster_size=size)
+    return run_fused(case, target, fused)
 
 
 def _topk_softmax(case: Case, target: Target) -> object:
@@ -52,7 +55,7 @@ MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_s
 # exact bounds; the others have guards around theirs, and workspaces of exactly the size asked for.
 RUNS: dict[str, Run] = {
     "fused": _fused,
-    "fused, 4 workgroups": _fused_cluster,
+    "fused, several workgroups": _fused_cluster,
     "topk_softmax": _topk_softmax,
     "sorting oneshot": _sorting(1),
     "sorting multiphase": _sorting(2),
@@ -73,6 +76,10 @@ class Check:
 QUICK_CASES = (
     Case(7, 128, 4, torch.bfloat16, logits="ties"),
     Case(33, 32, 4, torch.float16, need_renorm=False, model_dim=7, moe_buf_offset=2),
+    Case(37, 128, 5, torch.float16, logits="every_kind", block_size=16),
+    Case(9, 250, 8, torch.bfloat16, layout="padded", block_size=6, mask="random", num_local=8),
+    Case(5, 512, 8, torch.bfloat16, logits="ties", block_size=4, slots_offset=4),
+    Case(513, 136, 4, torch.bfloat16, logits="every_kind"),
     Case(5, 100, 70, logits="mixed", block_size=3),
     Case(9, 257, 9, torch.float32, mask="random", num_local=6, moe_buf_offset=10),
     Case(3, 1030, 5, torch.bfloat16, logits="few_finite", mask="last", model_dim=1),

@@ -32,7 +32,7 @@ RACE = {
     **ALWAYS,
     "unordered_waves": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
     "unordered_lanes": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
-    "unordered_workgroups": r"data race on LDS offset 0x0: read by thread 0 of workgroup 1 at",
+    "unordered_workgroups": r"data race on LDS offset 0x10: read by thread 0 of workgroup 1 at",
     "shared_address": r"data race on address 0x[0-9a-f]+: write by thread 0 of workgroup 1 at",
     "unwritten_lds": "read of LDS that nobody wrote: offset 12, read by thread 3 of workgroup 0",
     "behind_lds": "access behind the 512 bytes of LDS: offset 512, write by thread 127",

@@ -156,8 +156,7 @@ __global__ void unordered_workgroups(int* data, int n) {
 
 __global__ void early_workgroup(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
-  aiter::cluster_send(letter(lds_base), nullptr, 1 - blockIdx.x,
-                      FourWords{});  // BUG: early_workgroup
+  aiter::cluster_send(letter(lds_base), nullptr, 1 - blockIdx.x, {});  // BUG: early_workgroup
   aiter::cluster_arrive();
   aiter::cluster_wait();
   const int t = threadIdx.x;

@@ -1,0 +1,119 @@
+"""Are rows that share a wave (`group_topk.h`) chosen and weighed as if each had one of its own?
+
+Renormalised 16-bit logits are selected by an instance per range of E, K and M. Every range is run at
+both ends and beside them, with neighbouring rows of different kinds: exact against the reference, and
+bit for bit what f32 logits of the same values give, which take `row_topk.h`, wherever rows begin in
+memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import _checkout  # noqa: F401
+import pytest
+import torch
+from cases import INF, Case, Inputs, make_inputs
+from checks import check_equal
+from routing import route
+from runners import expected_sorted, reporting, run_fused, run_topk_softmax
+from targets import Target
+from torch import Tensor
+
+import aiter
+import aiter.fused_moe
+
+DTYPES = (torch.bfloat16, torch.float16)
+EXPERT_COUNTS = (9, 127, 128, 129, 256, 257, 512, 513)
+TOPKS = (1, 4, 5, 8, 9)
+FEW_TOKENS = 512  # kFewTokens
+PER_BOUNDARY = 8  # 16-bit logits of a 16-byte load
+
+
+def layouts(logits: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same rows where they can be read 16 bytes at a time and where not; gaps hold +inf."""
+    num_tokens, num_experts = logits.shape
+    whole = -(-num_experts // PER_BOUNDARY) * PER_BOUNDARY
+    for name, stride, first in (
+        ("dense", num_experts, 0),
+        ("rows on boundaries", whole + PER_BOUNDARY, PER_BOUNDARY),
+        ("base off its boundary", whole, 1),
+        ("row stride off it", whole + 1, 0),
+    ):
+        flat = torch.full((num_tokens * stride + first,), INF, dtype=logits.dtype)
+        rows = flat.to(logits.device)[first:].view(num_tokens, stride)[:, :num_experts]
+        rows.copy_(logits)
+        yield name, rows
+
+
+def check_values(case: Case, target: Target) -> None:
+    """Both ops against the reference."""
+    run_fused(case, target, aiter.fused_topk_moe_sorting_fwd)
+    run_topk_softmax(case, target, aiter.topk_softmax)
+
+
+def slots_in_use(case: Case, inputs: Inputs, target: Target, policy: int) -> list[Tensor]:
+    """The defined part of what routing gives; weights as their bits."""
+    ids, weights, experts, counts, _ = (x.cpu() for x in route(case, inputs, target, policy))
+    num_valid = int(counts[0])
+    bits = weights[:num_valid].view(torch.int32)
+    return [counts, ids[:num_valid], bits, experts[: num_valid // case.block_size]]
+
+
+def check_bits(case: Case, target: Target) -> None:
+    """Every layout and path of ``case`` gives the bits of the chain with f32 logits."""
+    inputs = make_inputs(case, target.device)
+    wide = replace(inputs, gating=inputs.gating.float())
+    expected = slots_in_use(case, wide, target, policy=1)
+    check_equal("f32 num_valid_ids", expected[0], expected_sorted(case, inputs)[3])
+    for (name, gating), policy in itertools.product(layouts(inputs.gating), (0, 1)):
+        with reporting(f"{name}, policy {policy}, {case}", target):
+            got = slots_in_use(case, replace(inputs, gating=gating), target, policy)
+            assert aiter.fused_moe.last_path() == ("fused", "oneshot")[policy]
+            for what, ours, wanted in zip(
+                ("num_valid_ids", "sorted_ids", "bits of sorted_weights", "sorted_expert_ids"),
+                got,
+                expected,
+                strict=True,
+            ):
+                check_equal(what, ours, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_experts", EXPERT_COUNTS)
+def test_limits_of_the_instances(target: Target, num_experts: int, dtype: torch.dtype) -> None:
+    """A last wave has rows for all of its groups, for some or for one."""
+    for topk, count in zip(TOPKS, (1, 48, 7, 35, 9), strict=True):
+        case = Case(count, num_experts, topk, dtype, logits="every_kind")
+        check_values(case, target)
+        check_bits(case, target)
+
+
+@pytest.mark.parametrize("count", [FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("num_experts", [129, 256])
+def test_limits_of_few_tokens(target: Target, num_experts: int, count: int) -> None:
+    """Where M decides between instances; blocks are of one token and of many."""
+    for dtype, topk in zip(DTYPES, (8, 4), strict=True):
+        case = Case(count, num_experts, topk, dtype, logits="every_kind")
+        check_values(case, target)
+        check_bits(case, target)
+
+
+@pytest.mark.parametrize("num_experts", [128, 256, 512])
+def test_every_expert_can_win_every_slot(target: Target, num_experts: int) -> None:
+    """Row r descends from expert r on: each register of each lane is a winner, in each place."""
+    topk = 8
+    logits = torch.zeros(num_experts, num_experts)
+    for slot in range(topk):
+        logits += torch.roll(torch.eye(num_experts), slot, 1) * (topk - slot)
+    logits = logits.bfloat16().to(target.device)
+    weights = torch.empty(num_experts, topk, device=target.device)
+    ids, source = (torch.empty_like(weights, dtype=torch.int32) for _ in range(2))
+    with target.active():
+        aiter.topk_softmax(weights, ids, source, logits, True)
+    target.synchronize()
+    row = torch.arange(num_experts, dtype=torch.int32)
+    slots = torch.arange(topk, dtype=torch.int32)
+    check_equal("topk_indices", ids, (row[:, None] + slots) % num_experts)
