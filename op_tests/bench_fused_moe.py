@@ -280,7 +280,7 @@ def host_times(options: argparse.Namespace, shapes: list[str]) -> str:
         with torch.inference_mode():
             for name, run in contestants(kind, shape, weights, options, 8).items():
                 if run is not None and name != "eager":
-                    time = bench_timing.host_us(lambda run=run, x=hidden: run(x))
+                    time = bench_timing.host_us(lambda run=run, x=hidden: run(x), options.device)
                     rows.append((kind, name, f"{time.us:.1f} us"))
     return format_table(("layer", "contestant", "host time per call"), rows)
 
