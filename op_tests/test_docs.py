@@ -13,6 +13,8 @@ import _checkout  # noqa: F401  (makes a checkout importable)
 import pytest
 from doc_blocks import CI_RUN, PAGES, ROOT, Block, blocks, commands, is_step_of_ci
 
+import aiter
+
 LEFT_OUT = {"install": "run by .ci/install_blocks.py", "long": "takes minutes"}
 SECONDS = 600
 
@@ -51,6 +53,17 @@ def test_ci_runs_the_blocks_that_install() -> None:
     for block in install:
         suite = "python -m pytest op_tests" in commands(block.text)
         assert block in steps or not suite, f"{block}: the suite beside commands not of .ci/run"
+
+
+def test_the_largest_batches_are_the_ones_of_now() -> None:
+    """The table of `kernel.md` has what the CPU target computes."""
+    text = (ROOT / "docs" / "kernel.md").read_text()
+    table = text[text.index("| E | K | largest M |") :].split("\n\n", 1)[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", table, re.MULTILINE)
+    assert rows
+    for num_experts, topk, most in (map(int, row) for row in rows):
+        found = aiter.fused_topk_moe_sorting_max_tokens(num_experts, topk, device="cpu")
+        assert found == most, f"E={num_experts} K={topk}: expected {most} as the page says"
 
 
 def test_commands_of_a_block() -> None:

@@ -166,7 +166,7 @@ def test_largest_cluster(target: Target) -> None:
     assert most & (most - 1) == 0
     if target.device == "cpu":
         assert most == 16
-    assert (most > 1) == has_clusters(target)
+    assert most == 1 or has_clusters(target)
     case = Case(100_000, 16, 8, torch.bfloat16)
     words = f"in each of {most} workgroups for num_experts 16" if most > 1 else "bytes of LDS for"
     with pytest.raises(Mismatch, match=f"gating_output: expected at most [1-9].* {words}"):

@@ -66,6 +66,9 @@ CALLS = (
     Call(3, 1030, 5, 3, torch.float32, local=True),
     Call(5, 8, 8, 33, block_size=1),
     Call(300, 32, 4, 8),
+    Call(37, 250, 8, 8, torch.float16),
+    Call(513, 160, 6, 8, block_size=64),
+    Call(9, 512, 8, 8, local=True),
     Call(0, 16, 2, 4),
 )
 
