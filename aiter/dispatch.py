@@ -64,6 +64,8 @@ class Crossover:
     command: str
 
 
+_H100 = ("NVIDIA H100 80GB HBM3", "2026-11-23", "python -m aiter tune --dry-run --rows")
+
 # Rows by the beginning of the architecture's name. An empty entry is one that is not measured.
 # NOTE: the cpu target stays that way. It executes the kernel lane by lane to show what it does; its
 # times tell nothing about a GPU, and capacity keeps the kernel in use there.
@@ -75,23 +77,27 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
     "gfx11": (),
     "gfx12": (),
     "sm_8": (),
-    "sm_9": (),
+    "sm_9": (
+        Crossover(128, 4, 2880, 89088, 256, *_H100),
+        Crossover(256, 8, 7168, 42576, 128, *_H100),
+        Crossover(512, 10, 4096, 1024, 128, *_H100),
+    ),
     "sm_10": (),
     "sm_12": (),
 }
 
 
 # Up to how many tokens the fused launch is taken where nothing is measured: 8 rows for every wave that
-# routes. A wave takes its rows one after the other, which costs more than further launches in the end,
-# long before LDS is full. 16 waves of 64 or 32 of 32; from sm_9 on, in each workgroup of a cluster of 8,
-# which every part has.
+# routes, 16 waves of 64 or 32 of 32. A wave takes its rows one after the other, which costs more than
+# further launches in the end, long before LDS is full. From sm_9 on, where several workgroups route, it
+# is half of what was measured for the longest rows on an H100.
 ESTIMATED: dict[str, int] = {
     "gfx9": 128,
     "gfx1": 256,
     "sm_8": 256,
-    "sm_9": 2048,
-    "sm_10": 2048,
-    "sm_12": 2048,
+    "sm_9": 512,
+    "sm_10": 512,
+    "sm_12": 512,
 }
 
 

@@ -2,7 +2,8 @@
 
 A bench measures one shape at one number of tokens and returns a record: contestant -> Timing, None
 where it does not take part. The first contestant is the one that the others are held against. CSV
-rows are written as they are measured, so that a bench that is stopped leaves what it has.
+rows are written as they are measured, so that a bench that is stopped leaves what it has; with
+--from-csv a bench measures nothing, but prints and draws what such a file holds.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ CPU_TOKENS = "1,8,64,256"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_INPUTS = 4  # rotated, so that no call finds its own input in L1
 SEED = 0
+CSV_FLOOR = "empty kernel"
 CSV_PARTS = ("us", "spread", "alone_us", "cold_us", "host_us")
 
 
@@ -49,6 +51,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--tokens", help="numbers of tokens, comma-separated")
     options.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
     options.add_argument("--csv", type=Path, help="write the figures there")
+    options.add_argument("--from-csv", type=Path, help="measure nothing: show these figures")
     options.add_argument("--plot", type=Path, help="draw the figures there (needs matplotlib)")
     return options
 
@@ -78,10 +81,17 @@ def run(
         names: of the numbers in a shape.
         shapes: measured unless the options name others.
     """
+    if options.from_csv:
+        records, floor = read_csv(names, options.from_csv)
+        title = f"{what}, {options.from_csv.name}"
+        print(f"{title}\n{tables(names, records)}")
+        if options.plot:
+            plot(options.plot, names, records, title, floor)
+        return
     options.device = options.device or current_device()
     on_cpu = options.device.type == "cpu"
     counts = [int(m) for m in (options.tokens or (CPU_TOKENS if on_cpu else GPU_TOKENS)).split(",")]
-    records: list[Entry] = []
+    records = []
     with ExitStack() as stack:
         if on_cpu:
             stack.enter_context(cpu_wave(options.wave))
@@ -100,7 +110,7 @@ def run(
                 entry = (shape, tokens, measure(options, shape, tokens))
                 if not records:
                     writer.writerow(csv_header(names, entry[2]))
-                writer.writerow(csv_row(entry))
+                writer.writerow(csv_row(entry, floor))
                 records.append(entry)
                 print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -155,17 +165,39 @@ def table(
 
 def csv_header(names: Sequence[str], record: Record) -> list[str]:
     """The columns of the CSV file."""
-    return [*names, "M", *(f"{name} {part}" for name in record for part in CSV_PARTS)]
+    parts = (f"{name} {part}" for name in record for part in CSV_PARTS)
+    return [*names, "M", *parts, CSV_FLOOR]
 
 
-def csv_row(entry: Entry) -> list[object]:
-    """The cells of one shape and number of tokens; empty where nothing was measured."""
+def csv_row(entry: Entry, floor: float | None) -> list[object]:
+    """The cells of one shape and number of tokens, in us; empty where nothing was measured."""
     shape, tokens, record = entry
     cells: list[object] = [*shape, tokens]
     for timing in record.values():
         values = [getattr(timing, part, None) for part in CSV_PARTS]
         cells += ["" if value is None else round(value, 4) for value in values]
-    return cells
+    return [*cells, "" if floor is None else round(floor, 4)]
+
+
+def read_csv(names: Sequence[str], path: Path) -> tuple[list[Entry], float | None]:
+    """What `csv_row` wrote: the entries, and the floor."""
+    records: list[Entry] = []
+    floor = None
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            record: Record = {}
+            for column in row:
+                if not column.endswith(" us"):
+                    continue
+                name = column.removesuffix(" us")
+                values = [row[f"{name} {part}"] for part in CSV_PARTS]
+                numbers = [float(value) if value else None for value in values]
+                record[name] = None
+                if numbers[0] is not None and numbers[1] is not None:
+                    record[name] = Timing(numbers[0], numbers[1], *numbers[2:])
+            records.append((tuple(int(row[name]) for name in names), int(row["M"]), record))
+            floor = float(row[CSV_FLOOR]) if row[CSV_FLOOR] else None
+    return records, floor
 
 
 def plot(

@@ -74,11 +74,20 @@ def test_tables() -> None:
 
 def test_csv_rows_match_their_header() -> None:
     header = bench_report.csv_header(NAMES, RECORDS[0][2])
-    first, second = (dict(zip(header, bench_report.csv_row(r), strict=True)) for r in RECORDS)
+    first, second = (dict(zip(header, bench_report.csv_row(r, 0.5), strict=True)) for r in RECORDS)
     assert first["M"] == 1 and first["fused alone_us"] == 3.0
     assert first["fused cold_us"] == 4.0 and first["fused host_us"] == 8.0
     assert first["oneshot us"] == 5.0 and first["oneshot cold_us"] == ""
     assert second["fused us"] == "" and second["PyTorch spread"] == 0.5
+
+
+def test_csv_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(bench_report.csv_header(NAMES, RECORDS[0][2]))
+        writer.writerows(bench_report.csv_row(record, 0.5) for record in RECORDS)
+    assert bench_report.read_csv(NAMES, path) == (RECORDS, 0.5)
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_an_estimate_gives_way() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "expected"),
-    [("gfx942", 128), ("gfx90a", 128), ("gfx1201", 256), ("sm_90", 2048), ("cpu", None)],
+    [("gfx942", 128), ("gfx90a", 128), ("gfx1201", 256), ("sm_90", 512), ("cpu", None)],
 )
 def test_estimates(arch: str, expected: int | None) -> None:
     assert dispatch.estimate_of(arch) == expected

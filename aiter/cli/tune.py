@@ -82,9 +82,9 @@ def main(argv: Sequence[str]) -> int:
             row = crossover(shape, times, most, (name, time.strftime("%Y-%m-%d"), command))
             measured.append(tuned.Measured(row, times_as_rows(times)))
             print("\n" + times_table(shape, times), flush=True)
+            if options.rows:
+                print(f"\n{row},", flush=True)
         print("\n" + crossover_table([each.row for each in measured]))
-        if options.rows:
-            print("\n" + "\n".join(f"{each.row}," for each in measured))
         if options.dry_run:
             print("\nkept nothing, as --dry-run asks")
             return 0
