@@ -81,6 +81,7 @@ class WaveRow {
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
   __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
+    num_experts = anew(num_experts);
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       const uint32_t expert_idx = i * kWaveSize + lane_idx();
@@ -92,6 +93,7 @@ class WaveRow {
   }
 
   __device__ __forceinline__ void encode(int num_experts) {
+    num_experts = anew(num_experts);
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       const int expert_idx = i * kWaveSize + lane_idx();
