@@ -7,9 +7,8 @@
 // The first workgroups route, all others zero moe_buf. On targets that have clusters (cluster.h) up
 // to 16 workgroups route, each a range of rows of its own; elsewhere it is one. Phases of a routing
 // workgroup, with a barrier between them:
-//   1 load     a wave per row or a few (group_topk.h, row_topk.h)   the logits of its first rows set off; all
-//                              threads clear the bitmask
-//   2 top-k    the same        slot k: expert, weight and hit bit into LDS
+//   1 clear    all threads     the bitmask; before memory is touched, as an earlier launch may still run
+//   2 top-k    a wave per row or a few (group_topk.h, row_topk.h)   slot k: expert, weight and hit bit into LDS
 // then, in a workgroup that routes alone while n <= B,
 //   3 blocks   a thread per expert   is it hit? as bits in LDS
 //   4 padding  all threads     all blocks, whole; expert ids
@@ -19,14 +18,29 @@
 //                              blocks for the experts, by all workgroups alike
 //   4 write    all threads     own entries to start + rank; its share of the padding
 //
-// Four barriers in all, the first of which is passed while logits are on their way; in a cluster there are
-// two waits more, the first of which is over during top-k. What workgroups tell each other is one
-// count per expert, through LDS: nothing in global memory is shared, so launches on several streams
-// and graphs that are replayed at the same time do not meet.
+// Four barriers in all; in a cluster there are two waits more, the first of which is over during top-k. What
+// workgroups tell each other is one count per expert, through LDS: nothing in global memory is shared, so
+// launches on several streams and graphs that are replayed at the same time do not meet.
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
 // multiple of 4. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
+//
+// What steps brought, in us per call on an H100 (graph slope, bf16, 2026-11-23), by the best number of
+// workgroups:
+//                                              E=128 K=4, M =  1     64    1024   E=256 K=8  1     64    1024
+//   a wave per row, a step per winner, up to 8 workgroups   2.41   4.11   12.39             2.76   4.82   19.08
+//   no fence behind "all have started"                      2.43   3.73   11.90             2.78   4.50   18.55
+//   up to 16 workgroups                                     2.43   3.73    8.54             2.78   4.50   12.45
+//   rows in groups of lanes, single blocks, inboxes         2.08   2.93    5.23             2.36   3.30    9.58
+//   LDS cleared before waiting for the launch before;
+//     entries to threads without experts                    1.77   2.52    4.74             2.06   3.16    8.02
+//   NaN and -0 found by floating-point instructions         1.66   2.45    4.47             1.97   3.11    7.43
+//
+// Rejected: more waves than rows, experts and entries need (32 instead of 4 to 12: 2.08 -> 2.48 us, M=1);
+// 2 or 4 workgroups, which talk as long as 8 do; all compute units and a ticket or a barrier in global memory
+// (0.9 us for the hand-over alone, 128 workgroups, and state that has to be reset); rereading code for a cold
+// instruction cache as the culprit (running everything twice in a launch took the same time both times).
 #pragma once
 
 #include "device/cluster.h"
