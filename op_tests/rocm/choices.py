@@ -38,6 +38,7 @@ ZERO_BYTES_PER_BLOCK = constant("sort_launch.h", "kZeroBytesPerBlock")
 SORT_LDS_WORDS = constant("moe_sorting_opus.h", "kSortLdsWords")
 TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
 
+Shape = tuple[int, int, int, int]
 _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -107,9 +108,15 @@ def zeroing_blocks(num_bytes: int) -> int:
     return int(min(wanted, max(1, COMPUTE_UNITS - 1)))
 
 
-def fused_threads(num_tokens: int, num_experts: int, rows: RowChoice, wave_size: int) -> int:
-    """Threads of the fused launch (fused_topk_moe_sorting.cu)."""
+def fused_threads(shape: Shape, rows: RowChoice, wave_size: int) -> int:
+    """Threads of the fused launch of M, E, K and B (fused_topk_moe_sorting.cu)."""
+    num_tokens, num_experts, topk, block_size = shape
     max_threads = 512 if rows.values > 16 else MAX_THREADS
+
+    def waves_for(threads: int) -> int:
+        return (threads + wave_size - 1) // wave_size
+
     row_waves = (num_tokens + rows.rows_per_wave - 1) // rows.rows_per_wave
-    wanted = max(row_waves, (num_experts + wave_size - 1) // wave_size)
+    entry_waves = waves_for(min(num_tokens, block_size) * topk)
+    wanted = max(row_waves, waves_for(num_experts) + min(entry_waves, 4))
     return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size

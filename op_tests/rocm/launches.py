@@ -211,7 +211,7 @@ class Device:
             memory,
             params,
             1 + zeroing_blocks(sort.row_bytes * num_tokens),
-            fused_threads(num_tokens, num_experts, rows, self.wave_size),
+            fused_threads((num_tokens, num_experts, topk, unit_size), rows, self.wave_size),
             lds.total,
         )
 

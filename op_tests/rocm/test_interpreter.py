@@ -251,6 +251,18 @@ def test_compare_of_halves(part: str, shift: int) -> None:
     assert wave.s[VCC] | wave.s[VCC + 1] << 32 == int_of(expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("s_bitset1_b32 s4, 31", 0x80000005), ("s_bitset1_b32 s4, 33", 7),
+     ("s_bitset0_b32 s4, 2", 1), ("s_bitset0_b32 s4, 1", 5)],
+)  # fmt: skip
+def test_one_bit_of_a_scalar(text: str, expected: int) -> None:
+    wave = a_wave()
+    wave.s[4] = 5
+    decode_scalar(parse_instruction(text, 1), {}, 0)(wave)
+    assert wave.s[4] == expected
+
+
 def test_a_launch_without_clusters() -> None:
     wave = a_wave()
     getreg = parse_instruction("s_getreg_b32 s4, hwreg(HW_REG_IB_STS2, 6, 4)", 1)
@@ -343,6 +355,21 @@ def test_fma_has_one_rounding() -> None:
     for x, y, z, result in zip(a, b, c, got, strict=True):
         value = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         assert result == nearest(value), (x, y, z)
+
+
+def test_maximum_of_floats() -> None:
+    quiet, signalling, least = 0x7FC00001, 0xFF800001, 0xFF800000
+    one, two, denormal, zero, negative_zero = 0x3F800000, 0x40000000, 1, 0, 0x80000000
+    cases = [
+        (one, two, two), (two, one, two), (least, quiet, least), (quiet, one, one),
+        (quiet, quiet, quiet), (least, signalling, signalling | 1 << 22), (denormal, zero, denormal),
+        (signalling, one, signalling | 1 << 22), (zero, negative_zero, zero),
+        (negative_zero, zero, zero), (negative_zero, negative_zero, negative_zero),
+        (least, denormal, denormal), (least, least, least),
+    ]  # fmt: skip
+    a, b, expected = np.array(cases, np.uint32).T.copy()
+    got = exact.maximum(a.view(np.float32), b.view(np.float32)).view(np.uint32)
+    assert np.array_equal(got, expected)
 
 
 @pytest.mark.parametrize("rounding", [-1, 0, 1])

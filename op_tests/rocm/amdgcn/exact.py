@@ -56,6 +56,18 @@ def mad(a: F32, b: F32, c: F32) -> F32:
     return flushed(flushed(flushed(a) * flushed(b)) + flushed(c))
 
 
+def maximum(a: F32, b: F32) -> F32:
+    """v_max_f32 where NaN follows IEEE: the other operand for a quiet NaN, a quiet NaN for a signalling
+    one, +0 above -0."""
+    quiet = np.uint32(1 << 22)
+    bits = [x.view(np.uint32) for x in (a, b)]
+    found = np.where(a == b, bits[0] & bits[1], np.where(np.isnan(b) | (a > b), *bits))
+    for x, raw in zip((a, b), bits, strict=True):
+        found = np.where(np.isnan(x) & (raw & quiet == 0), raw | quiet, found)
+    result: F32 = found.astype(np.uint32).view(np.float32)
+    return result
+
+
 def rcp(x: F32, rounding: int) -> F32:
     """1 / x as the hardware may return it: the float32 next to it on one side or the other.
 

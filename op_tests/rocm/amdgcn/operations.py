@@ -130,6 +130,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
     "v_sub_f32": ("ff", lambda a, b: a - b),
     "v_subrev_f32": ("ff", lambda a, b: b - a),
     "v_mul_f32": ("ff", lambda a, b: a * b),
+    "v_max_f32": ("ff", exact.maximum),
     "v_fma_f32": ("fff", exact.fma),
     "v_mad_f32": ("fff", exact.mad),
     "v_fmaak_f32": ("fff", exact.fma),

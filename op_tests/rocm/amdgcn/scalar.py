@@ -119,6 +119,7 @@ BINARY: dict[str, tuple[int, int, Callable[[int, int], Result]]] = {
     "s_add_f32": (32, 32, _float(lambda a, b: a + b)),
     "s_sub_f32": (32, 32, _float(lambda a, b: a - b)),
     "s_mul_f32": (32, 32, _float(lambda a, b: a * b)),
+    "s_max_f32": (32, 32, _float(exact.maximum)),
     **{f"s_{name}_b{bits}": (bits, bits, _logic(function, bits))
        for name, function in _LOGIC.items() for bits in (32, 64)},
     **{f"s_lshl{n}_add_u32": (32, 32, lambda a, b, n=n: (((a << n) + b) & ALL_ONES,
@@ -311,6 +312,12 @@ def _other(name: str, operands: list[str]) -> Operation | None:
         read, read_bit = read_scalar(operands[0]), read_scalar(operands[1])
         wanted = int(name[8])
         return _setting_scc(lambda w: (read(w) >> (read_bit(w) & 31) & 1) == wanted)
+    if name in ("s_bitset0_b32", "s_bitset1_b32"):
+        own_bits, position = read_scalar(operands[0]), read_scalar(operands[1])
+        store = write_scalar(operands[0])
+        if name == "s_bitset1_b32":
+            return lambda w: store(w, own_bits(w) | 1 << (position(w) & 31))
+        return lambda w: store(w, own_bits(w) & ~(1 << (position(w) & 31)))
     if name == "s_setreg_imm32_b32" and operands[0] == _REPLAY_MODE:
         return lambda w: None
     if name == "s_getreg_b32" and operands[1] == _CLUSTER_SHAPE:
