@@ -4,9 +4,10 @@
 
 Writes one log per step, the benches' CSV files and plots, and `summary.txt` into FOLDER. A step that
 fails or runs out of time is reported and the next one runs; the exit status is 1 if any did not
-pass. With `--step`, only the named steps run. The limits add up to less than 25 minutes, on 16 cores
-and one GPU, which the tests share among several processes where pytest-xdist is installed. Without a
-GPU, every step that needs one is skipped, and the others run small on the cpu target, which tests this
+pass. With `--step`, only the named steps run. What measures time has the GPU for itself; then
+the soak runs beside the tests, which share their work among processes where pytest-xdist is installed,
+and the sanitizers. The limits add up to less than 25 minutes, on 16 cores and one GPU. Without a GPU,
+every step that needs one is skipped, and the others run small on the cpu target, which tests this
 program. Builds go to AITER_JIT_DIR, or to FOLDER/cache.
 """
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +37,21 @@ SESSION_SECONDS = 25 * 60
 PYTHON = sys.executable
 TEST_PROCESSES = 12
 BENCH = "op_tests/bench_fused_topk_moe_sorting.py"
+SOAK = "op_tests/fire/soak.py"
 PASSED, FAILED, LATE, SKIPPED = "passed", "FAILED", "OUT OF TIME", "skipped"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, as on the command line after `python`; None where the machine cannot run it."""
+    """One command, as on the command line after `python`; None where the machine cannot run it.
+
+    With `beside`, the steps after it run at the same time.
+    """
 
     name: str
     seconds: int
     command: list[str] | None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,8 @@ def steps(folder: Path, kind: str) -> list[Step]:
     sanitize = ["op_tests/fire/sanitize_gpu.py", "--tool"]
     return [
         Step("env", 60, ["-m", "aiter", "env"]),
-        Step("build", 180, ["-m", "aiter", "build", "--all", "--target", kind]),
+        Step("build", 120, ["-m", "aiter", "build", "--all", "--target", kind]),
         Step("selftest", 60, ["-m", "aiter", "selftest", *([] if gpu else ["--quick"])]),
-        Step("tests", 420, ["-m", "pytest", "-q", "--durations=15", *tests] if gpu else None),
-        *(
-            Step(tool, 65, [*sanitize, tool] if kind == "cuda" else None)
-            for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
-        ),
         Step("host", 30, ["op_tests/bench_host.py", "--csv", f"{folder}/host.csv"]),
         Step("bench", 200, [BENCH, "--no-compile", *small, *figures("bench")]),
         Step(
@@ -93,9 +95,26 @@ def steps(folder: Path, kind: str) -> list[Step]:
             [BENCH, "--clusters", "1,8,16", "--tokens", "16,32,64,122,256,1024",
              *figures("clusters")] if kind == "cuda" else None,
         ),
-        # NOTE: the last one, as the rest is to run by the rule of capacity.
+        # NOTE: the last one that measures, as the others are to run by the rule of capacity.
         Step("tune", 120, ["-m", "aiter", "tune", *tuned]),
+        Step("soak", 690, [SOAK, "--minutes", "10" if gpu else "0.2"], beside=True),
+        Step("tests", 450, ["-m", "pytest", "-q", "--durations=15", *tests] if gpu else None),
+        *(
+            Step(tool, 60, [*sanitize, tool] if kind == "cuda" else None)
+            for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+        ),
     ]  # fmt: skip
+
+
+def longest_seconds(chosen: Sequence[Step]) -> int:
+    """What the steps take if each takes as long as it may."""
+    seconds, end_of_beside = 0, 0
+    for step in chosen:
+        if step.beside:
+            end_of_beside = max(end_of_beside, seconds + step.seconds)
+        else:
+            seconds += step.seconds
+    return max(seconds, end_of_beside)
 
 
 def run(
@@ -158,14 +177,20 @@ def main() -> int:
     environment["PYTHONPATH"] = os.pathsep.join(
         part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part
     )
-    outcomes = []
-    for step in chosen:
+
+    def carry_out(step: Step) -> Outcome:
         log = options.folder / f"{step.name}.log"
-        print(f"{step.name}: ", end="", flush=True)
-        outcomes.append(run(step, log, environment))
-        print(f"{outcomes[-1].result}, {outcomes[-1].seconds:.0f} s", flush=True)
-        if outcomes[-1].result in (FAILED, LATE):
+        outcome = run(step, log, environment)
+        print(f"{step.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
+        if outcome.result in (FAILED, LATE):
             print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:]))
+        return outcome
+
+    with ThreadPoolExecutor() as beside:
+        running: list[Outcome | Future[Outcome]] = [
+            beside.submit(carry_out, step) if step.beside else carry_out(step) for step in chosen
+        ]
+        outcomes = [each.result() if isinstance(each, Future) else each for each in running]
     text = summary(outcomes, kind)
     (options.folder / "summary.txt").write_text(text + "\n")
     print(f"\n{text}\n\nresults in {options.folder}")
