@@ -102,30 +102,12 @@ def floor_us() -> Timing:
 
 def host_us(call: Call, device: torch.device, count: int = HOST_CALLS) -> Timing:
     """Host time per call of `count` in a row, while the device works behind."""
-    call()
-    samples = []
-    for _ in range(HOST_REPEATS):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        samples.append((time.perf_counter() - start) / count * 1e6)
-    synchronize(device)
-    return summary(samples)
+    return _in_a_row(call, device, count, waits=False)
 
 
 def wall_us(call: Call, device: torch.device, count: int = WALL_CALLS) -> Timing:
     """Wall time per call of `count` in a row, until the device has done them."""
-    call()
-    samples = []
-    for _ in range(HOST_REPEATS):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize(device)
-        samples.append((time.perf_counter() - start) / count * 1e6)
-    return summary(samples)
+    return _in_a_row(call, device, count, waits=True)
 
 
 def cpu_us(call: Call, seconds: float = 0.2) -> Timing:
@@ -164,6 +146,22 @@ def synchronize(device: torch.device) -> None:
     """Waits for a GPU; the cpu target is always done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _in_a_row(call: Call, device: torch.device, count: int, waits: bool) -> Timing:
+    """The caller's time per call of `count`; `waits`: until the device has done them."""
+    call()
+    samples = []
+    for _ in range(HOST_REPEATS):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        if waits:
+            synchronize(device)
+        samples.append((time.perf_counter() - start) / count * 1e6)
+    synchronize(device)
+    return summary(samples)
 
 
 def _empty_kernel() -> None:

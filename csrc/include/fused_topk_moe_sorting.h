@@ -127,7 +127,7 @@ struct ClusterCounts {
     if (threadIdx.x == 0) open_inbox(inbox, sizeof(uint32_t) * stride * size);
   }
   // Every wave has its receivers, every lane its experts, four at a time.
-  __device__ __forceinline__ void send(const HitMask& hits, int wave) const {
+  __device__ __forceinline__ void exchange(const HitMask& hits, int wave) const {
     const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
     if (wave < size) {
       AITER_LOOP
@@ -195,7 +195,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
 
   if (!is_alone) {
     cluster_wait();  // all workgroups have started
-    block.counts.send(hits, block.wave);
+    block.counts.exchange(hits, block.wave);
   }
   const SortLds sort_lds{block.lds_starts, block.lds_tails, block.lds_totals};
   assign_blocks(

@@ -117,30 +117,16 @@ class GroupRows {
     }
   }
 
-  __device__ __forceinline__ void order(int i, int j) {
-    const uint32_t x = stored_[i], y = stored_[j];
-    stored_[i] = x > y ? x : y;
-    stored_[j] = x > y ? y : x;
-  }
-
-  __device__ __forceinline__ void sort_four(int first) {
-    order(first, first + 1);
-    order(first + 2, first + 3);
-    order(first, first + 2);
-    order(first + 1, first + 3);
-    order(first + 1, first + 2);
-  }
-
   // Batcher's odd-even merge of two lists of four.
   __device__ __forceinline__ void sort_eight(int first) {
-    sort_four(first);
-    sort_four(first + 4);
+    sort_four(stored_, first);
+    sort_four(stored_, first + 4);
     AITER_UNROLL
-    for (int i = 0; i < 4; ++i) order(first + i, first + 4 + i);
-    order(first + 2, first + 4);
-    order(first + 3, first + 5);
+    for (int i = 0; i < 4; ++i) order(stored_, first + i, first + 4 + i);
+    order(stored_, first + 2, first + 4);
+    order(stored_, first + 3, first + 5);
     AITER_UNROLL
-    for (int i = 1; i < 7; i += 2) order(first + i, first + i + 1);
+    for (int i = 1; i < 7; i += 2) order(stored_, first + i, first + i + 1);
   }
 
   // Puts a bitonic list of kBest in descending order.
@@ -149,7 +135,7 @@ class GroupRows {
     for (int half = kBest / 2; half > 0; half /= 2) {
       AITER_UNROLL
       for (int i = 0; i < kBest; ++i) {
-        if ((i & half) == 0) order(first + i, first + i + half);
+        if ((i & half) == 0) order(stored_, first + i, first + i + half);
       }
     }
   }
@@ -168,7 +154,7 @@ class GroupRows {
     AITER_UNROLL
     for (int first = 0; first < kValues; first += kBest) {
       if constexpr (kBest == 4) {
-        sort_four(first);
+        sort_four(stored_, first);
       } else {
         sort_eight(first);
       }

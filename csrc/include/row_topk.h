@@ -48,6 +48,24 @@ __host__ __device__ constexpr int row_values(int num_experts, int wave_size) {
   return values;
 }
 
+// Puts the larger of two registers first.
+template <int kCount>
+__device__ __forceinline__ void order(uint32_t (&values)[kCount], int i, int j) {
+  const uint32_t x = values[i], y = values[j];
+  values[i] = x > y ? x : y;
+  values[j] = x > y ? y : x;
+}
+
+// Puts four registers in descending order.
+template <int kCount>
+__device__ __forceinline__ void sort_four(uint32_t (&values)[kCount], int first) {
+  order(values, first, first + 1);
+  order(values, first + 2, first + 3);
+  order(values, first, first + 2);
+  order(values, first + 1, first + 3);
+  order(values, first + 1, first + 2);
+}
+
 struct Winner {
   uint32_t stored;      // as Logit<T> stores it
   uint32_t expert_idx;  // where `stored` does not tell
@@ -107,13 +125,9 @@ class WaveRow {
       AITER_UNROLL
       for (int first = 0; first < kValues; first += kGroup) {
         if constexpr (kGroup == 4) {
-          order(first, first + 1);
-          order(first + 2, first + 3);
-          order(first, first + 2);
-          order(first + 1, first + 3);
-          order(first + 1, first + 2);
+          sort_four(stored_, first);
         } else {
-          order(first, first + 1);
+          order(stored_, first, first + 1);
         }
       }
     }
@@ -169,12 +183,6 @@ class WaveRow {
 
   // Whether register i holds a logit in every lane: row_values() leaves less than half of them empty.
   static __device__ constexpr bool always_exists(int i) { return kValues > 2 && i < kValues / 2; }
-
-  __device__ __forceinline__ void order(int i, int j) {
-    const uint32_t x = stored_[i], y = stored_[j];
-    stored_[i] = x > y ? x : y;
-    stored_[j] = x > y ? y : x;
-  }
 
   // Over the kCount registers kFirst, kFirst + kStep, ...
   template <int kFirst, int kCount, int kStep>

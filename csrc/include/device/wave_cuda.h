@@ -25,13 +25,15 @@ __device__ __forceinline__ float wave_sum_by_halves(float x) {
   return x;
 }
 
-__device__ __forceinline__ float wave_sum_in_order(float x, int count, float init) {
+// (init + x of lane 0) + x of lane 1 ... of each group of kGroup lanes.
+template <int kGroup>
+__device__ __forceinline__ float sum_of_lanes(float x, int count, float init) {
   constexpr int kAtOnce = 4;  // shuffles take 6 times as long as additions, but need not wait
   AITER_LOOP
   for (int first = 0; first < count; first += kAtOnce) {
     float term[kAtOnce];
     AITER_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) term[i] = wave_read_lane(x, first + i);
+    for (int i = 0; i < kAtOnce; ++i) term[i] = __shfl_sync(kAllLanes, x, first + i, kGroup);
     AITER_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i < count) init += term[i];
@@ -40,26 +42,18 @@ __device__ __forceinline__ float wave_sum_in_order(float x, int count, float ini
   return init;
 }
 
-template <int kDistance>
-__device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
-  return __shfl_xor_sync(kAllLanes, x, kDistance);
+__device__ __forceinline__ float wave_sum_in_order(float x, int count, float init) {
+  return sum_of_lanes<kWaveSize>(x, count, init);
 }
 
 template <int kGroup>
 __device__ __forceinline__ float wave_sum_in_groups(float x, int count) {
-  constexpr int kAtOnce = 4;
-  float sum = 0.0f;
-  AITER_LOOP
-  for (int first = 0; first < count; first += kAtOnce) {
-    float term[kAtOnce];
-    AITER_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) term[i] = __shfl_sync(kAllLanes, x, first + i, kGroup);
-    AITER_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i < count) sum += term[i];
-    }
-  }
-  return sum;
+  return sum_of_lanes<kGroup>(x, count, 0.0f);
+}
+
+template <int kDistance>
+__device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
+  return __shfl_xor_sync(kAllLanes, x, kDistance);
 }
 
 __device__ __forceinline__ WaveMask wave_ballot(bool flag) {
