@@ -27,6 +27,12 @@ constexpr int kTokensPerWord = 32;
 constexpr int kSlotShift = 24;  // sorted_ids: token in the bits below, slot above
 constexpr uint32_t kNoSlot = 0xffffffffu;
 
+struct Entry {
+  uint32_t expert_idx;
+  int token, k;
+  float weight;
+};
+
 // The arguments that every sort kernel has.
 struct SortParams {
   int32_t* sorted_ids;

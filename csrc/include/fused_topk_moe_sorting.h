@@ -46,6 +46,7 @@
 #include "device/cluster.h"
 #include "expert_sort.h"
 #include "group_topk.h"
+#include "one_token.h"
 #include "single_blocks.h"
 
 namespace aiter {
@@ -73,6 +74,7 @@ struct FusedParams {
   int tokens_per_block;  // of each of them
   bool need_renorm;
   bool wide_rows;  // group_topk.h
+  bool one_token;  // one_token.h
 };
 
 // E rounded up, so that four experts' words lie on a 16-byte boundary.
@@ -107,9 +109,11 @@ struct FusedSink {
   uint16_t* experts;  // [K] of this row
   float* weights;
   HitMask hits;
-  int row;  // of the workgroup's
+  int row;     // of the workgroup's
+  Entry last;  // that this lane put
 
   __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
+    last = {expert_idx, row, k, weight};
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
@@ -257,8 +261,10 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
     block.counts.expect();
     cluster_arrive();
   }
-  block.hits.clear();
-  __syncthreads();
+  if (!p.one_token) {
+    block.hits.clear();
+    __syncthreads();
+  }
   wait_for_earlier_launch();
   let_next_launch_begin();
 
@@ -274,16 +280,23 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
+  FusedSink sink{nullptr, nullptr, block.hits, 0, {}};
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
     const int entry = row * p.shape.topk;
-    FusedSink sink{block.lds_experts + entry, block.lds_weights + entry, block.hits, row};
+    sink.experts = block.lds_experts + entry;
+    sink.weights = block.lds_weights + entry;
+    sink.row = row;
     wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
     first_row += rows_at_once;
     if (first_row < block.num_rows) {
       logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
     }
+  }
+  if (p.one_token) {
+    write_one_token(p.shape, block.num_local, block.wave, p.sort, sink.last);
+    return;
   }
   __syncthreads();
   sort_rows(p, block);

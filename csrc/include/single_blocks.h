@@ -86,12 +86,6 @@ __device__ __forceinline__ void fill_with_padding(const SortShape& shape, int nu
   }
 }
 
-struct Entry {
-  uint32_t expert_idx;
-  int token, k;
-  float weight;
-};
-
 // The whole rest of the sort by one workgroup where no expert can have more than one block: n <= B, and
 // E <= kMaxSetExperts. entry_at(i) is the entry i of num_entries; `hits` knows all of them. Needs a
 // barrier before.

@@ -61,18 +61,21 @@ int max_waves(const RowChoice& rows, const DeviceLimits& limits) {
 }
 
 FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_t zero_bytes,
-                          int size, const DeviceLimits& limits) {
+                          int size, bool one_token, const DeviceLimits& limits) {
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  // All rows at once while there are waves; a thread per expert and, of few, one per entry besides.
-  const auto waves_for = [&](int threads) {
-    return (threads + limits.wave_size - 1) / limits.wave_size;
+  // All rows at once while there are waves; a thread per expert and, of few, one per entry besides. For one
+  // token, a thread per store of padding.
+  const auto waves_for = [&](int64_t threads) {
+    return static_cast<int>((threads + limits.wave_size - 1) / limits.wave_size);
   };
   const int row_waves = (config.tokens_per_block + rows.rows_per_wave - 1) / rows.rows_per_wave;
   const int entry_waves =
       waves_for(std::min(config.tokens_per_block, shape.block_size) * shape.topk);
+  const int64_t num_stores = int64_t{shape.topk} * shape.block_size / (shape.wide_stores ? 4 : 1);
   const int wanted_waves =
-      std::max(row_waves, waves_for(shape.num_experts) + std::min(entry_waves, 4));
+      one_token ? 1 + waves_for(std::min<int64_t>(num_stores, limits.max_threads_per_block))
+                : std::max(row_waves, waves_for(shape.num_experts) + std::min(entry_waves, 4));
   const int num_waves =
       std::clamp((wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
                  max_waves(rows, limits));
@@ -141,8 +144,9 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
   params.wide_rows = rows.wide;
-  const FusedConfig config =
-      choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens, cluster_size, limits);
+  params.one_token = cluster_size == 1 && is_one_token(shape, params.sort);
+  const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
+                                           cluster_size, params.one_token, limits);
   params.cluster_size = cluster_size;
   params.tokens_per_block = config.tokens_per_block;
   params.lds = config.lds;

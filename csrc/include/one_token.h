@@ -1,0 +1,60 @@
+// The sort of a single token without an expert mask: decode at batch 1.
+//
+// Then only K slots depend on the logits. Each winner has a block of its own, so the blocks are the first K, each
+// one entry and B - 1 slots of padding, and a winner's block is the number of winners with a lower expert
+// index. The first wave, which found the winners and has them in its lanes, writes the entries; the other waves
+// have written the padding meanwhile. No two of them store to the same place, so there is no barrier.
+#pragma once
+
+#include "expert_sort.h"
+
+namespace aiter {
+
+// Whether it is this case, as far as the host knows: num_local_tokens may still say 0.
+inline bool is_one_token(const SortShape& shape, const SortParams& out) {
+  constexpr int kMinWaveSize = 32;
+  return shape.num_tokens == 1 && shape.topk <= kMinWaveSize && out.expert_mask == nullptr;
+}
+
+// Pads all slots of the first K blocks but the first of each, worker `worker` of `num_workers`.
+__device__ __forceinline__ void pad_behind_entries(const SortShape& shape, const SortParams& out,
+                                                   uint32_t worker, uint32_t num_workers) {
+  const uint32_t id = padding_id(shape, 1);
+  const uint32_t num_slots = shape.topk * shape.block_size;
+  const uint32_t width = shape.wide_stores ? 4 : 1;
+  AITER_LOOP
+  for (uint32_t slot = worker * width; slot < num_slots; slot += num_workers * width) {
+    const bool is_entry = shape.by_block_size.quotient(slot) * shape.block_size == slot;
+    if (shape.wide_stores) {
+      if (is_entry) {
+        pad_rest(out, slot + 1, id);
+      } else {
+        pad_four(out, slot, id);
+      }
+    } else if (!is_entry) {
+      out.sorted_ids[slot] = static_cast<int32_t>(id);
+      out.sorted_weights[slot] = 0.0f;
+    }
+  }
+}
+
+// The whole sort. `winner` is that of the lane, k its lane, in the workgroup's first wave; there are others.
+__device__ __forceinline__ void write_one_token(const SortShape& shape, int num_local, int wave,
+                                                const SortParams& out, const Entry& winner) {
+  if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_local * shape.topk, num_local);
+  if (num_local == 0) return;
+  if (wave != 0) {
+    pad_behind_entries(shape, out, threadIdx.x - kWaveSize, blockDim.x - kWaveSize);
+    return;
+  }
+  uint32_t block = 0;
+  for (int k = 0; k < shape.topk; ++k) {
+    block += wave_read_lane(winner.expert_idx, k) < winner.expert_idx ? 1 : 0;
+  }
+  if (lane_idx() < shape.topk) {
+    write_entry(out, block * shape.block_size, 0, lane_idx(), winner.weight);
+    out.sorted_expert_ids[block] = static_cast<int32_t>(winner.expert_idx);
+  }
+}
+
+}  // namespace aiter
