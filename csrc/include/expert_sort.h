@@ -27,6 +27,7 @@ constexpr int kTokensPerWord = 32;
 constexpr int kSlotShift = 24;  // sorted_ids: token in the bits below, slot above
 constexpr uint32_t kNoSlot = 0xffffffffu;
 
+// Slot k of a token, and what it weighs.
 struct Entry {
   uint32_t expert_idx;
   int token, k;
@@ -289,11 +290,11 @@ __device__ __forceinline__ void write_padding(const SortShape& shape, int num_lo
   }
 }
 
-__device__ __forceinline__ void write_entry(const SortParams& out, uint32_t slot, int token, int k,
-                                            float weight) {
-  out.sorted_ids[slot] =
-      static_cast<int32_t>(static_cast<uint32_t>(k) << kSlotShift | static_cast<uint32_t>(token));
-  out.sorted_weights[slot] = weight;
+__device__ __forceinline__ void write_entry(const SortParams& out, uint32_t slot,
+                                            const Entry& entry) {
+  out.sorted_ids[slot] = static_cast<int32_t>(static_cast<uint32_t>(entry.k) << kSlotShift |
+                                              static_cast<uint32_t>(entry.token));
+  out.sorted_weights[slot] = entry.weight;
 }
 
 // Zeroes `num_bytes` from `data` on, worker `worker` of `num_workers`; any alignment, any length.

@@ -109,6 +109,7 @@ struct FusedSink {
   uint16_t* experts;  // [K] of this row
   float* weights;
   HitMask hits;
+  ExpertSet hit_experts;
   int row;     // of the workgroup's
   Entry last;  // that this lane put
 
@@ -117,6 +118,7 @@ struct FusedSink {
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
+    hit_experts.add(expert_idx);
   }
   __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };
@@ -172,13 +174,19 @@ struct RoutingBlock {
   int wave;
   int first_token, num_rows;  // rows that count
   int num_local;
-  bool is_first_local;  // is_local() of the expert threadIdx.x
+  bool is_first_local;     // is_local() of the expert threadIdx.x
+  bool has_single_blocks;  // it is the case of single_blocks.h
   HitMask hits;
+  SingleBlocks sets;
   float* lds_weights;
   uint16_t* lds_experts;
   uint32_t* lds_totals;
   ClusterCounts counts;
   uint32_t *lds_starts, *lds_tails;
+
+  __device__ __forceinline__ bool is_alone() const {
+    return kMaxClusterSize == 1 || cluster_size == 1;
+  }
 };
 
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
@@ -188,15 +196,15 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   const HitMask& hits = block.hits;
   const auto entry_at = [&](int i) {
     const int row = static_cast<int>(p.shape.by_topk.quotient(i));
-    return Entry{block.lds_experts[i], row, i - row * topk, block.lds_weights[i]};
+    return Entry{block.lds_experts[i], block.first_token + row, i - row * topk,
+                 block.lds_weights[i]};
   };
-  const bool is_alone = kMaxClusterSize == 1 || block.cluster_size == 1;
-  if (is_alone && block.num_local <= p.shape.block_size && p.shape.num_experts <= kMaxSetExperts) {
-    write_single_blocks(p.shape, block.num_local, block.is_first_local, hits, block.lds_totals,
-                        p.sort, num_entries, entry_at);
+  if (block.has_single_blocks) {
+    write_single_blocks(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
     return;
   }
 
+  const bool is_alone = block.is_alone();
   if (!is_alone) {
     cluster_wait();  // all workgroups have started
     block.counts.exchange(hits, block.wave);
@@ -212,8 +220,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     const Entry entry = entry_at(i);
     const uint32_t start = sort_lds.starts[entry.expert_idx];
     if (start == kNoSlot) continue;
-    write_entry(p.sort, start + hits.rank(entry.token, entry.expert_idx),
-                block.first_token + entry.token, entry.k, entry.weight);
+    const int row = entry.token - block.first_token;
+    write_entry(p.sort, start + hits.rank(row, entry.expert_idx), entry);
   }
   // The last threads pad first, as the first ones have most of the entries.
   write_padding(p.shape, block.num_local, sort_lds.tails, p.sort,
@@ -232,6 +240,7 @@ __device__ __forceinline__ void find_lds(const FusedParams& p, char* lds_base,
   block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
   block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
   block.lds_totals = words(p.lds.totals);
+  block.sets = SingleBlocks::in(block.lds_totals, p.sort.expert_mask != nullptr);
   block.lds_starts = words(p.lds.starts);
   block.lds_tails = words(p.lds.tails);
   block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
@@ -263,6 +272,7 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   }
   if (!p.one_token) {
     block.hits.clear();
+    block.sets.hit.clear();
     __syncthreads();
   }
   wait_for_earlier_launch();
@@ -280,7 +290,12 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{nullptr, nullptr, block.hits, 0, {}};
+  block.has_single_blocks =
+      block.is_alone() && block.num_local <= p.shape.block_size && num_experts <= kMaxSetExperts;
+  if (block.has_single_blocks) {
+    block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
+  }
+  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, 0, {}};
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;

@@ -116,7 +116,8 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
     if (start == kNoSlot) return;
     const int token = static_cast<int>(p.shape.by_topk.quotient(i));
     const uint32_t slot = start + hits.rank(token - tokens.first, expert_idx);
-    write_entry(p.sort, slot, token, static_cast<int>(i) - token * p.shape.topk, p.topk_weights[i]);
+    const int k = static_cast<int>(i) - token * p.shape.topk;
+    write_entry(p.sort, slot, {expert_idx, token, k, p.topk_weights[i]});
   });
 }
 

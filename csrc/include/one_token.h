@@ -47,12 +47,19 @@ __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_
     pad_behind_entries(shape, out, threadIdx.x - kWaveSize, blockDim.x - kWaveSize);
     return;
   }
+  const bool is_winner = lane_idx() < shape.topk;
+  const uint32_t expert_idx = is_winner ? winner.expert_idx : ~0u;
+  constexpr int kAtOnce = 4;  // divides what a wave has
   uint32_t block = 0;
-  for (int k = 0; k < shape.topk; ++k) {
-    block += wave_read_lane(winner.expert_idx, k) < winner.expert_idx ? 1 : 0;
+  AITER_LOOP
+  for (int first = 0; first < shape.topk; first += kAtOnce) {
+    AITER_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      block += wave_read_lane(expert_idx, first + i) < expert_idx ? 1 : 0;
+    }
   }
-  if (lane_idx() < shape.topk) {
-    write_entry(out, block * shape.block_size, 0, lane_idx(), winner.weight);
+  if (is_winner) {
+    write_entry(out, block * shape.block_size, winner);
     out.sorted_expert_ids[block] = static_cast<int32_t>(winner.expert_idx);
   }
 }

@@ -16,14 +16,23 @@
 
 namespace aiter {
 
-// A set of up to kMaxSetExperts experts, as bits in LDS on a 16-byte boundary.
 constexpr int kMaxSetWords = 32;
 constexpr int kBitsPerWord = 32;
 constexpr int kMaxSetExperts = kBitsPerWord * kMaxSetWords;
 
+// A set of up to kMaxSetExperts experts, as bits in LDS on 16-byte boundaries: those in `words` and,
+// unless that is null, in `also`.
 struct ExpertSet {
   uint32_t* words;  // [kMaxSetWords]
+  const uint32_t* also;
 
+  __device__ __forceinline__ void clear() const {
+    if (threadIdx.x < kMaxSetWords) words[threadIdx.x] = 0;
+  }
+  // Of more than kMaxSetExperts experts, several are one member.
+  __device__ __forceinline__ void add(uint32_t expert_idx) const {
+    atomicOr(&words[expert_idx / kBitsPerWord % kMaxSetWords], 1u << (expert_idx % kBitsPerWord));
+  }
   // Says which experts from `first` on are members: of thread t, whether first + t is one. By all
   // threads; they end on a multiple of four words, so that what is read below has been written.
   __device__ __forceinline__ void post(int first, bool is_member) const {
@@ -37,14 +46,17 @@ struct ExpertSet {
     }
   }
   __device__ __forceinline__ bool has(uint32_t expert_idx) const {
-    return (words[expert_idx / kBitsPerWord] >> (expert_idx % kBitsPerWord) & 1) != 0;
+    const uint32_t word_idx = expert_idx / kBitsPerWord;
+    uint32_t word = words[word_idx];
+    if (also != nullptr) word &= also[word_idx];
+    return (word >> (expert_idx % kBitsPerWord) & 1) != 0;
   }
   // Members below the expert.
   __device__ __forceinline__ uint32_t rank(uint32_t expert_idx) const {
     uint32_t sum = 0;
     AITER_LOOP
     for (uint32_t first = 0; first <= expert_idx; first += 4 * kBitsPerWord) {
-      const FourWords four = *reinterpret_cast<const FourWords*>(words + first / kBitsPerWord);
+      const FourWords four = four_from(first);
       AITER_UNROLL
       for (uint32_t i = 0; i < 4; ++i) {
         const uint32_t begin = first + i * kBitsPerWord;
@@ -62,11 +74,43 @@ struct ExpertSet {
     uint32_t sum = 0;
     AITER_LOOP
     for (uint32_t first = 0; first < end; first += 4 * kBitsPerWord) {
-      const FourWords four = *reinterpret_cast<const FourWords*>(words + first / kBitsPerWord);
+      const FourWords four = four_from(first);
       AITER_UNROLL
       for (int i = 0; i < 4; ++i) sum += __popc(four.word[i]);
     }
     return sum;
+  }
+
+ private:
+  // The words with the experts from `first` on, a multiple of 4 * kBitsPerWord.
+  __device__ __forceinline__ FourWords four_from(uint32_t first) const {
+    FourWords four = *reinterpret_cast<const FourWords*>(words + first / kBitsPerWord);
+    if (also != nullptr) {
+      const FourWords other = *reinterpret_cast<const FourWords*>(also + first / kBitsPerWord);
+      AITER_UNROLL
+      for (int i = 0; i < 4; ++i) four.word[i] &= other.word[i];
+    }
+    return four;
+  }
+};
+
+// What top-k leaves beside the bitmask: the experts that are hit, and those of expert_mask.
+struct SingleBlocks {
+  ExpertSet hit, local;  // `local` counts where there is an expert_mask
+
+  static __device__ __forceinline__ SingleBlocks in(uint32_t* lds_sets, bool has_mask) {
+    uint32_t* const lds_local = lds_sets + kMaxSetWords;
+    return {{lds_sets, has_mask ? lds_local : nullptr}, {lds_local, nullptr}};
+  }
+  // By all threads; `is_first_local` is is_local() of the thread's first expert, asked for early.
+  __device__ __forceinline__ void post_mask(int num_experts, const int32_t* expert_mask,
+                                            bool is_first_local) const {
+    if (expert_mask == nullptr) return;
+    AITER_LOOP
+    for (int first = 0; first < num_experts; first += blockDim.x) {
+      const int e = first + static_cast<int>(threadIdx.x);
+      local.post(first, first == 0 ? is_first_local : e < num_experts && is_local(expert_mask, e));
+    }
   }
 };
 
@@ -87,58 +131,39 @@ __device__ __forceinline__ void fill_with_padding(const SortShape& shape, int nu
 }
 
 // The whole rest of the sort by one workgroup where no expert can have more than one block: n <= B, and
-// E <= kMaxSetExperts. entry_at(i) is the entry i of num_entries; `hits` knows all of them. Needs a
-// barrier before.
+// E <= kMaxSetExperts. entry_at(i) is the entry i of num_entries; `hits` and `sets` know all of them. Needs
+// a barrier before.
 template <typename EntryAt>
 __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int num_local,
-                                                    bool is_first_local, const HitMask& hits,
-                                                    uint32_t* lds_sets, const SortParams& out,
-                                                    int num_entries, EntryAt entry_at) {
-  const ExpertSet hit{lds_sets}, local{lds_sets + kMaxSetWords};
-  const bool has_mask = out.expert_mask != nullptr;
+                                                    const HitMask& hits, const SingleBlocks& sets,
+                                                    const SortParams& out, int num_entries,
+                                                    EntryAt entry_at) {
+  const ExpertSet &hit = sets.hit, &local = sets.local;
   AITER_LOOP
-  for (int first = 0; first < shape.num_experts; first += blockDim.x) {
-    const int e = first + static_cast<int>(threadIdx.x);
-    bool is_member = e < shape.num_experts;
-    if (has_mask) {
-      is_member = is_member && (first == 0 ? is_first_local : is_local(out.expert_mask, e));
-      local.post(first, is_member);
+  for (int first = 0; first == 0 || first < num_entries; first += blockDim.x) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    Entry entry{};
+    uint32_t block = 0, rank = 0;
+    bool is_kept = i < num_entries;
+    if (is_kept) {
+      entry = entry_at(i);
+      is_kept = hit.has(entry.expert_idx);
+      block = hit.rank(entry.expert_idx);
+      rank = hits.rank(entry.token, entry.expert_idx);
     }
-    hit.post(first, is_member && hits.any(e));
-  }
-  // Entries are given to the last threads, as the first ones have experts to look after; what a thread's
-  // first entry needs is asked for early.
-  const int first_idx = static_cast<int>(blockDim.x - 1 - threadIdx.x);
-  Entry entry{};
-  uint32_t rank = 0;
-  if (first_idx < num_entries) {
-    entry = entry_at(first_idx);
-    rank = hits.rank(entry.token, entry.expert_idx);
-  }
-  __syncthreads();
-
-  const uint32_t num_blocks = hit.count(shape.num_experts);
-  fill_with_padding(shape, num_local, num_blocks * shape.block_size, out);
-  const auto slot_of = [&](const Entry& of, uint32_t rank_in_block) {
-    if (!hit.has(of.expert_idx)) return kNoSlot;
-    return hit.rank(of.expert_idx) * shape.block_size + rank_in_block;
-  };
-  uint32_t slot = first_idx < num_entries ? slot_of(entry, rank) : kNoSlot;
-  AITER_LOOP
-  for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) {
-    if (hit.has(e)) {
-      out.sorted_expert_ids[hit.rank(e)] = static_cast<int32_t>(has_mask ? local.rank(e) : e);
+    if (first == 0) {
+      const uint32_t num_blocks = hit.count(shape.num_experts);
+      fill_with_padding(shape, num_local, num_blocks * shape.block_size, out);
+      if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_blocks, num_local);
+      __syncthreads();
     }
-  }
-  if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_blocks, num_local);
-  __syncthreads();
-
-  if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
-  AITER_LOOP
-  for (int i = first_idx + blockDim.x; i < num_entries; i += blockDim.x) {
-    entry = entry_at(i);
-    slot = slot_of(entry, hits.rank(entry.token, entry.expert_idx));
-    if (slot != kNoSlot) write_entry(out, slot, entry.token, entry.k, entry.weight);
+    if (!is_kept) continue;
+    write_entry(out, block * shape.block_size + rank, entry);
+    if (rank == 0) {
+      const bool has_mask = out.expert_mask != nullptr;
+      out.sorted_expert_ids[block] =
+          static_cast<int32_t>(has_mask ? local.rank(entry.expert_idx) : entry.expert_idx);
+    }
   }
 }
 
