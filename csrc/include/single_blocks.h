@@ -46,47 +46,37 @@ struct ExpertSet {
     }
   }
   __device__ __forceinline__ bool has(uint32_t expert_idx) const {
-    const uint32_t word_idx = expert_idx / kBitsPerWord;
-    uint32_t word = words[word_idx];
-    if (also != nullptr) word &= also[word_idx];
-    return (word >> (expert_idx % kBitsPerWord) & 1) != 0;
+    return (words[expert_idx / kBitsPerWord] >> (expert_idx % kBitsPerWord) & 1) != 0;
   }
-  // Members below the expert.
-  __device__ __forceinline__ uint32_t rank(uint32_t expert_idx) const {
-    uint32_t sum = 0;
+  struct Position {
+    uint32_t below, total;  // members below the expert, members in all
+  };
+  __device__ __forceinline__ Position position(uint32_t expert_idx, int num_experts) const {
+    const uint32_t word_idx = expert_idx / kBitsPerWord;
+    const uint32_t low_bits = (1u << (expert_idx % kBitsPerWord)) - 1;
+    Position sum{0, 0};
     AITER_LOOP
-    for (uint32_t first = 0; first <= expert_idx; first += 4 * kBitsPerWord) {
+    for (uint32_t first = 0; first * kBitsPerWord < static_cast<uint32_t>(num_experts);
+         first += 4) {
       const FourWords four = four_from(first);
       AITER_UNROLL
       for (uint32_t i = 0; i < 4; ++i) {
-        const uint32_t begin = first + i * kBitsPerWord;
-        const uint32_t below = (1u << (expert_idx % kBitsPerWord)) - 1;
-        const uint32_t counted = expert_idx < begin                  ? 0u
-                                 : expert_idx < begin + kBitsPerWord ? below
-                                                                     : ~0u;
-        sum += __popc(four.word[i] & counted);
+        const uint32_t word = four.word[i];
+        sum.total += __popc(word);
+        sum.below += __popc(first + i < word_idx    ? word
+                            : first + i == word_idx ? word & low_bits
+                                                    : 0);
       }
-    }
-    return sum;
-  }
-  // Members below `end`.
-  __device__ __forceinline__ uint32_t count(uint32_t end) const {
-    uint32_t sum = 0;
-    AITER_LOOP
-    for (uint32_t first = 0; first < end; first += 4 * kBitsPerWord) {
-      const FourWords four = four_from(first);
-      AITER_UNROLL
-      for (int i = 0; i < 4; ++i) sum += __popc(four.word[i]);
     }
     return sum;
   }
 
  private:
-  // The words with the experts from `first` on, a multiple of 4 * kBitsPerWord.
+  // Four words from word `first` on, a multiple of 4.
   __device__ __forceinline__ FourWords four_from(uint32_t first) const {
-    FourWords four = *reinterpret_cast<const FourWords*>(words + first / kBitsPerWord);
+    FourWords four = *reinterpret_cast<const FourWords*>(words + first);
     if (also != nullptr) {
-      const FourWords other = *reinterpret_cast<const FourWords*>(also + first / kBitsPerWord);
+      const FourWords other = *reinterpret_cast<const FourWords*>(also + first);
       AITER_UNROLL
       for (int i = 0; i < 4; ++i) four.word[i] &= other.word[i];
     }
@@ -138,31 +128,30 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
                                                     const HitMask& hits, const SingleBlocks& sets,
                                                     const SortParams& out, int num_entries,
                                                     EntryAt entry_at) {
-  const ExpertSet &hit = sets.hit, &local = sets.local;
+  const bool has_mask = out.expert_mask != nullptr;
   AITER_LOOP
   for (int first = 0; first == 0 || first < num_entries; first += blockDim.x) {
     const int i = first + static_cast<int>(threadIdx.x);
     Entry entry{};
-    uint32_t block = 0, rank = 0;
+    uint32_t rank = 0;
     bool is_kept = i < num_entries;
     if (is_kept) {
       entry = entry_at(i);
-      is_kept = hit.has(entry.expert_idx);
-      block = hit.rank(entry.expert_idx);
       rank = hits.rank(entry.token, entry.expert_idx);
+      is_kept = !has_mask || sets.local.has(entry.expert_idx);
     }
+    const ExpertSet::Position block = sets.hit.position(entry.expert_idx, shape.num_experts);
     if (first == 0) {
-      const uint32_t num_blocks = hit.count(shape.num_experts);
-      fill_with_padding(shape, num_local, num_blocks * shape.block_size, out);
-      if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_blocks, num_local);
+      fill_with_padding(shape, num_local, block.total * shape.block_size, out);
+      if (threadIdx.x == 0) write_num_valid_ids(shape, out, block.total, num_local);
       __syncthreads();
     }
     if (!is_kept) continue;
-    write_entry(out, block * shape.block_size + rank, entry);
+    write_entry(out, block.below * shape.block_size + rank, entry);
     if (rank == 0) {
-      const bool has_mask = out.expert_mask != nullptr;
-      out.sorted_expert_ids[block] =
-          static_cast<int32_t>(has_mask ? local.rank(entry.expert_idx) : entry.expert_idx);
+      const uint32_t id = has_mask ? sets.local.position(entry.expert_idx, shape.num_experts).below
+                                   : entry.expert_idx;
+      out.sorted_expert_ids[block.below] = static_cast<int32_t>(id);
     }
   }
 }
