@@ -77,7 +77,7 @@ class Loader:
 
         Raises:
             CacheError: it is missing and AITER_NO_BUILD forbids building, or the cache folder
-                cannot be written.
+                cannot be written or has a path that is not UTF-8.
             BuildError: the build failed.
             ConfigError, TargetError, ToolchainError: as their names say.
         """
@@ -87,6 +87,9 @@ class Loader:
             )
             if entry is not None:
                 return entry, False
+        problem = paths.why_not_loadable(self.cache.root)
+        if problem is not None:
+            raise CacheError(f"cache folder: {problem}; set AITER_JIT_DIR to a folder elsewhere")
         plan = self.plan(module, target)
         if force:
             reason = "AITER_REBUILD" if envs.AITER_REBUILD.get() else "asked to"

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from aiter.jit import paths
 from aiter.jit.cache import (
     BROKEN_DIR,
     COMPILER_DIR,
@@ -54,8 +55,8 @@ def find_prebuilt(
             problems.append("expected a complete manifest")
             continue
         plan = make_plan(config_path, csrc_dir, root, module, target, entry.manifest["inputs"])
-        problem = foreign_part(entry, plan) or _changed_header(entry, plan)
-        problem = problem or Cache(root).damage(entry)
+        problem = paths.why_not_loadable(folder) or foreign_part(entry, plan)
+        problem = problem or _changed_header(entry, plan) or Cache(root).damage(entry)
         if problem is None:
             return entry
         problems.append(problem)

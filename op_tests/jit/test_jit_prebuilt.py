@@ -109,6 +109,10 @@ def _break_compiler(packaged: Packaged) -> None:
     packaged.edit_manifest(lambda manifest: manifest["inputs"].update(compiler=[]))
 
 
+def _path_not_utf_8(packaged: Packaged) -> None:
+    packaged.folder = packaged.folder.rename(packaged.toy.root / os.fsdecode(b"\xff"))
+
+
 def _other_python(packaged: Packaged) -> None:
     place = packaged.entry.folder.parents[1]
     place.rename(place.with_name(place.name.replace(plan.abi_tag(), "cpython-399-x86")))
@@ -132,6 +136,7 @@ STALE = {
     _remove_library: "No such file",
     _break_manifest: "expected a complete manifest",
     _break_compiler: "expected a complete manifest",
+    _path_not_utf_8: "expected a path that is UTF-8",
     _other_python: "got one for cpython-399-x86",
 }
 

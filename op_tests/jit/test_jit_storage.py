@@ -252,13 +252,23 @@ ODD_NAMES = [
     "with spaces",
     "Größe-Ελλάδα-東京",
     "a#b $c 'd' \"e\" %f & (g)",
-    os.fsdecode(b"\xff\xfe"),
 ]
+NOT_UTF_8 = os.fsdecode(b"\xff\xfe")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
-    toy = Toy(tmp_path / name)
+    check_folder(Toy(tmp_path / name))
+
+
+def test_sources_may_lie_where_the_path_is_not_utf_8(tmp_path: Path) -> None:
+    toy = Toy(tmp_path / NOT_UTF_8)
+    toy.cache_dir = tmp_path / "cache"
+    check_folder(toy)
+
+
+def check_folder(toy: Toy) -> None:
+    """A build, a hit, a rebuild and a compiler's error are as they are anywhere."""
     assert toy.load().value() == 1
     found = toy.loader().cache.lookup(toy.loader().plan(MODULE, toy.target()))
     assert not hasattr(found, "reason")
@@ -267,6 +277,16 @@ def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
     toy.source.write_text("#error stop\n")
     with pytest.raises(BuildError, match="stop"):
         toy.load()
+
+
+def test_a_cache_folder_whose_path_is_not_utf_8_is_refused(counted: Toy) -> None:
+    counted.cache_dir = counted.root / "Größe" / NOT_UTF_8 / "cache"
+    shown = rf"{counted.root}/Größe/\\udcff\\udcfe/cache"
+    expected = f"cache folder: expected a path that is UTF-8, .*, got {shown}; set AITER_JIT_DIR"
+    for call in (counted.load, lambda: counted.loader().ensure(MODULE, counted.target(), True)):
+        with pytest.raises(CacheError, match=expected):
+            call()
+    assert counted.compiles() == 0 and not counted.cache_dir.parent.parent.exists()
 
 
 def test_an_unwritable_manifest_refresh_is_no_reason_to_fail(
