@@ -1,4 +1,9 @@
-"""Options and parameters shared by all op tests: ``--device``, ``--wave`` and ``target``."""
+"""Options and parameters shared by all op tests: ``--device``, ``--wave`` and ``target``.
+
+Several processes (pytest-xdist) share the machine: each takes its part of the cores for PyTorch and
+OpenMP, Triton's kernels are compiled where they are asked for, and whoever is done takes tests over from
+others.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import os
 import _checkout  # noqa: F401
 import hypothesis
 import pytest
+import torch
 from targets import CPU_WAVES, select_targets
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -16,6 +22,23 @@ hypothesis.settings.load_profile("fixed")
 # NOTE: which path is the fastest here, a file of `python -m aiter tune` may know; tests ask for the
 # path that fits.
 os.environ.setdefault("AITER_DISPATCH", "capacity")
+
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _PROCESSES > 1:
+    _THREADS = max(1, (os.cpu_count() or 1) // _PROCESSES)
+    torch.set_num_threads(_THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+    # NOTE: each process would else start as many compiling ones as there are cores.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let processes of pytest-xdist take waiting tests from each other.
+
+    Its default hands out runs of neighbours for good: all blocks of the documents to one process.
+    """
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "worksteal"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

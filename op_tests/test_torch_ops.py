@@ -256,10 +256,11 @@ def test_eager_calls_pass_the_dispatcher_by() -> None:
     """The registered op is not called outside a tracer, and the module not inside one."""
     logits = layer_inputs("cpu")[1]
     weights, ids = torch_ops.empty_topk(logits, 2)
-    with torch.profiler.profile() as profile:
+    on_the_cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=on_the_cpu) as profile:
         aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)
     assert not any("aiter::" in event.key for event in profile.key_averages())
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(activities=on_the_cpu) as profile:
         torch.ops.aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)
     assert any("aiter::topk_softmax" in event.key for event in profile.key_averages())
     traced = torch_ops.graph_op(named("topk_softmax"))
