@@ -3,7 +3,8 @@
 A fenced block's info string says what it is: `bash` and `python` are run from the checkout by
 `test_docs.py`; `bash install` changes the environment and is run by `.ci/install_blocks.py`, in an
 environment of its own; `bash long` takes minutes and names what CI runs instead; `models` needs
-transformers. Standard library only, since nothing is installed yet where it is read first.
+transformers, `cross` ziglang. Standard library only, since nothing is installed yet where it is read
+first.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from doc_blocks import CI_RUN, PAGES, ROOT, Block, blocks, commands, is_step_of_
 
 import aiter
 
+NEEDED = {"models": "transformers", "cross": "ziglang"}
 LEFT_OUT = {"install": "run by .ci/install_blocks.py", "long": "takes minutes"}
 SECONDS = 600
 # NOTE: gloo asks for the machine's name otherwise, which a container may not resolve.
@@ -27,9 +28,9 @@ def test_block(block: Block) -> None:
     page, marks, text = block.page, block.marks, block.text
     if marks in LEFT_OUT:
         pytest.skip(LEFT_OUT[marks])
-    if marks == "models":
-        pytest.importorskip("transformers")
-    assert marks in ("", "models"), f"{page}: unknown mark {marks!r}"
+    assert marks in ("", *NEEDED), f"{page}: unknown mark {marks!r}"
+    if marks:
+        pytest.importorskip(NEEDED[marks])
     if block.language == "python":
         command = [sys.executable, "-c", text]
     else:
