@@ -229,12 +229,16 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
                 block.cluster_size * blockDim.x);
 }
 
-// The workgroup's parts of LDS.
-__device__ __forceinline__ void find_lds(const FusedParams& p, char* lds_base,
-                                         RoutingBlock& block) {
+// Everything that can be done without memory, while an earlier launch still runs.
+__device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base,
+                                            RoutingBlock& block) {
   const auto words = [&](uint32_t offset) {
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
+  block.cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
+  block.rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
+  block.wave = uniform_wave_idx();
+  block.first_token = block.rank * p.tokens_per_block;
   block.hits = {words(p.lds.hits), padded_experts(p.shape.num_experts),
                 hit_words(p.tokens_per_block)};
   block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
@@ -245,27 +249,6 @@ __device__ __forceinline__ void find_lds(const FusedParams& p, char* lds_base,
   block.lds_tails = words(p.lds.tails);
   block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
                   block.hits.stride, block.rank, block.cluster_size};
-}
-
-template <typename Rows>
-__device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
-  const int num_experts = p.shape.num_experts;
-  RoutingBlock block;
-  block.cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
-  block.rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
-  block.wave = uniform_wave_idx();
-  block.first_token = block.rank * p.tokens_per_block;
-
-  const int last_row = p.shape.num_tokens - 1 - block.first_token;
-  const auto row_at = [&](int row) {
-    const int token = block.first_token + (row < last_row ? row : last_row);
-    return static_cast<const typename Rows::Item*>(p.gating) + token * p.row_stride;
-  };
-  int first_row = block.wave * Rows::kRowsPerWave;
-  const int own_row = Rows::row_in_wave();
-
-  // What does without memory is done while an earlier launch still runs.
-  find_lds(p, lds_base, block);
   if (block.cluster_size > 1) {
     block.counts.expect();
     cluster_arrive();
@@ -275,6 +258,36 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
     block.sets.hit.clear();
     __syncthreads();
   }
+}
+
+// What memory says beside the logits.
+__device__ __forceinline__ void read_locals(const FusedParams& p, RoutingBlock& block) {
+  const int num_experts = p.shape.num_experts;
+  block.is_first_local =
+      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
+  block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  const int rows_left =
+      block.num_local > block.first_token ? block.num_local - block.first_token : 0;
+  block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
+  block.has_single_blocks =
+      block.is_alone() && block.num_local <= p.shape.block_size && num_experts <= kMaxSetExperts;
+  if (block.has_single_blocks) {
+    block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
+  }
+}
+
+template <typename Rows>
+__device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
+  const int num_experts = p.shape.num_experts;
+  RoutingBlock block;
+  begin_block(p, lds_base, block);
+  const int last_row = p.shape.num_tokens - 1 - block.first_token;
+  const auto row_at = [&](int row) {
+    const int token = block.first_token + (row < last_row ? row : last_row);
+    return static_cast<const typename Rows::Item*>(p.gating) + token * p.row_stride;
+  };
+  int first_row = block.wave * Rows::kRowsPerWave;
+  const int own_row = Rows::row_in_wave();
   wait_for_earlier_launch();
   let_next_launch_begin();
 
@@ -283,18 +296,8 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   if (first_row < p.tokens_per_block && first_row <= last_row) {
     logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
   }
-  block.is_first_local =
-      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
-  block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  const int rows_left =
-      block.num_local > block.first_token ? block.num_local - block.first_token : 0;
-  block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
+  read_locals(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  block.has_single_blocks =
-      block.is_alone() && block.num_local <= p.shape.block_size && num_experts <= kMaxSetExperts;
-  if (block.has_single_blocks) {
-    block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
-  }
   FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, 0, {}};
   AITER_LOOP
   while (first_row < block.num_rows) {

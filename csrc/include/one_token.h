@@ -12,7 +12,6 @@ namespace aiter {
 
 // Whether it is this case, as far as the host knows: num_local_tokens may still say 0.
 inline bool is_one_token(const SortShape& shape, const SortParams& out) {
-  constexpr int kMinWaveSize = 32;
   return shape.num_tokens == 1 && shape.topk <= kMinWaveSize && out.expert_mask == nullptr;
 }
 

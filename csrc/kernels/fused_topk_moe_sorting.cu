@@ -56,32 +56,40 @@ int choose_cluster_size(const SortShape& shape, const RowChoice& rows, const Dev
   return chosen;
 }
 
-int max_waves(const RowChoice& rows, const DeviceLimits& limits) {
-  return std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;
+// Waves of a workgroup for `num_rows` rows: all rows at once, a thread per entry, and one per expert where counts
+// decide (not so in single_blocks.h); for one token, a thread per store of padding.
+int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bool is_alone,
+                 bool one_token, const DeviceLimits& limits) {
+  const auto waves_for = [&](int64_t threads) {
+    const int64_t most = limits.max_threads_per_block;
+    return static_cast<int>((std::min(threads, most) + limits.wave_size - 1) / limits.wave_size);
+  };
+  int wanted = 0;
+  if (one_token) {
+    const int64_t num_slots = int64_t{shape.topk} * shape.block_size;
+    wanted = 1 + waves_for(shape.wide_stores ? num_slots / 4 : num_slots);
+  } else {
+    const int row_waves = (num_rows + rows.rows_per_wave - 1) / rows.rows_per_wave;
+    const int entry_waves = waves_for(int64_t{std::min(num_rows, shape.block_size)} * shape.topk);
+    const bool has_single_blocks = is_alone && shape.num_tokens <= shape.block_size;
+    wanted = std::max(row_waves, has_single_blocks
+                                     ? entry_waves
+                                     : waves_for(shape.num_experts) + std::min(entry_waves, 4));
+  }
+  const int most =
+      std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;
+  return std::clamp((wanted + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
+                    most);
 }
 
 FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_t zero_bytes,
                           int size, bool one_token, const DeviceLimits& limits) {
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  // All rows at once while there are waves; a thread per expert and, of few, one per entry besides. For one
-  // token, a thread per store of padding.
-  const auto waves_for = [&](int64_t threads) {
-    return static_cast<int>((threads + limits.wave_size - 1) / limits.wave_size);
-  };
-  const int row_waves = (config.tokens_per_block + rows.rows_per_wave - 1) / rows.rows_per_wave;
-  const int entry_waves =
-      waves_for(std::min(config.tokens_per_block, shape.block_size) * shape.topk);
-  const int64_t num_stores = int64_t{shape.topk} * shape.block_size / (shape.wide_stores ? 4 : 1);
-  const int wanted_waves =
-      one_token ? 1 + waves_for(std::min<int64_t>(num_stores, limits.max_threads_per_block))
-                : std::max(row_waves, waves_for(shape.num_experts) + std::min(entry_waves, 4));
-  const int num_waves =
-      std::clamp((wanted_waves + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
-                 max_waves(rows, limits));
   config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
-  config.launch.num_threads = num_waves * limits.wave_size;
-  config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
+  config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
+                                                              size == 1, one_token, limits);
+  config.launch.num_blocks = count_blocks(size, zero_bytes, limits);
   config.launch.lds_bytes = config.lds.total;
   config.launch.cluster_size = size;
   config.launch.waits_itself = true;

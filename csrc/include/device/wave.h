@@ -107,6 +107,7 @@ struct WavePrefix {
 
 namespace aiter {
 
+constexpr int kMinWaveSize = 32;
 constexpr int kMaxWaveSize = 64;
 constexpr int kMaxWavesPerBlock = 32;  // 1024 threads of wave32
 
