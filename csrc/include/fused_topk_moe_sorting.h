@@ -8,19 +8,19 @@
 // to 16 workgroups route, each a range of rows of its own; elsewhere it is one. Phases of a routing
 // workgroup, with a barrier between them:
 //   1 clear    all threads     the bitmask; before memory is touched, as an earlier launch may still run
-//   2 top-k    a wave per row or a few (group_topk.h, row_topk.h)   slot k: expert, weight and hit bit into LDS
-// then, in a workgroup that routes alone while n <= B,
-//   3 blocks   a thread per expert   is it hit? as bits in LDS
-//   4 padding  all threads     all blocks, whole; expert ids
-//   5 entries  a thread each   over the padding
+//   2 top-k    a wave per row or a few (group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
+// then, in a workgroup that routes alone while n <= B (single_blocks.h),
+//   3 padding  all threads     all blocks, whole
+//   4 entries  a thread each   over the padding; expert ids
 // and otherwise
 //   3 assign   a thread per expert   popcounts of its column, which in a cluster go to all its workgroups;
 //                              blocks for the experts, by all workgroups alike
 //   4 write    all threads     own entries to start + rank; its share of the padding
 //
-// Four barriers in all; in a cluster there are two waits more, the first of which is over during top-k. What
-// workgroups tell each other is one count per expert, through LDS: nothing in global memory is shared, so
-// launches on several streams and graphs that are replayed at the same time do not meet.
+// Three or four barriers in all, and none for a single token (one_token.h); in a cluster there are two waits
+// more, the first of which is over during top-k. What workgroups tell each other is one count per expert,
+// through LDS: nothing in global memory is shared, so launches on several streams and graphs that are
+// replayed at the same time do not meet.
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a

@@ -1,11 +1,10 @@
 // The sort by expert where no expert can have more than one block: n <= B, most of decode.
 //
-// Then the set of experts that are hit says everything: its size is the number of blocks, and an expert's
-// rank in it is its block. The workgroup fills all blocks with padding, which needs no more than their
-// number, and behind a barrier puts the entries over it:
-//   1 a thread per expert    is it hit? as bits in LDS
-//   2 all threads            padding, whole blocks
-//   3 a thread per entry     its slot: B * rank of the expert + rank of the token (expert_sort.h)
+// Then the set of experts that are hit, bits in LDS that top-k has set, says everything: its size is the
+// number of blocks, and the number of its members below an expert is that expert's block. The workgroup fills
+// all blocks with padding, which needs no more than their number, and behind a barrier puts the entries over
+// it, each at B * block + rank of the token (expert_sort.h). With an expert_mask the set is what it shares with
+// the mask's.
 //
 // Measured on an H100 (2026-11-23), from the end of top-k to the end of the workgroup, E=128, K=4: 1,374
 // cycles for M=1 and 1,624 for M=32, where assign_blocks and write_padding took 1,960 and 4,190. Rejected:
