@@ -122,17 +122,17 @@ def cpu_us(call: Call, seconds: float = 0.2) -> Timing:
     return summary(samples)
 
 
-def call_us(calls: Sequence[Call], everything: bool = False) -> Timing:
+def call_us(calls: Sequence[Call], device: torch.device, everything: bool = False) -> Timing:
     """What a bench's table shows for the same work on rotating inputs: graph slope on a GPU.
 
     Args:
+        device: where the calls work, the current one if it is a GPU.
         everything: also measure alone, cold L2 and host time, on a GPU.
     """
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if device.type != "cuda":
         return cpu_us(calls[0])
     timing = graph_slope_us(calls)
     if everything:
-        device = torch.device("cuda", torch.cuda.current_device())
         timing = replace(
             timing,
             alone_us=alone_us(calls).us,

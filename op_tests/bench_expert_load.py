@@ -41,7 +41,7 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
     ):
         raise RuntimeError(f"expert_load: counts differ from torch.bincount, E={num_experts}")
     return {
-        name: bench_timing.call_us([lambda i=i, run=run: run(i) for i in ids])
+        name: bench_timing.call_us([lambda i=i, run=run: run(i) for i in ids], options.device)
         for name, run in (("expert_load", ours), ("PyTorch", eager))
     }
 

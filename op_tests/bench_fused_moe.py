@@ -218,7 +218,8 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
             if name == "eager" and options.device.type == "cuda":
                 record[name] = bench_timing.wall_us(lambda run=run: run(inputs[0]), options.device)
             else:
-                record[name] = bench_timing.call_us([lambda x=x, run=run: run(x) for x in inputs])
+                calls = [lambda x=x, run=run: run(x) for x in inputs]
+                record[name] = bench_timing.call_us(calls, options.device)
     return record
 
 

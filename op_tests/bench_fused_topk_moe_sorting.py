@@ -170,7 +170,7 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
             continue
         check(name, run(inputs[0]), expected)
         calls = [lambda x=x, run=run: run(x) for x in inputs]
-        record[name] = bench_timing.call_us(calls, everything=True)
+        record[name] = bench_timing.call_us(calls, options.device, everything=True)
     return record
 
 

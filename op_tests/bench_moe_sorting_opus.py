@@ -41,7 +41,9 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
         slots = int(expected[3][0])
         if not torch.equal(run(routed[0])[0][:slots], expected[0][:slots]):  # type: ignore[index]
             raise RuntimeError(f"{name}: sorted_ids differ from the reference")
-        record[name] = bench_timing.call_us([lambda r=r, run=run: run(r) for r in routed])
+        record[name] = bench_timing.call_us(
+            [lambda r=r, run=run: run(r) for r in routed], options.device
+        )
     return record
 
 

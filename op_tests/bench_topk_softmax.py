@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
         raise RuntimeError(f"topk_softmax: ids differ from the reference, E={num_experts} K={topk}")
     torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=1e-30)
     return {
-        name: bench_timing.call_us([lambda x=x, run=run: run(x) for x in inputs])
+        name: bench_timing.call_us([lambda x=x, run=run: run(x) for x in inputs], options.device)
         for name, run in (("topk_softmax", ours), ("PyTorch", eager))
     }
 

@@ -129,7 +129,7 @@ def test_every_clock_of_a_gpu_comes_to_an_end() -> None:
         bench_timing.floor_us(),
         bench_timing.graph_slope_us([lambda: buffer.add_(1)], 3),
         bench_timing.wall_us(lambda: buffer.add_(1), device),
-        bench_timing.call_us([lambda: buffer.add_(1)] * 2, everything=True),
+        bench_timing.call_us([lambda: buffer.add_(1)] * 2, torch.device("cuda"), everything=True),
     ]
     assert all(math.isfinite(timing.us) for timing in timings)
     assert timings[-1].alone_us is not None and timings[-1].cold_us is not None
