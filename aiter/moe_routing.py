@@ -26,6 +26,7 @@ from aiter import dispatch
 from aiter.jit.target import cpu_wave_override
 from aiter.moe_buffers import BUFFER_NAMES, SortedBuffers, allocate, empty, given, layouts_of
 from aiter.ops.device import current_device
+from aiter.ops.fused_topk_moe_sorting import FusedAgain
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
 from aiter.routing_plan import Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 from aiter.torch_ops import (
@@ -47,6 +48,13 @@ class _Last(threading.local):
 
 
 _last = _Last()
+
+
+def _never(*arguments: object) -> bool:
+    return False
+
+
+_again: FusedAgain = _never  # of the module that was called last
 
 
 def last_path() -> dispatch.Path | None:
@@ -124,27 +132,42 @@ def topk_softmax_sorting(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
+    global _again
     if traced(gating_output):
         return _as_traced(
             "topk_softmax_sorting", out,
             gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
             expert_mask, num_local_tokens, dispatch_policy,
         )  # fmt: skip
+    if out is not None and _again(
+        gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+        expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
+    ):  # fmt: skip
+        _last.path = "fused"
+        return out
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
         _refuse_matrix("gating_output", gating_output)
-    device = gating_output.device
+    device, cpu_wave = gating_output.device, _cpu_wave()
     tokens, width = gating_output.shape
     sizes = (
-        device, _cpu_wave(), tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
+        device, cpu_wave, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
         dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, fused = _known(plan_routing, sizes)
+    path, workspace_bytes, expected, layouts, fused, again = _known(plan_routing, sizes)
     if fused is not None:
-        buffers = allocate(layouts, device) if out is None else out
+        buffers, plain = out, None
+        if buffers is None:
+            buffers = allocate(layouts, device)
+        elif again is not None:
+            _again = again
+            plain = (
+                topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+                dispatch_policy, cpu_wave,
+            )  # fmt: skip
         # NOTE: checks the outputs' sizes, too, in 0.05 us; in Python that takes 0.5 us.
         if not fused(
             gating_output, buffers, expected, num_experts, topk, block_size, need_renorm,
-            expert_mask, num_local_tokens,
+            expert_mask, num_local_tokens, plain,
         ):  # fmt: skip
             buffers = given(buffers, expected)
             fused_topk_moe_sorting_fwd(
@@ -199,7 +222,7 @@ def moe_sorting(
     sizes = (
         device, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, _ = _known(plan_sorting, sizes)
+    path, workspace_bytes, expected, layouts, *_ = _known(plan_sorting, sizes)
     buffers = allocate(layouts, device) if out is None else given(out, expected)
     moe_sorting_opus_fwd(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
