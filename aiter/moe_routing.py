@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 from aiter import dispatch
 from aiter.jit.target import cpu_wave_override
@@ -133,18 +135,25 @@ def topk_softmax_sorting(
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
     global _again
+    # NOTE: asks what `traced` asks, but for the type of the tensor, which is among what `_again` knows
+    # a call by.
+    if (
+        out is not None
+        and not is_dynamo_compiling()
+        and not _len_torch_dispatch_stack()
+        and _again(
+            gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+            expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
+        )
+    ):  # fmt: skip
+        _last.path = "fused"
+        return out
     if traced(gating_output):
         return _as_traced(
             "topk_softmax_sorting", out,
             gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
             expert_mask, num_local_tokens, dispatch_policy,
         )  # fmt: skip
-    if out is not None and _again(
-        gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-        expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
-    ):  # fmt: skip
-        _last.path = "fused"
-        return out
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
         _refuse_matrix("gating_output", gating_output)
     device, cpu_wave = gating_output.device, _cpu_wave()

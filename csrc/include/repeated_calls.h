@@ -6,7 +6,7 @@
 // arguments, so a call that agrees in all of that with one that passed ends in the same launch. Tensors
 // are compared by what the exchange says of them now, never by identity, as one can be resized or given
 // other memory in place. The plain arguments are compared as Python objects, exact ints by value, all
-// else by identity: True is not 1. What the exchange does not tell, whether the logits are negated and
+// else by identity: True is not 1. So is the type of the logits, by which a caller knows a tracer. What the exchange does not tell, whether the logits are negated and
 // which stream is current, is left to the caller to ask at every call.
 //
 // The table is direct-mapped: a call that lands on another's place takes it over. Rejected: a hash map
@@ -67,6 +67,7 @@ class RepeatedCalls {
   using Plain = std::array<py::handle, kNumPlain>;
 
   struct Call {
+    py::object gating_type;  // of Python; a tracer's tensors are of types of their own
     std::array<KnownTensor, kNumTensors> tensors;
     py::tuple plain;
     std::shared_ptr<const FusedLaunch> launch;  // shared with those that make it without the GIL
@@ -83,7 +84,8 @@ class RepeatedCalls {
         calls_[place_of(static_cast<char*>(gating.data) + gating.byte_offset,
                         static_cast<char*>(ids.data) + ids.byte_offset, gating.shape[0])]
             .get();
-    if (call == nullptr || !call->tensors[0].is(gating) || !call->tensors[1].is(ids)) {
+    if (call == nullptr || !call->tensors[0].is(gating) || !call->tensors[1].is(ids) ||
+        type_of(tensors[0]) != call->gating_type.ptr()) {
       return nullptr;
     }
     for (size_t i = 0; i < kNumPlain; ++i) {
@@ -100,7 +102,7 @@ class RepeatedCalls {
   }
 
   // Remembers a call that passed the checks. One that could not be told from others is left out.
-  void remember(const FusedTopkMoeSortingArgs& args, py::tuple plain,
+  void remember(const FusedTopkMoeSortingArgs& args, py::handle gating_output, py::tuple plain,
                 std::shared_ptr<const FusedLaunch> launch) {
     if (plain.size() != kNumPlain) {
       throw py::type_error("plain arguments: expected " + std::to_string(kNumPlain) + ", got " +
@@ -127,6 +129,7 @@ class RepeatedCalls {
       if (!known) return;
       call->tensors[i] = *known;
     }
+    call->gating_type = py::reinterpret_borrow<py::object>(type_of(gating_output));
     call->plain = std::move(plain);
     call->launch = std::move(launch);
     const auto place =
@@ -148,6 +151,10 @@ class RepeatedCalls {
                            reinterpret_cast<uintptr_t>(ids) * 0xc2b2ae3d27d4eb4fu ^
                            static_cast<uint64_t>(num_tokens) * 0x165667b19e3779f9u;
     return mixed >> (64 - kPlaceBits);
+  }
+
+  static PyObject* type_of(py::handle object) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
   }
 
   static bool same(PyObject* value, PyObject* known) {

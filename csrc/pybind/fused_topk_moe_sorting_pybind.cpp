@@ -79,7 +79,7 @@ bool fused_topk_moe_sorting_into(const std::array<py::handle, 10>& arguments) {
     const aiter::ReleaseGilOnCpu release(args.gating_output);
     aiter::make_fused_launch(*launch, stream);
   }
-  repeated_calls().remember(args, py::cast<py::tuple>(plain), std::move(launch));
+  repeated_calls().remember(args, gating_output, py::cast<py::tuple>(plain), std::move(launch));
   return true;
 }
 
