@@ -185,15 +185,10 @@ def topk_softmax_sorting(
             )  # fmt: skip
     else:
         buffers = allocate(layouts, device) if out is None else given(out, expected)
-        weights, ids = empty_topk(gating_output, topk)
-        sort = (
-            ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
-            _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
+        _chain(
+            gating_output, topk, need_renorm, *buffers, num_experts, block_size, expert_mask,
+            num_local_tokens, _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
         )  # fmt: skip
-        # NOTE: nothing may be launched before every argument is known to be good.
-        moe_sorting_opus_check(*sort)
-        topk_softmax(weights, ids, torch.empty_like(ids), gating_output, need_renorm)
-        moe_sorting_opus_fwd(*sort)
     _last.path = path
     return buffers
 
@@ -290,6 +285,15 @@ def _known(plan_for: _lru_cache_wrapper[Plan], sizes: tuple[Any, ...]) -> Plan:
     # NOTE: an argument of the wrong type, or one that no memo can look up, such as a list: made
     # without the memo, the plan says which.
     return plan_for.__wrapped__(*sizes)
+
+
+def _chain(gating_output: Tensor, topk: int, need_renorm: bool, *sort: Any) -> None:
+    """Top-k, and the sort of what it chose; `sort` are the arguments of that behind the first two."""
+    weights, ids = empty_topk(gating_output, topk)
+    # NOTE: nothing may be launched before every argument is known to be good.
+    moe_sorting_opus_check(ids, weights, *sort)
+    topk_softmax(weights, ids, torch.empty_like(ids), gating_output, need_renorm)
+    moe_sorting_opus_fwd(ids, weights, *sort)
 
 
 def _workspace(num_bytes: int, device: torch.device) -> Tensor | None:

@@ -68,20 +68,6 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     selecting = module_for("module_topk_softmax", device).topk_softmax
     checked = module_for("module_moe_sorting_opus", device).moe_sorting_opus_check
     compiled = module_for("module_fused_topk_moe_sorting", device).fused_topk_moe_sorting_fwd
-    slots, blocks = plan.buffers.slots, plan.buffers.blocks
-
-    def views() -> object:
-        """The five outputs as views of one allocation, 16-byte aligned."""
-        ends = [-(-size // 16) * 16 for size in (4 * slots, 4 * slots, 4 * blocks, 8)]
-        whole = torch.empty(sum(ends) + 2 * tokens * model_dim, dtype=torch.uint8, device=device)
-        first, second, third, fourth, fifth = whole.split_with_sizes(
-            (*ends, whole.numel() - sum(ends))
-        )
-        return (
-            first.view(torch.int32)[:slots], second.view(torch.float32)[:slots],
-            third.view(torch.int32)[:blocks], fourth.view(torch.int32)[:2],
-            fifth.view(torch.bfloat16).view(tokens, model_dim),
-        )  # fmt: skip
 
     def routing(**options: object) -> object:
         return fused_moe.topk_softmax_sorting(
@@ -92,7 +78,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "plan: made": lambda: routing_plan.plan_routing.__wrapped__(*sizes),
         "plan: found": lambda: moe_routing._known(routing_plan.plan_routing, sizes),
         "outputs: five allocations": lambda: moe_buffers.allocate(plan.layouts, device),
-        "outputs: views of one allocation (not used)": views,
+        "outputs: views of one allocation (not used)": lambda: views(plan.buffers, device),
         "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
         "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
         REPEATED: lambda: routing(out=out),
@@ -112,6 +98,19 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
     }
     return silent, launching
+
+
+def views(buffers: moe_buffers.Buffers, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The five outputs as views of one allocation, 16-byte aligned."""
+    slots, blocks, (tokens, model_dim) = buffers.slots, buffers.blocks, buffers.moe_buf
+    ends = [-(-size // 16) * 16 for size in (4 * slots, 4 * slots, 4 * blocks, 8)]
+    whole = torch.empty(sum(ends) + 2 * tokens * model_dim, dtype=torch.uint8, device=device)
+    first, second, third, fourth, fifth = whole.split_with_sizes((*ends, whole.numel() - sum(ends)))
+    return (
+        first.view(torch.int32)[:slots], second.view(torch.float32)[:slots],
+        third.view(torch.int32)[:blocks], fourth.view(torch.int32)[:2],
+        fifth.view(torch.bfloat16).view(tokens, model_dim),
+    )  # fmt: skip
 
 
 @lru_cache(typed=True)
