@@ -6,12 +6,18 @@ took; a failure in a path is raised, never answered by another path. Under a tra
 one node, the registered op of its name (see `aiter.torch_ops`). `aiter.fused_moe` is where callers
 find these functions.
 
-Host time is what a decode step pays per layer, so an eager call makes one memo lookup, allocates and
+Host time is what a decode step pays per layer. An eager call makes one memo lookup, allocates and
 goes to the binding, which checks the tensors. The plan holds the binding's function, which saves the
 0.7 us of an op's Python function, and that function compares the sizes of given outputs, which takes
-0.5 us in Python. `python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD
-EPYC (2026-11-23) they are 2.0 us for the five allocations (`aiter.moe_buffers`), 1.5 us for this
-module, 1.0 us for the binding and its checks.
+0.5 us in Python. A call with `out=` that took the fused launch is remembered: `_again`, of the module
+that was called last, knows the same call by its arguments and by what the tensors are like at that
+moment (`csrc/include/repeated_calls.h`), and launches it without a lookup or a check. So nothing that
+only a first call needs stands before `_again`. Rejected: remembering calls that allocate, whose
+outputs may lie elsewhere every time.
+
+`python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD EPYC (2026-11-23)
+they are 2.0 us for the five allocations (`aiter.moe_buffers`), 1.5 us for this module, 1.0 us for the
+binding and its checks; of a repeated call 0.6 us for this module and 0.6 us for recognising it.
 """
 
 from __future__ import annotations
@@ -21,11 +27,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 from aiter import dispatch
 from aiter.jit.target import cpu_wave_override
 from aiter.moe_buffers import BUFFER_NAMES, SortedBuffers, allocate, empty, given, layouts_of
 from aiter.ops.device import current_device
+from aiter.ops.fused_topk_moe_sorting import FusedAgain
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
 from aiter.routing_plan import Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 from aiter.torch_ops import (
@@ -47,6 +56,13 @@ class _Last(threading.local):
 
 
 _last = _Last()
+
+
+def _never(*arguments: object) -> bool:
+    return False
+
+
+_again: FusedAgain = _never  # of the module that was called last
 
 
 def last_path() -> dispatch.Path | None:
@@ -124,6 +140,20 @@ def topk_softmax_sorting(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
+    global _again
+    # NOTE: asks what `traced` asks, but for the type of the tensor, which is among what `_again` knows
+    # a call by.
+    if (
+        out is not None
+        and not is_dynamo_compiling()
+        and not _len_torch_dispatch_stack()
+        and _again(
+            gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+            expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
+        )
+    ):  # fmt: skip
+        _last.path = "fused"
+        return out
     if traced(gating_output):
         return _as_traced(
             "topk_softmax_sorting", out,
@@ -132,19 +162,27 @@ def topk_softmax_sorting(
         )  # fmt: skip
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
         _refuse_matrix("gating_output", gating_output)
-    device = gating_output.device
+    device, cpu_wave = gating_output.device, _cpu_wave()
     tokens, width = gating_output.shape
     sizes = (
-        device, _cpu_wave(), tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
+        device, cpu_wave, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
         dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, fused = _known(plan_routing, sizes)
+    path, workspace_bytes, expected, layouts, fused, again = _known(plan_routing, sizes)
     if fused is not None:
-        buffers = allocate(layouts, device) if out is None else out
+        buffers, plain = out, None
+        if buffers is None:
+            buffers = allocate(layouts, device)
+        elif again is not None:
+            _again = again
+            plain = (
+                topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+                dispatch_policy, cpu_wave,
+            )  # fmt: skip
         # NOTE: checks the outputs' sizes, too, in 0.05 us; in Python that takes 0.5 us.
         if not fused(
             gating_output, buffers, expected, num_experts, topk, block_size, need_renorm,
-            expert_mask, num_local_tokens,
+            expert_mask, num_local_tokens, plain,
         ):  # fmt: skip
             buffers = given(buffers, expected)
             fused_topk_moe_sorting_fwd(
@@ -153,15 +191,10 @@ def topk_softmax_sorting(
             )  # fmt: skip
     else:
         buffers = allocate(layouts, device) if out is None else given(out, expected)
-        weights, ids = empty_topk(gating_output, topk)
-        sort = (
-            ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
-            _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
+        _chain(
+            gating_output, topk, need_renorm, *buffers, num_experts, block_size, expert_mask,
+            num_local_tokens, _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
         )  # fmt: skip
-        # NOTE: nothing may be launched before every argument is known to be good.
-        moe_sorting_opus_check(*sort)
-        topk_softmax(weights, ids, torch.empty_like(ids), gating_output, need_renorm)
-        moe_sorting_opus_fwd(*sort)
     _last.path = path
     return buffers
 
@@ -199,7 +232,7 @@ def moe_sorting(
     sizes = (
         device, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, _ = _known(plan_sorting, sizes)
+    path, workspace_bytes, expected, layouts, *_ = _known(plan_sorting, sizes)
     buffers = allocate(layouts, device) if out is None else given(out, expected)
     moe_sorting_opus_fwd(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
@@ -258,6 +291,15 @@ def _known(plan_for: _lru_cache_wrapper[Plan], sizes: tuple[Any, ...]) -> Plan:
     # NOTE: an argument of the wrong type, or one that no memo can look up, such as a list: made
     # without the memo, the plan says which.
     return plan_for.__wrapped__(*sizes)
+
+
+def _chain(gating_output: Tensor, topk: int, need_renorm: bool, *sort: Any) -> None:
+    """Top-k, and the sort of what it chose; `sort` are the arguments of that behind the first two."""
+    weights, ids = empty_topk(gating_output, topk)
+    # NOTE: nothing may be launched before every argument is known to be good.
+    moe_sorting_opus_check(ids, weights, *sort)
+    topk_softmax(weights, ids, torch.empty_like(ids), gating_output, need_renorm)
+    moe_sorting_opus_fwd(ids, weights, *sort)
 
 
 def _workspace(num_bytes: int, device: torch.device) -> Tensor | None:

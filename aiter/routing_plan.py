@@ -4,7 +4,7 @@ A `Plan` is everything about a call that does not depend on the contents of its 
 the sizes of the outputs, the workspace, the compiled function. It is made once per shape and device,
 checks included, and found again by one lookup in a typed LRU memo (`True` and `1` are different keys,
 so a bool for an int is refused every time). What a device is known to be fastest at is read once per
-device and process; `forget` drops both.
+device and process; `forget` drops both, and with them the calls that compiled modules remember.
 
 On the CPU of an AMD EPYC, Python 3.11, a lookup takes 0.3 us and making a plan 14 us (2026-11-23,
 `python op_tests/bench_host.py --tokens 1`).
@@ -23,7 +23,10 @@ from aiter.dispatch import Crossover
 from aiter.jit import envs
 from aiter.moe_buffers import Buffers, Layouts, layouts_of
 from aiter.ops.fused_topk_moe_sorting import (
+    FusedAgain,
     FusedInto,
+    fused_topk_moe_sorting_again,
+    fused_topk_moe_sorting_forget,
     fused_topk_moe_sorting_into,
     fused_topk_moe_sorting_max_tokens,
 )
@@ -42,6 +45,7 @@ class Plan(NamedTuple):
         buffers: the sizes of the outputs.
         layouts: how they are allocated.
         fused: the fused launch (`fused_topk_moe_sorting_into`), if that is the path.
+        again: its repetition (`fused_topk_moe_sorting_again`), likewise.
     """
 
     path: dispatch.Path
@@ -49,6 +53,7 @@ class Plan(NamedTuple):
     buffers: Buffers
     layouts: Layouts
     fused: FusedInto | None
+    again: FusedAgain | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def basis_of(device: torch.device) -> Basis:
 
 
 def forget() -> None:
-    """Drops every plan and what is known about devices, so that the next call looks again."""
+    """Drops plans, remembered calls and what is known of devices: the next call looks again."""
+    fused_topk_moe_sorting_forget()
     basis_of.cache_clear()
     plan_routing.cache_clear()
     plan_sorting.cache_clear()
@@ -201,4 +207,5 @@ def _plan(
             device=device,
         )  # fmt: skip
     fused = fused_topk_moe_sorting_into(device) if path == "fused" else None
-    return Plan(path, workspace_bytes, buffers, layouts_of(buffers, device), fused)
+    again = fused_topk_moe_sorting_again(device) if path == "fused" else None
+    return Plan(path, workspace_bytes, buffers, layouts_of(buffers, device), fused, again)

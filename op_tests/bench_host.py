@@ -3,7 +3,9 @@
 python op_tests/bench_host.py [--device cpu|cuda] [--shape E,K,D] [--tokens M] [--csv FILE]
 
 Every row is the median over repeats of the time per call, enqueueing without synchronising. A piece
-that launches nothing is pure host time on every device. What launches, on a GPU, is host time as
+that launches nothing is pure host time on every device. A repeated call is recognised by the compiled
+function, which goes by everything but the sign of the logits first; negated ones show what that takes
+without the launch. What launches, on a GPU, is host time as
 long as the device keeps up, as it does at decode sizes; on the cpu target a launch is over when the
 kernel has been executed, and the row says so.
 """
@@ -30,10 +32,14 @@ from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_into
+from aiter.ops.fused_topk_moe_sorting import (
+    fused_topk_moe_sorting_again,
+    fused_topk_moe_sorting_into,
+)
 
 PIECE_CALLS = 1000  # of a piece that launches nothing, per repeat
 BLOCK_SIZE = 32
+REPEATED = "topk_softmax_sorting without its op, out given, repeated"
 
 Pieces = dict[str, Callable[[], object]]
 
@@ -41,7 +47,8 @@ Pieces = dict[str, Callable[[], object]]
 def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     """What is measured, by name: what launches nothing, and what does.
 
-    The first are to be called while `moe_routing` plans with `silent_plan`.
+    The first are to be called while `moe_routing` plans with `silent_plan` and is told that no call is
+    a repeated one, but for `REPEATED`.
     """
     num_experts, topk, model_dim = shape
     tokens, device = logits.shape[0], logits.device
@@ -54,26 +61,13 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
     sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
     into = fused_topk_moe_sorting_into(device)
-    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None)
+    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None, None)
+    recognised = repeated(logits, shape, (*planned[:-1],))
     fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
     nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
     selecting = module_for("module_topk_softmax", device).topk_softmax
     checked = module_for("module_moe_sorting_opus", device).moe_sorting_opus_check
     compiled = module_for("module_fused_topk_moe_sorting", device).fused_topk_moe_sorting_fwd
-    slots, blocks = plan.buffers.slots, plan.buffers.blocks
-
-    def views() -> object:
-        """The five outputs as views of one allocation, 16-byte aligned."""
-        ends = [-(-size // 16) * 16 for size in (4 * slots, 4 * slots, 4 * blocks, 8)]
-        whole = torch.empty(sum(ends) + 2 * tokens * model_dim, dtype=torch.uint8, device=device)
-        first, second, third, fourth, fifth = whole.split_with_sizes(
-            (*ends, whole.numel() - sum(ends))
-        )
-        return (
-            first.view(torch.int32)[:slots], second.view(torch.float32)[:slots],
-            third.view(torch.int32)[:blocks], fourth.view(torch.int32)[:2],
-            fifth.view(torch.bfloat16).view(tokens, model_dim),
-        )  # fmt: skip
 
     def routing(**options: object) -> object:
         return fused_moe.topk_softmax_sorting(
@@ -84,9 +78,11 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "plan: made": lambda: routing_plan.plan_routing.__wrapped__(*sizes),
         "plan: found": lambda: moe_routing._known(routing_plan.plan_routing, sizes),
         "outputs: five allocations": lambda: moe_buffers.allocate(plan.layouts, device),
-        "outputs: views of one allocation (not used)": views,
+        "outputs: views of one allocation (not used)": lambda: views(plan.buffers, device),
         "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
         "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
+        REPEATED: lambda: routing(out=out),
+        "a repeated call recognised, compiled function": recognised,
         "topk_softmax_sorting without its op, allocating": routing,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
         "binding and checks of 4 tensors, compiled function": lambda: selecting(*nothing),
@@ -96,7 +92,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "fused launch, compiled function": lambda: compiled(*fused),
         "fused launch, as topk_softmax_sorting makes it": lambda: into(*planned),
         "fused_topk_moe_sorting_fwd": lambda: aiter.fused_topk_moe_sorting_fwd(*fused),
-        "topk_softmax_sorting, out given": lambda: routing(out=out),
+        "topk_softmax_sorting, out given, repeated": lambda: routing(out=out),
         "topk_softmax_sorting, allocating": routing,
         "topk_softmax_sorting, chain, out given": lambda: routing(out=out, dispatch_policy=1),
         "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
@@ -104,10 +100,39 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     return silent, launching
 
 
+def views(buffers: moe_buffers.Buffers, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The five outputs as views of one allocation, 16-byte aligned."""
+    slots, blocks, (tokens, model_dim) = buffers.slots, buffers.blocks, buffers.moe_buf
+    ends = [-(-size // 16) * 16 for size in (4 * slots, 4 * slots, 4 * blocks, 8)]
+    whole = torch.empty(sum(ends) + 2 * tokens * model_dim, dtype=torch.uint8, device=device)
+    first, second, third, fourth, fifth = whole.split_with_sizes((*ends, whole.numel() - sum(ends)))
+    return (
+        first.view(torch.int32)[:slots], second.view(torch.float32)[:slots],
+        third.view(torch.int32)[:blocks], fourth.view(torch.int32)[:2],
+        fifth.view(torch.bfloat16).view(tokens, model_dim),
+    )  # fmt: skip
+
+
 @lru_cache(typed=True)
 def silent_plan(*sizes: Any) -> routing_plan.Plan:
-    """The plan of a routing, with a fused launch that does nothing."""
-    return routing_plan.plan_routing(*sizes)._replace(fused=lambda *_: True)
+    """The plan of a routing, with a fused launch that does nothing and that nobody repeats."""
+    return routing_plan.plan_routing(*sizes)._replace(fused=lambda *_: True, again=None)
+
+
+def repeated(logits: torch.Tensor, shape: Shape, planned: tuple[Any, ...]) -> Callable[[], object]:
+    """The search for a remembered call that finds it and launches nothing, as its logits are negated.
+
+    Raises RuntimeError if the call itself is not found, or the negated one is answered.
+    """
+    num_experts, topk, model_dim = shape
+    device, (_, out, *_) = logits.device, planned
+    options = (topk, num_experts, model_dim, torch.bfloat16, True, BLOCK_SIZE)
+    call = (*options, None, None, 0, out, None)
+    fused_topk_moe_sorting_into(device)(*planned, (*options, 0, None))
+    again, negated = fused_topk_moe_sorting_again(device), torch._neg_view(logits)
+    if not again(logits, *call) or again(negated, *call):
+        raise RuntimeError("the repeated call: expected to be found unless negated, got otherwise")
+    return lambda: again(negated, *call)
 
 
 def check(logits: torch.Tensor, shape: Shape) -> None:
@@ -126,11 +151,12 @@ def measure(logits: torch.Tensor, shape: Shape) -> list[tuple[str, str, Timing]]
     device = logits.device
     silent, launching = pieces(logits, shape)
     what = "host and launch" if device.type == "cuda" else "host and the kernel on the CPU"
+    rows = []
     with mock.patch.object(moe_routing, "plan_routing", silent_plan):
-        rows = [
-            (name, "host", bench_timing.host_us(piece, device, PIECE_CALLS))
-            for name, piece in silent.items()
-        ]
+        for name, piece in silent.items():
+            found = name == REPEATED
+            with mock.patch.object(moe_routing, "_again", lambda *_, found=found: found):
+                rows.append((name, "host", bench_timing.host_us(piece, device, PIECE_CALLS)))
     return rows + [
         (name, what, bench_timing.host_us(piece, device)) for name, piece in launching.items()
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from aiter.jit.target import cpu_wave_override
 from aiter.ops.device import current_device
 
 FusedInto = Callable[..., bool]
+FusedAgain = Callable[..., bool]
 
 _MODULE = "module_fused_topk_moe_sorting"
+_modules: dict[tuple[torch.device, int | None], ModuleType] = {}
 
 
 @compile_ops(_MODULE)
@@ -73,17 +75,40 @@ def fused_topk_moe_sorting_into(device: torch.device) -> FusedInto:
     """The fused launch for tensors on `device`, as a function that a caller remembers.
 
     Called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-    local_expert_mask, num_local_tokens), it does what `fused_topk_moe_sorting_fwd` does if `out` is a
-    tuple of tensors of exactly the sizes in `expected` (`aiter.moe_buffers.Buffers`), else nothing,
-    and returns which. It belongs to the cpu target's wave width of the moment.
+    local_expert_mask, num_local_tokens, plain), it does what `fused_topk_moe_sorting_fwd` does if
+    `out` is a tuple of tensors of exactly the sizes in `expected` (`aiter.moe_buffers.Buffers`), else
+    nothing, and returns which. `plain`, if not None, makes the call one that
+    `fused_topk_moe_sorting_again` knows: its (topk, num_experts, model_dim, moebuf_dtype,
+    need_renorm, block_size, dispatch_policy, cpu wave override). The function belongs to the cpu
+    target's wave width of the moment.
     """
-    return _into(device, cpu_wave_override.get())
-
-
-@cache
-def _into(device: torch.device, cpu_wave: int | None) -> FusedInto:
-    function: FusedInto = module_for(_MODULE, device).fused_topk_moe_sorting_into
+    function: FusedInto = _compiled(device).fused_topk_moe_sorting_into
     return function
+
+
+def fused_topk_moe_sorting_again(device: torch.device) -> FusedAgain:
+    """The repetition of fused launches on `device`, as a function that a caller remembers.
+
+    Called as (gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+    expert_mask, num_local_tokens, dispatch_policy, out, cpu wave override), it makes the launch of an
+    earlier call that agrees in all plain arguments and in everything that is checked of the tensors
+    (memory, device, dtype, shape, strides), if one is remembered, else nothing, and returns which.
+    """
+    function: FusedAgain = _compiled(device).fused_topk_moe_sorting_again
+    return function
+
+
+def fused_topk_moe_sorting_forget() -> None:
+    """Drops the remembered calls of all devices."""
+    for module in tuple(_modules.values()):
+        module.fused_topk_moe_sorting_forget()
+
+
+def _compiled(device: torch.device) -> ModuleType:
+    key = (device, cpu_wave_override.get())
+    if key not in _modules:
+        _modules[key] = module_for(_MODULE, device)
+    return _modules[key]
 
 
 def fused_topk_moe_sorting_max_tokens(

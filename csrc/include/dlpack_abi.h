@@ -29,6 +29,11 @@ struct DataType {
   uint16_t lanes;
 };
 
+// A data type as one number, never 0.
+constexpr uint32_t packed(DataType type) {
+  return uint32_t{type.code} << 24 | uint32_t{type.bits} << 16 | type.lanes;
+}
+
 struct Tensor {
   void* data;
   Device device;

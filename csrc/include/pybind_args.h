@@ -62,15 +62,21 @@ inline DType dtype_from_name(const std::string& name) {
   return DType::other;
 }
 
-inline bool read_exchange(py::handle object, TensorView& view) {
+// What the exchange says of a tensor; false if there is none or it cannot say. Shape and strides are
+// the tensor's own.
+inline bool exchange(py::handle object, dlpack::Tensor& t) {
   const dlpack::ExchangeApi* api = exchange_api(object);
   if (api == nullptr) return false;
-  dlpack::Tensor t;
   if (api->tensor_from_py_object_no_sync(object.ptr(), &t) != 0) {
     PyErr_Clear();  // what DLPack cannot say, the attributes can
     return false;
   }
-  if (t.ndim > kMaxDims || (t.ndim > 0 && t.strides == nullptr)) return false;
+  return t.ndim == 0 || t.strides != nullptr;
+}
+
+inline bool read_exchange(py::handle object, TensorView& view) {
+  dlpack::Tensor t;
+  if (!exchange(object, t) || t.ndim > kMaxDims) return false;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.itemsize = (t.dtype.bits * t.dtype.lanes + 7) / 8;
   if (t.dtype.lanes == 1) {
@@ -80,6 +86,7 @@ inline bool read_exchange(py::handle object, TensorView& view) {
     if (t.dtype.code == dlpack::kInt && t.dtype.bits == 32) view.dtype = DType::i32;
   }
   view.exchange_device_type = t.device.device_type;
+  view.exchange_dtype = dlpack::packed(t.dtype);
   switch (t.device.device_type) {
     case dlpack::kCpu:
     case dlpack::kCudaHost:
@@ -173,15 +180,20 @@ inline TensorView tensor_arg(py::handle object, const char* name) {
   return view;
 }
 
-// A tensor whose numbers are read. PyTorch can negate one without touching its memory, and the
-// exchange does not tell.
-inline TensorView input_arg(py::handle object, const char* name) {
-  const TensorView view = tensor_arg(object, name);
+// Whether the numbers of a tensor are the negatives of those in its memory. PyTorch can negate one
+// without touching its memory, and the exchange does not tell. Other Python threads may run meanwhile.
+inline bool is_negated(py::handle tensor) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   const auto negated =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
   if (!negated) throw py::error_already_set();
-  if (negated.ptr() != Py_False) {
+  return negated.ptr() != Py_False;
+}
+
+// A tensor whose numbers are read.
+inline TensorView input_arg(py::handle object, const char* name) {
+  const TensorView view = tensor_arg(object, name);
+  if (is_negated(object)) {
     fail_argument(name, "a tensor with its numbers in memory",
                   "one that is negated when it is read; call resolve_neg()");
   }
@@ -214,14 +226,14 @@ inline bool bool_arg(py::handle object, const char* name) {
   return object.ptr() == Py_True;
 }
 
-// PyTorch's current stream on the tensor's device, as a raw handle; null on the CPU.
-inline void* current_stream(py::handle tensor, const TensorView& view) {
-  if (view.device_kind != DeviceKind::gpu) return nullptr;
-  if (view.exchange_device_type != 0) {
+// PyTorch's current stream on a GPU, as a raw handle. `exchange_device_type` is that of the tensor's
+// view.
+inline void* current_gpu_stream(py::handle tensor, int exchange_device_type, int device_index) {
+  if (exchange_device_type != 0) {
     const dlpack::ExchangeApi* api = detail::exchange_api(tensor);
     void* stream = nullptr;
     if (api != nullptr && api->current_work_stream != nullptr) {
-      if (api->current_work_stream(view.exchange_device_type, view.device_index, &stream) == 0) {
+      if (api->current_work_stream(exchange_device_type, device_index, &stream) == 0) {
         return stream;
       }
       PyErr_Clear();
@@ -231,7 +243,13 @@ inline void* current_stream(py::handle tensor, const TensorView& view) {
   static const py::handle raw_stream =
       py::object(py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream"))
           .release();
-  return reinterpret_cast<void*>(raw_stream(view.device_index).cast<uintptr_t>());
+  return reinterpret_cast<void*>(raw_stream(device_index).cast<uintptr_t>());
+}
+
+// PyTorch's current stream on the tensor's device, as a raw handle; null on the CPU.
+inline void* current_stream(py::handle tensor, const TensorView& view) {
+  if (view.device_kind != DeviceKind::gpu) return nullptr;
+  return current_gpu_stream(tensor, view.exchange_device_type, view.device_index);
 }
 
 // Defines a function that takes exactly N arguments, by position only, and returns a bool. It is for

@@ -31,6 +31,7 @@ struct TensorView {
   DeviceKind device_kind = DeviceKind::other;
   int device_index = 0;
   int exchange_device_type = 0;  // DLPack's code of the device; 0 if read from attributes
+  uint32_t exchange_dtype = 0;   // DLPack's, packed; likewise
 
   int64_t numel() const {
     int64_t n = 1;

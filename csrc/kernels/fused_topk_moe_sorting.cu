@@ -130,15 +130,25 @@ int64_t fused_topk_moe_sorting_max_tokens(int64_t num_experts, int64_t topk, int
                     device_limits(device_index));
 }
 
-void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* stream) {
+struct FusedLaunch {
+  void (*kernel)(FusedParams);
+  FusedParams params;
+  LaunchShape shape;
+  DeviceLimits limits;
+  int device_index;
+};
+
+namespace {
+
+FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
   check_experts_and_topk(args.num_experts, args.topk);
   check_gating(args.gating_output, args.num_experts);
   const int64_t num_tokens = args.gating_output.shape[0];
   check_sort_tensors(args.sort, num_tokens, args.num_experts, args.topk, args.unit_size);
   check_placement(args.sort, {&args.gating_output});
 
-  const DeviceGuard guard(args.gating_output.device_index);
-  const DeviceLimits limits = device_limits(args.gating_output.device_index);
+  const int device_index = args.gating_output.device_index;
+  const DeviceLimits limits = device_limits(device_index);
   const SortShape shape =
       sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
   const RowChoice rows = choose_rows(args.gating_output, shape.num_experts, shape.topk,
@@ -158,10 +168,27 @@ void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* strea
   params.cluster_size = cluster_size;
   params.tokens_per_block = config.tokens_per_block;
   params.lds = config.lds;
+  FusedLaunch prepared{nullptr, params, config.launch, limits, device_index};
   dispatch_rows(args.gating_output.dtype, rows, [&](auto tag) {
-    launch(fused_topk_moe_sorting_kernel<typename decltype(tag)::type>, limits, config.launch,
-           static_cast<hipStream_t>(stream), params);
+    prepared.kernel = fused_topk_moe_sorting_kernel<typename decltype(tag)::type>;
   });
+  return prepared;
+}
+
+}  // namespace
+
+std::shared_ptr<const FusedLaunch> prepare_fused_launch(const FusedTopkMoeSortingArgs& args) {
+  return std::make_shared<const FusedLaunch>(checked_launch(args));
+}
+
+void make_fused_launch(const FusedLaunch& prepared, void* stream) {
+  const DeviceGuard guard(prepared.device_index);
+  launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
+         prepared.params);
+}
+
+void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* stream) {
+  make_fused_launch(checked_launch(args), stream);
 }
 
 }  // namespace aiter

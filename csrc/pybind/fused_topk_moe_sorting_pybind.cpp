@@ -2,6 +2,8 @@
 
 #include "fused_topk_moe_sorting_api.h"
 #include "pybind_args.h"
+#include "repeated_calls.h"
+#include "target.h"
 
 namespace py = pybind11;
 
@@ -37,14 +39,21 @@ bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort)
          dtype.ptr() == PyTuple_GET_ITEM(expected.ptr(), 4);
 }
 
+aiter::RepeatedCalls& repeated_calls() {
+  // NOTE: kept for the life of the process; it holds Python objects and would outlive the interpreter.
+  static auto& calls = *new aiter::RepeatedCalls;
+  return calls;
+}
+
 // As fused_topk_moe_sorting_fwd, into outputs of exactly the expected sizes. False: nothing was
 // launched, as they are not plainly that, and the caller is to find out what they are.
 //
 // Arguments: gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-// local_expert_mask, num_local_tokens.
-bool fused_topk_moe_sorting_into(const std::array<py::handle, 9>& arguments) {
+// local_expert_mask, num_local_tokens, plain. `plain`, if not None, is the tuple of what
+// fused_topk_moe_sorting_again is to know the call by, besides its tensors.
+bool fused_topk_moe_sorting_into(const std::array<py::handle, 10>& arguments) {
   const auto [gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-              local_expert_mask, num_local_tokens] = arguments;
+              local_expert_mask, num_local_tokens, plain] = arguments;
   aiter::FusedTopkMoeSortingArgs args{};
   if (!read_outputs(out, expected, args.sort)) return false;
   args.gating_output = aiter::input_arg(gating_output, "gating_output");
@@ -60,8 +69,46 @@ bool fused_topk_moe_sorting_into(const std::array<py::handle, 9>& arguments) {
   args.unit_size = aiter::int_arg(unit_size, "unit_size");
   args.need_renorm = aiter::bool_arg(need_renorm, "need_renorm");
   void* stream = aiter::current_stream(gating_output, args.gating_output);
-  const aiter::ReleaseGilOnCpu release(args.gating_output);
-  aiter::fused_topk_moe_sorting_fwd(args, stream);
+  if (plain.is_none()) {
+    const aiter::ReleaseGilOnCpu release(args.gating_output);
+    aiter::fused_topk_moe_sorting_fwd(args, stream);
+    return true;
+  }
+  auto launch = aiter::prepare_fused_launch(args);
+  {
+    const aiter::ReleaseGilOnCpu release(args.gating_output);
+    aiter::make_fused_launch(*launch, stream);
+  }
+  repeated_calls().remember(args, gating_output, py::cast<py::tuple>(plain), std::move(launch));
+  return true;
+}
+
+// The launch of a call that fused_topk_moe_sorting_into remembers, once more. False: there is none,
+// nothing was launched.
+//
+// Arguments: those of aiter.fused_moe.topk_softmax_sorting, and the override of the cpu target's wave
+// width; the plain ones are remembered in this order.
+bool fused_topk_moe_sorting_again(const std::array<py::handle, 12>& arguments) {
+  const auto [gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+              expert_mask, num_local_tokens, dispatch_policy, out, cpu_wave] = arguments;
+  if (!PyTuple_Check(out.ptr()) || PyTuple_GET_SIZE(out.ptr()) != 5) return false;
+  PyObject* const* const outputs = &PyTuple_GET_ITEM(out.ptr(), 0);
+  const auto* const call =
+      repeated_calls().find({gating_output, outputs[0], outputs[1], outputs[2], outputs[3],
+                             outputs[4], expert_mask, num_local_tokens},
+                            {topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
+                             dispatch_policy, cpu_wave});
+  if (call == nullptr) return false;
+  const auto launch = call->launch;
+  const aiter::KnownTensor gating = call->tensors[0];
+  if (aiter::is_negated(gating_output)) return false;
+  if constexpr (aiter::kTargetIsGpu) {
+    aiter::make_fused_launch(
+        *launch, aiter::current_gpu_stream(gating_output, gating.device_type, gating.device_index));
+  } else {
+    const py::gil_scoped_release release;
+    aiter::make_fused_launch(*launch, nullptr);
+  }
   return true;
 }
 
@@ -98,6 +145,8 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       py::kw_only(), py::arg("local_expert_mask") = py::none(),
       py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none());
   aiter::def_positional<&fused_topk_moe_sorting_into>(m, "fused_topk_moe_sorting_into");
+  aiter::def_positional<&fused_topk_moe_sorting_again>(m, "fused_topk_moe_sorting_again");
+  m.def("fused_topk_moe_sorting_forget", [] { repeated_calls().forget(); });
   m.def(
       "fused_topk_moe_sorting_max_tokens",
       [](py::handle num_experts, py::handle topk, int device_index) {
