@@ -85,12 +85,14 @@ def traced(tensor: object) -> bool:
     """Whether a call with this argument is being recorded or simulated, not run.
 
     True under torch.compile and torch.export, inside any dispatch mode (fake tensors, make_fx) and
-    for a tensor subclass, such as a fake tensor outside its mode.
+    for a tensor subclass that dispatches by itself, such as a fake tensor outside its mode.
     """
     if is_dynamo_compiling() or _len_torch_dispatch_stack():
         return True
     kind = type(tensor)
-    return kind is not Tensor and kind is not torch.nn.Parameter and isinstance(tensor, Tensor)
+    if kind is Tensor or kind is torch.nn.Parameter or not isinstance(tensor, Tensor):
+        return False
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def graph_op(stub: F) -> F:

@@ -283,6 +283,25 @@ def named(name: str) -> Callable[..., None]:
     return stub
 
 
+class Named(Tensor):
+    """A subclass that leaves the work to its base class."""
+
+
+def test_a_subclass_that_does_not_dispatch_is_a_tensor(target: Target) -> None:
+    """It is routed as its base class is, first and repeated, and under its own type in `out`."""
+    logits = torch.randn(M, E, generator=torch.Generator().manual_seed(0)).to(target.device)
+    sizes = (K, E, D, torch.bfloat16, True, 1)
+    with target.active():
+        want = fused_moe.topk_softmax_sorting(logits, *sizes)
+        out = buffers(target.device)
+        for _ in range(2):
+            got = fused_moe.topk_softmax_sorting(logits.as_subclass(Named), *sizes, out=out)
+            assert all(map(torch.equal, got, want))
+        named_out = tuple(t.zero_().as_subclass(Named) for t in out)
+        fused_moe.topk_softmax_sorting(logits, *sizes, out=named_out)
+        assert all(map(torch.equal, out, want))
+
+
 def test_inference_mode(target: Target) -> None:
     inputs = layer_inputs(target.device)
     with target.active():

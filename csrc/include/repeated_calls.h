@@ -6,8 +6,9 @@
 // arguments, so a call that agrees in all of that with one that passed ends in the same launch. Tensors
 // are compared by what the exchange says of them now, never by identity, as one can be resized or given
 // other memory in place. The plain arguments are compared as Python objects, exact ints by value, all
-// else by identity: True is not 1. So is the type of the logits, by which a caller knows a tracer. What the exchange does not tell, whether the logits are negated and
-// which stream is current, is left to the caller to ask at every call.
+// else by identity: True is not 1. So is the type of the logits, by which a caller knows a tracer. What
+// the exchange does not tell, whether the logits are negated and which stream is current, is left to the
+// caller to ask at every call.
 //
 // The table is direct-mapped: a call that lands on another's place takes it over. Rejected: a hash map
 // with an order of use, which costs every call more than it saves the rare one that is pushed out.
