@@ -110,6 +110,7 @@ struct FusedSink {
   float* weights;
   HitMask hits;
   ExpertSet hit_experts;
+  bool adds_experts;
   int row;     // of the workgroup's
   Entry last;  // that this lane put
 
@@ -118,7 +119,7 @@ struct FusedSink {
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
-    hit_experts.add(expert_idx);
+    if (adds_experts) hit_experts.add(expert_idx);
   }
   __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };
@@ -129,8 +130,11 @@ struct ClusterCounts {
   Inbox* inbox;
   int stride, rank, size;
 
+  __device__ __forceinline__ void open() const {
+    if (threadIdx.x == 0) open_inbox(inbox);
+  }
   __device__ __forceinline__ void expect() const {
-    if (threadIdx.x == 0) open_inbox(inbox, sizeof(uint32_t) * stride * size);
+    if (threadIdx.x == 0) expect_bytes(inbox, sizeof(uint32_t) * stride * size);
   }
   // Every wave has its receivers, every lane its experts, four at a time.
   __device__ __forceinline__ void exchange(const HitMask& hits, int wave) const {
@@ -249,8 +253,8 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
   block.lds_tails = words(p.lds.tails);
   block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
                   block.hits.stride, block.rank, block.cluster_size};
-  if (block.cluster_size > 1) {
-    block.counts.expect();
+  if (!block.is_alone()) {
+    block.counts.open();
     cluster_arrive();
   }
   if (!p.one_token) {
@@ -258,6 +262,7 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
     block.sets.hit.clear();
     __syncthreads();
   }
+  if (!block.is_alone()) block.counts.expect();
 }
 
 // What memory says beside the logits.
@@ -298,7 +303,9 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   }
   read_locals(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, 0, {}};
+  // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
+  const bool adds_experts = block.num_rows <= p.shape.block_size;
+  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, adds_experts, 0, {}};
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;

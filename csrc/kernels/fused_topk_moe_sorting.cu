@@ -89,7 +89,7 @@ FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_
   config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
   config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
                                                               size == 1, one_token, limits);
-  config.launch.num_blocks = count_blocks(size, zero_bytes, limits);
+  config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
   config.launch.lds_bytes = config.lds.total;
   config.launch.cluster_size = size;
   config.launch.waits_itself = true;

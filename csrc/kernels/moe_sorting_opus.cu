@@ -129,7 +129,7 @@ void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   params.tile_words = tiling.tile_words;
   params.num_tiles = tiling.num_tiles;
   const unsigned num_zeroing =
-      count_blocks(1, params.sort.row_bytes * params.shape.num_tokens, limits) - 1;
+      zeroing_blocks(params.sort.row_bytes * params.shape.num_tokens, limits);
   const auto launch_sort = tiling.multiphase ? launch_multiphase : launch_oneshot;
   launch_sort(params, limits, num_zeroing, static_cast<hipStream_t>(stream));
 }

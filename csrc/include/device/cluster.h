@@ -3,8 +3,9 @@
 //   kMaxClusterSize              workgroups that can form a cluster; 1: the target has none
 //   cluster_arrive(), _wait()    a barrier over the cluster in two halves, for "all have started": what
 //                                was written before the first half need not be visible behind the second
-//   open_inbox(inbox, n)         by one thread before cluster_arrive(), and a __syncthreads() before
-//                                wait_for_inbox(): n bytes will be sent to this workgroup, at least one
+//   open_inbox(inbox)            by one thread before cluster_arrive(): the workgroup can be sent to
+//   expect_bytes(inbox, n)       by one thread, a __syncthreads() behind open_inbox() and one before
+//                                wait_for_inbox(): n bytes will have come, at least one
 //   cluster_send(to, inbox, rank, x)  by any thread behind cluster_wait(): stores x into the LDS of the
 //                                cluster's workgroup `rank`, at the place that `to` has in the own one
 //   wait_for_inbox(inbox)        by all threads: everything has come, and is visible
@@ -18,7 +19,8 @@
 //
 //                            sm_90                                       cpu        rocm, older cuda
 //   cluster_arrive, _wait    barrier.cluster.arrive.relaxed / .wait      1 switch   nothing
-//   open_inbox               mbarrier.init, .arrive.expect_tx            nothing    nothing
+//   open_inbox               mbarrier.init                               nothing    nothing
+//   expect_bytes             mbarrier.arrive.expect_tx                   nothing    nothing
 //   cluster_send             mapa + st.async.v4                          a store    not called
 //   wait_for_inbox           mbarrier.try_wait                           1 switch   not called
 //   wait_for_earlier_launch  griddepcontrol.wait                         nothing    nothing
@@ -51,7 +53,8 @@ inline void cluster_wait(const char* file = __builtin_FILE(), int line = __built
   hip_cpu::cluster_barrier(hip_cpu::Site{"cluster_wait", file, line});
 }
 
-inline void open_inbox(Inbox*, uint32_t) {}
+inline void open_inbox(Inbox*) {}
+inline void expect_bytes(Inbox*, uint32_t) {}
 
 inline void cluster_send(FourWords* to, Inbox*, int rank, const FourWords& x,
                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -83,12 +86,17 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void open_inbox(Inbox* inbox, uint32_t num_bytes) {
+__device__ __forceinline__ void open_inbox(Inbox* inbox) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(lds_address(inbox))
+      : "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(Inbox* inbox, uint32_t num_bytes) {
   asm volatile(
       "{\n"
       ".reg .b64 state;\n"
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-      "fence.mbarrier_init.release.cluster;\n"
       "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 state, [%0], %1;\n"
       "}" ::"r"(lds_address(inbox)),
       "r"(num_bytes)
@@ -135,7 +143,8 @@ constexpr int kMaxClusterSize = 1;
 
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ void open_inbox(Inbox*, uint32_t) {}
+__device__ __forceinline__ void open_inbox(Inbox*) {}
+__device__ __forceinline__ void expect_bytes(Inbox*, uint32_t) {}
 __device__ __forceinline__ void cluster_send(FourWords*, Inbox*, int, const FourWords&) {}
 __device__ __forceinline__ void wait_for_inbox(Inbox*) {}
 __device__ __forceinline__ void wait_for_earlier_launch() {}

@@ -131,8 +131,10 @@ __device__ __forceinline__ void send_letter(char* lds_base) {
 __global__ void sound_cluster(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
   Inbox* const inbox = reinterpret_cast<Inbox*>(lds_base);
-  if (threadIdx.x == 0) aiter::open_inbox(inbox, blockDim.x * sizeof(FourWords));
+  if (threadIdx.x == 0) aiter::open_inbox(inbox);
   aiter::cluster_arrive();
+  __syncthreads();
+  if (threadIdx.x == 0) aiter::expect_bytes(inbox, blockDim.x * sizeof(FourWords));
   __syncthreads();
   aiter::cluster_wait();
   send_letter(lds_base);
