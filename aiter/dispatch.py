@@ -81,6 +81,7 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
         Crossover(128, 4, 2880, 89088, 256, *_H100),
         Crossover(256, 8, 7168, 42576, 128, *_H100),
         Crossover(512, 10, 4096, 1024, 128, *_H100),
+        Crossover(896, 16, 3584, 256, 128, *_H100),
     ),
     "sm_10": (),
     "sm_12": (),

@@ -36,11 +36,18 @@
 //   LDS cleared before waiting for the launch before;
 //     entries to threads without experts                    1.77   2.52    4.74             2.06   3.16    8.02
 //   NaN and -0 found by floating-point instructions         1.66   2.45    4.47             1.97   3.11    7.43
+//   one token in registers, hit experts set during top-k    1.34   2.39    4.93             1.42   2.99    7.35
+//
+// At M=1024, E=128 the last step costs only calls that overlap; behind a kernel that does not, 5.24 -> 5.23 us.
 //
 // Rejected: more waves than rows, experts and entries need (32 instead of 4 to 12: 2.08 -> 2.48 us, M=1);
 // 2 or 4 workgroups, which talk as long as 8 do; all compute units and a ticket or a barrier in global memory
 // (0.9 us for the hand-over alone, 128 workgroups, and state that has to be reset); rereading code for a cold
-// instruction cache as the culprit (running everything twice in a launch took the same time both times).
+// instruction cache as the culprit (running everything twice in a launch took the same time both times);
+// a step per winner where one wave has all rows (1.60 -> 1.72 us, M=4); finding the first row's address before
+// waiting for the launch before, held there by a prefetch (2.40 -> 2.48 us, M=64); kernels for which E, K, B and
+// the absence of a mask are constants, rendered for a list of shapes (1.36 -> 1.38 us for M=1, 1.52 -> 1.37 for
+// M=4, 2.40 -> 2.34 for M=64, 6.87 -> 6.58 for M=2048, for a kernel more per shape and dtype).
 #pragma once
 
 #include "device/cluster.h"
