@@ -92,7 +92,7 @@ def traced(tensor: object) -> bool:
     kind = type(tensor)
     if kind is Tensor or kind is torch.nn.Parameter or not isinstance(tensor, Tensor):
         return False
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def graph_op(stub: F) -> F:
