@@ -79,9 +79,9 @@ struct FusedParams {
   FusedLds lds;
   int cluster_size;      // workgroups that route
   int tokens_per_block;  // of each of them
+  int one_token;         // 1 for the case of one_token.h
   bool need_renorm;
   bool wide_rows;  // group_topk.h
-  bool one_token;  // one_token.h
 };
 
 // E rounded up, so that four experts' words lie on a 16-byte boundary.
@@ -185,8 +185,7 @@ struct RoutingBlock {
   int wave;
   int first_token, num_rows;  // rows that count
   int num_local;
-  bool is_first_local;     // is_local() of the expert threadIdx.x
-  bool has_single_blocks;  // it is the case of single_blocks.h
+  bool is_first_local;  // is_local() of the expert threadIdx.x
   HitMask hits;
   SingleBlocks sets;
   float* lds_weights;
@@ -210,7 +209,9 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     return Entry{block.lds_experts[i], block.first_token + row, i - row * topk,
                  block.lds_weights[i]};
   };
-  if (block.has_single_blocks) {
+  const bool has_single_blocks = block.is_alone() && block.num_local <= p.shape.block_size &&
+                                 p.shape.num_experts <= kMaxSetExperts;
+  if (has_single_blocks) {
     write_single_blocks(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
     return;
   }
@@ -264,7 +265,7 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
     block.counts.open();
     cluster_arrive();
   }
-  if (!p.one_token) {
+  if (p.one_token == 0) {
     block.hits.clear();
     block.sets.hit.clear();
     __syncthreads();
@@ -281,11 +282,7 @@ __device__ __forceinline__ void read_locals(const FusedParams& p, RoutingBlock& 
   const int rows_left =
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
-  block.has_single_blocks =
-      block.is_alone() && block.num_local <= p.shape.block_size && num_experts <= kMaxSetExperts;
-  if (block.has_single_blocks) {
-    block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
-  }
+  block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
 }
 
 template <typename Rows>
@@ -313,24 +310,29 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
   const bool adds_experts = block.num_rows <= p.shape.block_size;
   FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, adds_experts, 0, {}};
-  AITER_LOOP
-  while (first_row < block.num_rows) {
-    const int row = first_row + own_row;
-    const int entry = row * p.shape.topk;
-    sink.experts = block.lds_experts + entry;
-    sink.weights = block.lds_weights + entry;
-    sink.row = row;
-    wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
-    first_row += rows_at_once;
-    if (first_row < block.num_rows) {
+  if (first_row < block.num_rows) {
+    // Left from within: compilers for AMD GPUs then know that the last row's registers are free.
+    AITER_LOOP
+    while (true) {
+      const int row = first_row + own_row;
+      const int entry = row * p.shape.topk;
+      sink.experts = block.lds_experts + entry;
+      sink.weights = block.lds_weights + entry;
+      sink.row = row;
+      wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
+      first_row += rows_at_once;
+      if (first_row >= block.num_rows) break;
       logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
     }
   }
-  if (p.one_token) {
+  if (anew(p.one_token) != 0) {
     write_one_token(p.shape, block.num_local, block.wave, p.sort, sink.last);
     return;
   }
   __syncthreads();
+  // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
+  block.hits.stride = padded_experts(anew(p.shape.num_experts));
+  block.hits.num_words = hit_words(anew(p.tokens_per_block));
   sort_rows(p, block);
 }
 

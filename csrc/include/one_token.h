@@ -58,8 +58,8 @@ __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_
     }
   }
   if (is_winner) {
-    write_entry(out, block * shape.block_size, winner);
-    out.sorted_expert_ids[block] = static_cast<int32_t>(winner.expert_idx);
+    write_entry(out, block * shape.block_size, {expert_idx, 0, lane_idx(), winner.weight});
+    out.sorted_expert_ids[block] = static_cast<int32_t>(expert_idx);
   }
 }
 
