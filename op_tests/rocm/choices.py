@@ -30,6 +30,7 @@ COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and
 MAX_THREADS = constant("moe_sorting_opus.h", "kSortThreads")
 WAVES_PER_BLOCK = constant("topk_softmax.h", "kWavesPerBlock")
 MAX_WAVES_PER_BLOCK = constant("device/wave.h", "kMaxWavesPerBlock")
+MIN_WAVE_SIZE = constant("device/wave.h", "kMinWaveSize")
 MAX_GROUP_EXPERTS = constant("group_topk.h", "kMaxGroupExperts")
 MAX_GROUP_TOPK = constant("group_topk.h", "kMaxGroupTopk")
 FEW_TOKENS = constant("group_topk.h", "kFewTokens")
@@ -102,21 +103,32 @@ def row_values(num_experts: int, wave_size: int) -> int:
     return values
 
 
-def zeroing_blocks(num_bytes: int) -> int:
-    """Workgroups that zero moe_buf (sort_launch.h)."""
+def count_blocks(num_bytes: int) -> int:
+    """Workgroups of a launch of which one sorts and the others zero moe_buf (sort_launch.h)."""
     wanted = (num_bytes + ZERO_BYTES_PER_BLOCK - 1) // ZERO_BYTES_PER_BLOCK
-    return int(min(wanted, max(1, COMPUTE_UNITS - 1)))
+    return int(min(wanted + 1, max(2, COMPUTE_UNITS)))
 
 
-def fused_threads(shape: Shape, rows: RowChoice, wave_size: int) -> int:
-    """Threads of the fused launch of M, E, K and B (fused_topk_moe_sorting.cu)."""
+def is_one_token(num_tokens: int, topk: int, has_mask: bool) -> bool:
+    """Whether a single token is sorted in registers (one_token.h)."""
+    return num_tokens == 1 and topk <= MIN_WAVE_SIZE and not has_mask
+
+
+def fused_threads(
+    shape: Shape, rows: RowChoice, wave_size: int, one_token: bool, wide_stores: bool
+) -> int:
+    """Threads of the fused launch of M, E, K and B (choose_waves of fused_topk_moe_sorting.cu)."""
     num_tokens, num_experts, topk, block_size = shape
-    max_threads = 512 if rows.values > 16 else MAX_THREADS
 
     def waves_for(threads: int) -> int:
-        return (threads + wave_size - 1) // wave_size
+        return (min(threads, MAX_THREADS) + wave_size - 1) // wave_size
 
-    row_waves = (num_tokens + rows.rows_per_wave - 1) // rows.rows_per_wave
-    entry_waves = waves_for(min(num_tokens, block_size) * topk)
-    wanted = max(row_waves, waves_for(num_experts) + min(entry_waves, 4))
+    if one_token:
+        wanted = 1 + waves_for(topk * block_size // (4 if wide_stores else 1))
+    else:
+        row_waves = (num_tokens + rows.rows_per_wave - 1) // rows.rows_per_wave
+        entry_waves = waves_for(min(num_tokens, block_size) * topk)
+        counted_waves = waves_for(num_experts) + min(entry_waves, 4)
+        wanted = max(row_waves, entry_waves if num_tokens <= block_size else counted_waves)
+    max_threads = 512 if rows.values > 16 else MAX_THREADS
     return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size

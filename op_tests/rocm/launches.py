@@ -24,8 +24,9 @@ from choices import (
     TARGET_TILES,
     WAVES_PER_BLOCK,
     choose_rows,
+    count_blocks,
     fused_threads,
-    zeroing_blocks,
+    is_one_token,
 )
 from numpy.typing import NDArray
 from torch import Tensor
@@ -77,7 +78,8 @@ class FusedParams(ctypes.Structure):
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("shape", SortShape),
         ("sort", SortParams), ("lds", FusedLds), ("cluster_size", _i32),
-        ("tokens_per_block", _i32), ("need_renorm", ctypes.c_bool), ("wide_rows", ctypes.c_bool),
+        ("tokens_per_block", _i32), ("one_token", _i32), ("need_renorm", ctypes.c_bool),
+        ("wide_rows", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -194,24 +196,28 @@ class Device:
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
         lds = fused_lds(num_tokens, num_experts, topk)
         rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
+        one_token = is_one_token(num_tokens, topk, local_expert_mask is not None)
+        shape = (num_tokens, num_experts, topk, unit_size)
         params = FusedParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
             row_stride=gating_output.stride(0),
-            shape=sort_shape(num_tokens, num_experts, topk, unit_size, sort),
+            shape=sort_shape(*shape, sort),
             sort=sort,
             lds=lds,
             cluster_size=1,
             tokens_per_block=num_tokens,
             need_renorm=need_renorm,
             wide_rows=rows.wide,
+            one_token=one_token,
         )
+        wide_stores = bool(params.shape.wide_stores)
         self._launch(
             "module_fused_topk_moe_sorting",
             f"fused_topk_moe_sorting<{rows.name}>",
             memory,
             params,
-            1 + zeroing_blocks(sort.row_bytes * num_tokens),
-            fused_threads((num_tokens, num_experts, topk, unit_size), rows, self.wave_size),
+            count_blocks(sort.row_bytes * num_tokens),
+            fused_threads(shape, rows, self.wave_size, one_token, wide_stores),
             lds.total,
         )
 
@@ -252,7 +258,7 @@ class Device:
             tile_words=tile_words,
             num_tiles=num_tiles,
         )
-        zeroing = zeroing_blocks(sort.row_bytes * num_tokens)
+        zeroing = count_blocks(sort.row_bytes * num_tokens) - 1
         table = 2 * (num_experts + MAX_WAVES_PER_BLOCK)
         bitmask = num_experts * tile_words
         phases = [("oneshot", 1 + zeroing, table + bitmask)]

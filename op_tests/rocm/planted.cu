@@ -20,6 +20,24 @@ PRIMITIVE(missing_barrier) {
   out[threadIdx.x] = lds_words[blockDim.x - 1 - threadIdx.x];
 }
 
+PRIMITIVE(two_stores) {
+  out[threadIdx.x] = in[threadIdx.x];
+  if (argument != 0) __syncthreads();
+  out[blockDim.x - 1 - threadIdx.x] = in[threadIdx.x];
+}
+
+// An atomic may change noise, but what it leaves there is noise.
+PRIMITIVE(atomic_on_noise) {
+  __shared__ uint32_t lds_words[1024];
+  atomicOr(&lds_words[threadIdx.x], 1u);
+  if (argument != 0) {
+    __syncthreads();
+    lds_words[threadIdx.x] = in[threadIdx.x];
+  }
+  __syncthreads();
+  out[threadIdx.x] = lds_words[blockDim.x - 1 - threadIdx.x];
+}
+
 PRIMITIVE(unwritten_lds) {
   __shared__ uint32_t lds_words[1024];
   if (threadIdx.x < argument) lds_words[threadIdx.x] = in[threadIdx.x];

@@ -47,6 +47,8 @@ def words(count: int) -> NDArray[np.uint32]:
         ("misaligned_store", 2, r"global_store.*expected a multiple of 4"),
         ("store_to_input", 0, r"store to input, which is read-only"),
         ("missing_barrier", 0, r"(race on LDS byte|that was written)"),
+        ("two_stores", 0, r"global_store.*race on output, byte \d+"),
+        ("atomic_on_noise", 0, r"LDS.*expected a byte that was written"),
         ("unwritten_lds", 100, r"LDS.*expected a byte that was written"),
         ("lds_past_the_end", 0, r"LDS offset.*within the workgroup's 512 bytes"),
     ],
@@ -65,6 +67,8 @@ def test_faultless_twins(arch: str) -> None:
     assert np.array_equal(shifted, data)
     reversed_words = run_primitive(arch, "missing_barrier", data, 1, threads=256)
     assert np.array_equal(reversed_words, data[::-1])
+    for name in ("two_stores", "atomic_on_noise"):
+        assert np.array_equal(run_primitive(arch, name, data, 1, threads=256), data[::-1])
     copied = run_primitive(arch, "unwritten_lds", data, 256, threads=256)
     assert np.array_equal(copied, data)
     got = run_primitive(arch, "lds_past_the_end", data, 5, threads=256, lds_bytes=1024)

@@ -82,12 +82,14 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
     address = memory.add("kernel arguments", segment, writable=False)
     memories, operations = _decode(kernel, launch.rcp_rounding)
     memories.memory = memory
+    memory.begin_launch()
     num_waves = launch.threads // kernel.code.wave_size
     statistics = Statistics(kernel.instructions, num_waves * launch.grid)
     memories.banks = statistics.banks if launch.counts_banks else None
     with np.errstate(all="ignore"):
         for workgroup in rng.permutation(launch.grid):
             memories.lds = Lds(lds_bytes, rng)
+            memories.workgroup = int(workgroup)
             waves = [
                 _start_wave(kernel, index, int(workgroup), address, segment, rng)
                 for index in range(num_waves)

@@ -2,9 +2,11 @@
 
 Every access is checked. Global memory: it must lie within one buffer, be aligned, and a store needs
 a buffer that may be written. LDS: it must lie within what was asked for at the launch, be aligned,
-and a load must not read what nobody wrote. LDS also notices races: two waves that touch the same
-byte between the same two barriers, at least one of them writing (atomics among themselves are
-fine). So a missing barrier is found whatever the order in which the waves happen to run.
+and a load must not read what nobody wrote; an atomic that returns nothing may change it, which leaves
+it noise. Both notice races. LDS: two waves that touch the same byte between the same two barriers, at
+least one of them writing (atomics among themselves are fine). Buffers: two waves that store to the
+same byte with no barrier between them, which waves of two workgroups never have. So a missing barrier
+is found whatever the order in which the waves happen to run.
 
 Buffers end shortly after a 4 GiB boundary where they are long enough, so that address arithmetic
 that loses a carry leaves its buffer.
@@ -22,6 +24,9 @@ from amdgcn.wave import Fault
 Bytes = NDArray[np.uint8]
 Addresses = NDArray[np.int64]
 
+# Workgroup, wave and epoch: the number of barriers that the wave has passed.
+Writer = tuple[int, int, int]
+
 _FIRST_BASE = 0x7F12 << 32
 _BEFORE_BOUNDARY = 256
 
@@ -35,12 +40,40 @@ class Buffer:
     data: Bytes
     writable: bool
 
+    def __post_init__(self) -> None:
+        self.forget_stores()
+
+    def forget_stores(self) -> None:
+        """Lets anybody store."""
+        # Per byte: who stored to it last; -1 for nobody.
+        self._writer = np.full((len(self.data), 3), -1, np.int32)
+
+    def note_store(self, where: Addresses, writer: Writer) -> None:
+        """Notes a store to the bytes `where`; raises Fault if another wave's has no order to it."""
+        last = self._writer[where]
+        workgroup, wave, epoch = writer
+        apart = (last[..., 0] != workgroup) | ((last[..., 1] != wave) & (last[..., 2] == epoch))
+        race = (last[..., 0] >= 0) & apart
+        if race.any():
+            at = int(where[race][0])
+            raise Fault(
+                f"race on {self.name}, byte {at}: wave {wave} of workgroup {workgroup} and wave"
+                f" {self._writer[at, 1]} of workgroup {self._writer[at, 0]} store to it with no"
+                " barrier between them"
+            )
+        self._writer[where] = writer
+
 
 class GlobalMemory:
     """The buffers of a launch."""
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+
+    def begin_launch(self) -> None:
+        """Forgets who stored: all that came before a launch is ordered."""
+        for buffer in self.buffers:
+            buffer.forget_stores()
 
     def add(
         self, name: str, data: NDArray[np.generic], writable: bool = True, offset: int = 0
@@ -63,17 +96,22 @@ class GlobalMemory:
         rows = [self.load(addresses[i : i + 1], size, align) for i in range(len(addresses))]
         return np.concatenate(rows)
 
-    def store(self, addresses: Addresses, values: Bytes, align: int) -> None:
-        """Writes the rows of `values` to the addresses."""
+    def store(
+        self, addresses: Addresses, values: Bytes, align: int, writer: Writer | None = None
+    ) -> None:
+        """Writes the rows of `values` to the addresses, for `writer`; None for an atomic."""
         size = values.shape[1]
         buffer, offsets = self._find(addresses, size, align)
         if buffer is None:
             for i in range(len(addresses)):
-                self.store(addresses[i : i + 1], values[i : i + 1], align)
+                self.store(addresses[i : i + 1], values[i : i + 1], align, writer)
             return
         if not buffer.writable:
             raise Fault(f"store to {buffer.name}, which is read-only, at {_shown(addresses[0])}")
-        _scatter(buffer.data, offsets, values)
+        where = offsets[:, None] + np.arange(size)
+        if writer is not None:
+            buffer.note_store(where, writer)
+        buffer.data[where] = values
 
     def _find(self, addresses: Addresses, size: int, align: int) -> tuple[Buffer | None, Addresses]:
         """The buffer that holds all the accesses, None if there are several; raises Fault."""
@@ -135,10 +173,11 @@ class Lds:
             raise Fault("LDS store: expected one value per byte, got two lanes that disagree")
 
     def atomic(self, offsets: Addresses, wave: int, epoch: int) -> NDArray[np.uint32]:
-        """Checks 32-bit atomics and returns the whole LDS as words, for the caller to change."""
+        """Checks 32-bit atomics and returns the whole LDS as words, for the caller to change.
+
+        They return nothing, so noise may be changed: it stays noise, which no load may read.
+        """
         where = self._check(offsets, 4)
-        if not self._written[where].all():
-            raise Fault(f"LDS word {int(offsets[0])}: expected a written word, got noise")
         self._note("atomic", where, wave, epoch, against=("load", "store"))
         return self.data[: len(self.data) // 4 * 4].view(np.uint32)
 
@@ -173,10 +212,6 @@ class Lds:
 def _gather(data: Bytes, offsets: Addresses, size: int) -> Bytes:
     rows: Bytes = data[offsets[:, None] + np.arange(size)]
     return rows
-
-
-def _scatter(data: Bytes, offsets: Addresses, values: Bytes) -> None:
-    data[offsets[:, None] + np.arange(values.shape[1])] = values
 
 
 def _shown(address: int | np.int64) -> str:

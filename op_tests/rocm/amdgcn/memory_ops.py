@@ -36,6 +36,7 @@ class Memories:
 
     Attributes:
         memory: the buffers of the launch.
+        workgroup: the running one's index.
         lds: of the running workgroup.
         banks: where the passes of LDS accesses are counted, by line; None for nowhere.
         signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
@@ -46,6 +47,7 @@ class Memories:
         self.memory = memory
         self.signed_offsets = arch == "gfx1250"
         self.waits_for_stores = arch.startswith("gfx9")
+        self.workgroup = 0
         self.lds: Lds | None = None
         self.banks: dict[int, BankTally] | None = None
 
@@ -229,7 +231,8 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
         if w.mask.any():
             if memories.waits_for_stores:
                 w.in_flight.append(False)
-            memories.memory.store(addresses(w), rows(w), align)
+            writer = (memories.workgroup, w.index, w.epoch)
+            memories.memory.store(addresses(w), rows(w), align, writer)
 
     return run
 
