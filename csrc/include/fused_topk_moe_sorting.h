@@ -117,8 +117,8 @@ struct FusedSink {
   float* weights;
   HitMask hits;
   ExpertSet hit_experts;
-  bool adds_experts;
-  int row;     // of the workgroup's
+  int num_rows, block_size;
+  int row;     // of the workgroup's num_rows
   Entry last;  // that this lane put
 
   __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
@@ -126,7 +126,8 @@ struct FusedSink {
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
-    if (adds_experts) hit_experts.add(expert_idx);
+    // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
+    if (anew(num_rows) <= block_size) hit_experts.add(expert_idx);
   }
   __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };
@@ -307,9 +308,8 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   }
   read_locals(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
-  const bool adds_experts = block.num_rows <= p.shape.block_size;
-  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, adds_experts, 0, {}};
+  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
+                 0,       {}};
   if (first_row < block.num_rows) {
     // Left from within: compilers for AMD GPUs then know that the last row's registers are free.
     AITER_LOOP
