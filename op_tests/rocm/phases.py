@@ -1,11 +1,11 @@
 """What does each phase of the fused launch execute, and how often do its LDS banks collide?
 
 Phases are told apart by workgroup and by the barriers passed (`amdgcn.statistics`): the workgroup
-that routes clears the bitmask before its first barrier while its first rows are on their way, and
-selects before the second. Where no expert can have two blocks, it then finds the experts that are hit,
-fills their blocks with padding and puts the entries over it, with a barrier between each; elsewhere it
-writes entries and padding after the last barrier, and counts and assigns in between. The other
-workgroups zero moe_buf.
+that routes clears the bitmask and the set of experts before its first barrier, and selects before the
+second. Where no expert can have two blocks, it then fills the blocks with padding and puts the entries
+over it, with a barrier between the two; elsewhere it writes entries and padding after the last barrier,
+and counts and assigns in between. A single token takes no barrier at all. The other workgroups zero
+moe_buf.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from amdgcn.banks import BankTally
 from amdgcn.statistics import Statistics, Where
 from cases import Case
-from choices import constant
+from choices import constant, is_one_token
 from launches import Device
 from runners import run_fused
 from targets import Target
 
 ROUTING = ("load, clear", "top-k", "assign", "write")
-ROUTING_SINGLE_BLOCKS = ("load, clear", "top-k", "blocks", "padding", "entries")
+ROUTING_SINGLE_BLOCKS = ("load, clear", "top-k", "padding", "entries")
+ROUTING_ONE_TOKEN = ("one token",)
 ZEROING = "zero moe_buf"
 ROUTING_WORKGROUP = 0
 MAX_SET_EXPERTS = 32 * constant("single_blocks.h", "kMaxSetWords")
@@ -33,6 +34,7 @@ MAX_SET_EXPERTS = 32 * constant("single_blocks.h", "kMaxSetWords")
 PROBLEMS = {
     "gpt-oss-120b, M=64": Case(64, 128, 4, torch.bfloat16, model_dim=2880),
     "gpt-oss-120b, M=8": Case(8, 128, 4, torch.bfloat16, model_dim=2880),
+    "gpt-oss-120b, M=1": Case(1, 128, 4, torch.bfloat16, model_dim=2880),
     "DeepSeek-V3, M=64": Case(64, 256, 8, torch.bfloat16, model_dim=2048),
     "Qwen3-Next, M=32": Case(32, 512, 10, torch.bfloat16, model_dim=2048),
     "Kimi-K3, M=16, f32": Case(16, 896, 16, torch.float32, model_dim=3584),
@@ -51,7 +53,9 @@ def launch(arch: str, problem: str) -> Statistics:
 
 
 def routing_phases(case: Case) -> tuple[str, ...]:
-    """The phases of the workgroup that routes: those of single_blocks.h, or of expert_sort.h."""
+    """The phases of the workgroup that routes: those of one_token.h, single_blocks.h or expert_sort.h."""
+    if is_one_token(case.num_tokens, case.topk, case.mask != "none"):
+        return ROUTING_ONE_TOKEN
     is_single = case.local_tokens <= case.block_size and case.num_experts <= MAX_SET_EXPERTS
     return ROUTING_SINGLE_BLOCKS if is_single else ROUTING
 

@@ -46,6 +46,17 @@ GROUPS = (
     (5, 30, 4, F16), (6, 64, 8, F16), (9, 100, 7, BF16), (5, 161, 8, F16), (9, 256, 8, BF16),
     (3, 385, 8, BF16), (2, 512, 6, F16),
 )  # fmt: skip
+# One token: sorted in registers up to K = 32 (one_token.h), in LDS beyond and with a mask; stores of
+# four slots and of one; more padding than threads; with num_local_tokens and without.
+ONE_TOKEN = (
+    Case(1, 128, 4, BF16), Case(1, 128, 4, BF16, num_local=1), Case(1, 128, 4, BF16, num_local=0),
+    Case(1, 128, 4, F16, slots_offset=4), Case(1, 96, 8, F32, block_size=7, num_local=1),
+    Case(1, 257, 1, F32, False, block_size=1), Case(1, 8, 8, BF16, block_size=6, logits="ties"),
+    Case(1, 33, 32, F16, False, block_size=64), Case(1, 32, 32, F32, block_size=2, num_local=0),
+    Case(1, 300, 32, BF16, block_size=132, logits="mixed"), Case(1, 40, 33, F16, block_size=4),
+    Case(1, 70, 64, F32, num_local=1), Case(1, 64, 8, BF16, mask="random"),
+    Case(1, 1100, 5, F16, logits="all_nan", slots_offset=8),
+)  # fmt: skip
 MANY_ROWS = ((513, 136, 2, BF16), (513, 131, 2, F16))
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
@@ -154,6 +165,12 @@ def test_all_groups_of_lanes_are_covered(arch: str) -> None:
                 for name in kernels("module_topk_softmax", arch) if "GroupRows" in name}  # fmt: skip
     assert len(compiled) == 10 and compiled - names == set()
     assert {name.partition(", ")[2] for name in compiled} <= wide[False] & wide[True]
+
+
+@pytest.mark.parametrize("case", ONE_TOKEN, ids=str)
+@pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
+def test_one_token(arch: str, case: Case) -> None:
+    check_fused(arch, case)
 
 
 @pytest.mark.parametrize("case", SORTING, ids=str)

@@ -33,7 +33,8 @@ MARKERS = ("<!-- tables: op_tests/rocm/write_tables.py -->", "<!-- end of tables
 MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus")
 SHOWN = ("gfx942", "gfx950")
 LAUNCH = Case(8, 128, 4, torch.bfloat16, model_dim=2880)
-BY_PHASE = ("gpt-oss-120b, M=64", "gpt-oss-120b, M=8", "DeepSeek-V3, M=64")
+BY_PHASE = ("gpt-oss-120b, M=64", "gpt-oss-120b, M=8", "gpt-oss-120b, M=1",
+            "DeepSeek-V3, M=64")  # fmt: skip
 
 
 def used(kernel: KernelCode) -> bool:
