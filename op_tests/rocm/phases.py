@@ -53,7 +53,7 @@ def launch(arch: str, problem: str) -> Statistics:
 
 
 def routing_phases(case: Case) -> tuple[str, ...]:
-    """The phases of the workgroup that routes: those of one_token.h, single_blocks.h or expert_sort.h."""
+    """The phases of the workgroup that routes: of one_token.h, single_blocks.h or expert_sort.h."""
     if is_one_token(case.num_tokens, case.topk, case.mask != "none"):
         return ROUTING_ONE_TOKEN
     is_single = case.local_tokens <= case.block_size and case.num_experts <= MAX_SET_EXPERTS
