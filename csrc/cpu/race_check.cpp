@@ -238,6 +238,7 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
 AITER_PLAIN(1)
 AITER_PLAIN(2)
 AITER_PLAIN(4)

@@ -103,10 +103,10 @@ def row_values(num_experts: int, wave_size: int) -> int:
     return values
 
 
-def count_blocks(num_bytes: int) -> int:
-    """Workgroups of a launch of which one sorts and the others zero moe_buf (sort_launch.h)."""
+def zeroing_blocks(num_bytes: int) -> int:
+    """Workgroups that zero moe_buf (sort_launch.h)."""
     wanted = (num_bytes + ZERO_BYTES_PER_BLOCK - 1) // ZERO_BYTES_PER_BLOCK
-    return int(min(wanted + 1, max(2, COMPUTE_UNITS)))
+    return int(min(wanted, max(1, COMPUTE_UNITS - 1)))
 
 
 def is_one_token(num_tokens: int, topk: int, has_mask: bool) -> bool:

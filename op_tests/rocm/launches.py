@@ -24,9 +24,9 @@ from choices import (
     TARGET_TILES,
     WAVES_PER_BLOCK,
     choose_rows,
-    count_blocks,
     fused_threads,
     is_one_token,
+    zeroing_blocks,
 )
 from numpy.typing import NDArray
 from torch import Tensor
@@ -216,7 +216,7 @@ class Device:
             f"fused_topk_moe_sorting<{rows.name}>",
             memory,
             params,
-            count_blocks(sort.row_bytes * num_tokens),
+            1 + zeroing_blocks(sort.row_bytes * num_tokens),
             fused_threads(shape, rows, self.wave_size, one_token, wide_stores),
             lds.total,
         )
@@ -258,7 +258,7 @@ class Device:
             tile_words=tile_words,
             num_tiles=num_tiles,
         )
-        zeroing = count_blocks(sort.row_bytes * num_tokens) - 1
+        zeroing = zeroing_blocks(sort.row_bytes * num_tokens)
         table = 2 * (num_experts + MAX_WAVES_PER_BLOCK)
         bitmask = num_experts * tile_words
         phases = [("oneshot", 1 + zeroing, table + bitmask)]
