@@ -45,7 +45,8 @@
 // (0.9 us for the hand-over alone, 128 workgroups, and state that has to be reset); rereading code for a cold
 // instruction cache as the culprit (running everything twice in a launch took the same time both times);
 // a step per winner where one wave has all rows (1.60 -> 1.72 us, M=4); finding the first row's address before
-// waiting for the launch before, held there by a prefetch (2.40 -> 2.48 us, M=64); kernels for which E, K, B and
+// waiting for the launch before, held there by a prefetch (2.40 -> 2.48 us, M=64); leaving the loop over
+// rows from within (1.51 -> 1.65 us, M=4; nvcc then has parts of it twice); kernels for which E, K, B and
 // the absence of a mask are constants, rendered for a list of shapes (1.36 -> 1.38 us for M=1, 1.52 -> 1.37 for
 // M=4, 2.40 -> 2.34 for M=64, 6.87 -> 6.58 for M=2048, for a kernel more per shape and dtype).
 #pragma once
@@ -310,19 +311,19 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
   FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
                  0,       {}};
-  if (first_row < block.num_rows) {
-    // Left from within: compilers for AMD GPUs then know that the last row's registers are free.
-    AITER_LOOP
-    while (true) {
-      const int row = first_row + own_row;
-      const int entry = row * p.shape.topk;
-      sink.experts = block.lds_experts + entry;
-      sink.weights = block.lds_weights + entry;
-      sink.row = row;
-      wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
-      first_row += rows_at_once;
-      if (first_row >= block.num_rows) break;
+  AITER_LOOP
+  while (first_row < block.num_rows) {
+    const int row = first_row + own_row;
+    const int entry = row * p.shape.topk;
+    sink.experts = block.lds_experts + entry;
+    sink.weights = block.lds_weights + entry;
+    sink.row = row;
+    wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
+    first_row += rows_at_once;
+    if (first_row < block.num_rows) {
       logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+    } else {
+      drop(logits);
     }
   }
   if (anew(p.one_token) != 0) {

@@ -19,6 +19,8 @@
 //                                   lanes, in its first n; G = 8 or 16 with n <= 8, or 32
 //   uniform_wave_idx()              wave_idx() as a value that compilers know to be the wave's, so that
 //                                   branches on it do not make them expect divergence
+//   drop(x)                         x is not read any more. Compilers for AMD GPUs keep the registers of a
+//                                   value that the last round of a loop does not make, unless it makes one
 //   anew(x)                         int x, the same in all lanes, hidden from compilers on AMD GPUs, so
 //                                   that a loop computes what follows from it in every round; masks of
 //                                   lanes, kept for all rounds, took more scalar registers than exist

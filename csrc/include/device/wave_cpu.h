@@ -131,6 +131,9 @@ inline float wave_sum_in_groups(float x, int count, AITER_CALL_SITE) {
 #undef AITER_CALL_SITE
 #undef AITER_SITE_OF
 
+template <typename T>
+inline void drop(T&) {}
+
 inline int anew(int x) { return x; }
 
 }  // namespace aiter

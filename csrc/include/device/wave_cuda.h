@@ -77,6 +77,9 @@ __device__ __forceinline__ uint32_t wave_inclusive_sum(uint32_t x) {
   return x;
 }
 
+template <typename T>
+__device__ __forceinline__ void drop(T&) {}
+
 __device__ __forceinline__ int anew(int x) { return x; }
 
 }  // namespace aiter

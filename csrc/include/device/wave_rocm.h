@@ -48,6 +48,11 @@ __device__ __forceinline__ float wave_read_lane(float x, int lane) {
   return __uint_as_float(wave_read_lane(__float_as_uint(x), lane));
 }
 
+template <typename T>
+__device__ __forceinline__ void drop(T& x) {
+  x = T{};
+}
+
 __device__ __forceinline__ int anew(int x) {
   asm volatile("" : "+s"(x));
   return x;
