@@ -128,7 +128,7 @@ struct FusedSink {
     weights[k] = weight;
     hits.set(row, expert_idx);
     // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
-    if (anew(num_rows) <= block_size) hit_experts.add(expert_idx);
+    if (num_rows <= anew(block_size)) hit_experts.add(expert_idx);
   }
   __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };

@@ -21,7 +21,7 @@
 //                                   branches on it do not make them expect divergence
 //   drop(x)                         x is not read any more. Compilers for AMD GPUs keep the registers of a
 //                                   value that the last round of a loop does not make, unless it makes one
-//   anew(x)                         int x, the same in all lanes, hidden from compilers on AMD GPUs, so
+//   anew(x)                         int x, an argument of the kernel, hidden from compilers on AMD GPUs, so
 //                                   that a loop computes what follows from it in every round; masks of
 //                                   lanes, kept for all rounds, took more scalar registers than exist
 //
