@@ -23,7 +23,7 @@ from torch import Tensor
 
 import aiter
 
-TOPKS = (1, 4, 8, 31, 32, 33)
+TOPKS = (1, 4, 32, 33)
 BLOCK_SIZES = (1, 2, 3, 4, 7, 32, 64)
 
 alone = partial(aiter.fused_topk_moe_sorting_fwd, cluster_size=1)
@@ -60,7 +60,7 @@ def test_winners(target: Target, dtype: torch.dtype, topk: int) -> None:
         run(Case(1, num_experts, topk, dtype, need_renorm, logits="ties"), target)
 
 
-@pytest.mark.parametrize("slots_offset", [0, 4, 8])
+@pytest.mark.parametrize("slots_offset", [0, 4])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_padding(target: Target, block_size: int, slots_offset: int) -> None:
     """Stores of four slots and of one; as little padding as none."""

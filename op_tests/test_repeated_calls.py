@@ -277,7 +277,6 @@ def test_more_calls_than_are_remembered(target: Target) -> None:
     for call in calls:
         outcome(target, call)
         assert outcome(target, call).known
-        check_against_reference(call)
     known = 0
     for call in calls:
         call["gating_output"].neg_()
