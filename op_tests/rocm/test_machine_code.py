@@ -167,10 +167,12 @@ def test_all_groups_of_lanes_are_covered(arch: str) -> None:
     assert {name.partition(", ")[2] for name in compiled} <= wide[False] & wide[True]
 
 
-@pytest.mark.parametrize("case", ONE_TOKEN, ids=str)
 @pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
-def test_one_token(arch: str, case: Case) -> None:
-    check_fused(arch, case)
+def test_one_token(arch: str) -> None:
+    """Every case on an architecture of either wave width, and every second one on the others."""
+    first = [OLDEST, *ARCHS].index(arch) % 2
+    for case in ONE_TOKEN if arch in ("gfx942", "gfx1201") else ONE_TOKEN[first::2]:
+        check_fused(arch, case)
 
 
 @pytest.mark.parametrize("case", SORTING, ids=str)
