@@ -16,7 +16,7 @@ only a first call needs stands before `_again`. Rejected: remembering calls that
 outputs may lie elsewhere every time.
 
 `python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD EPYC (2026-11-23)
-they are 2.0 us for the five allocations (`aiter.moe_buffers`), 1.5 us for this module, 1.0 us for the
+they are 2.0 us for the five allocations (`aiter.moe_buffers`), 1.7 us for this module, 1.0 us for the
 binding and its checks; of a repeated call 0.6 us for this module and 0.6 us for recognising it.
 """
 

@@ -5,9 +5,8 @@ python op_tests/bench_host.py [--device cpu|cuda] [--shape E,K,D] [--tokens M] [
 Every row is the median over repeats of the time per call, enqueueing without synchronising. A piece
 that launches nothing is pure host time on every device. A repeated call is recognised by the compiled
 function, which goes by everything but the sign of the logits first; negated ones show what that takes
-without the launch. What launches, on a GPU, is host time as
-long as the device keeps up, as it does at decode sizes; on the cpu target a launch is over when the
-kernel has been executed, and the row says so.
+without the launch. What launches, on a GPU, is host time as long as the device keeps up, as it does at
+decode sizes; on the cpu target a launch is over when the kernel has been executed, and the row says so.
 """
 
 from __future__ import annotations

@@ -90,6 +90,17 @@ def check_sorted(got: Sequence[Tensor], expected: Sequence[Tensor], block_size: 
     check_weights("sorted_weights", got[1][:num_valid], expected[1][:num_valid])
 
 
+def check_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor], block_size: int) -> None:
+    """The defined parts of two sorts of the same: counts, slots, weights to the bit, expert ids."""
+    check_equal("num_valid_ids", got[3], expected[3])
+    slots = int(expected[3][0])
+    check_equal("sorted_ids", got[0][:slots], expected[0][:slots])
+    bits = [outputs[1][:slots].view(torch.int32) for outputs in (got, expected)]
+    check_equal("bits of sorted_weights", *bits)
+    blocks = slots // block_size
+    check_equal("sorted_expert_ids", got[2][:blocks], expected[2][:blocks])
+
+
 def check_structure(
     got: Sequence[Tensor],
     *,

@@ -15,8 +15,8 @@ from dataclasses import replace
 import _checkout  # noqa: F401
 import pytest
 import torch
-from cases import INF, Case, Inputs, make_inputs
-from checks import check_equal
+from cases import INF, Case, make_inputs
+from checks import check_equal, check_same_bits
 from routing import route
 from runners import expected_sorted, reporting, run_fused, run_topk_softmax
 from targets import Target
@@ -54,31 +54,17 @@ def check_values(case: Case, target: Target) -> None:
     run_topk_softmax(case, target, aiter.topk_softmax)
 
 
-def slots_in_use(case: Case, inputs: Inputs, target: Target, policy: int) -> list[Tensor]:
-    """The defined part of what routing gives; weights as their bits."""
-    ids, weights, experts, counts, _ = (x.cpu() for x in route(case, inputs, target, policy))
-    num_valid = int(counts[0])
-    bits = weights[:num_valid].view(torch.int32)
-    return [counts, ids[:num_valid], bits, experts[: num_valid // case.block_size]]
-
-
 def check_bits(case: Case, target: Target) -> None:
     """Every layout and path of ``case`` gives the bits of the chain with f32 logits."""
     inputs = make_inputs(case, target.device)
     wide = replace(inputs, gating=inputs.gating.float())
-    expected = slots_in_use(case, wide, target, policy=1)
-    check_equal("f32 num_valid_ids", expected[0], expected_sorted(case, inputs)[3])
+    expected = route(case, wide, target, policy=1)
+    check_equal("f32 num_valid_ids", expected[3], expected_sorted(case, inputs)[3])
     for (name, gating), policy in itertools.product(layouts(inputs.gating), (0, 1)):
         with reporting(f"{name}, policy {policy}, {case}", target):
-            got = slots_in_use(case, replace(inputs, gating=gating), target, policy)
+            got = route(case, replace(inputs, gating=gating), target, policy)
             assert aiter.fused_moe.last_path() == ("fused", "oneshot")[policy]
-            for what, ours, wanted in zip(
-                ("num_valid_ids", "sorted_ids", "bits of sorted_weights", "sorted_expert_ids"),
-                got,
-                expected,
-                strict=True,
-            ):
-                check_equal(what, ours, wanted)
+            check_same_bits(got, expected, case.block_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

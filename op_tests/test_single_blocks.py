@@ -15,7 +15,7 @@ import _checkout  # noqa: F401
 import pytest
 import torch
 from cases import MASKS, Case
-from checks import check_equal
+from checks import check_same_bits
 from routing import has_clusters
 from runners import run_fused
 from targets import Target
@@ -32,12 +32,8 @@ def run(case: Case, target: Target) -> None:
         run_fused(case, target, partial(aiter.fused_topk_moe_sorting_fwd, cluster_size=size))
         for size in ((1, 2) if has_clusters(target) else (1,))
     )
-    num_valid = int(one[3][0])
     for other in others:
-        check_equal("num_valid_ids", other[3], one[3])
-        check_equal("sorted_ids", other[0][:num_valid], one[0][:num_valid])
-        bits = [x[1][:num_valid].view(torch.int32) for x in (other, one)]
-        check_equal("bits of sorted_weights", *bits)
+        check_same_bits(other, one, case.block_size)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)

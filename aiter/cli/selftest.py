@@ -13,10 +13,8 @@ reason.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 import aiter
-from aiter import fused_moe, reference
+from aiter import fused_moe, reference, timing
 from aiter.cli import env_command
 from aiter.cli.selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
 from aiter.cli.table import format_table
@@ -191,25 +189,6 @@ def _calls(device: torch.device) -> list[tuple[str, str]]:
          str(aiter.fused_topk_moe_sorting_max_tokens(128, 4, device=device))),
     ]  # fmt: skip
     if device.type == "cuda":
-        rows.append(("host time per call", f"{_wall_us(call, 200, device, wait=False):.1f} us"))
-    rows.append(("wall time per call", f"{_wall_us(call, 20, device, wait=True):.1f} us"))
+        rows.append(("host time per call", f"{timing.host_us(call, device).us:.1f} us"))
+    rows.append(("wall time per call", f"{timing.wall_us(call, device, 1).us:.1f} us"))
     return rows
-
-
-def _wall_us(call: Callable[[], object], count: int, device: torch.device, wait: bool) -> float:
-    """Median time per call over ten samples; with `wait`, until the device is done."""
-    samples = []
-    for _ in range(10):
-        _synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-            if wait:
-                _synchronize(device)
-        samples.append((time.perf_counter() - start) / count * 1e6)
-    return statistics.median(samples)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

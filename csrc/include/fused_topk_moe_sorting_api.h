@@ -24,7 +24,7 @@ struct FusedLaunch;
 std::shared_ptr<const FusedLaunch> prepare_fused_launch(const FusedTopkMoeSortingArgs& args);
 void make_fused_launch(const FusedLaunch& prepared, void* stream);
 
-// The largest M whose routing state fits in the LDS of one workgroup; 0 when none does.
+// The largest M whose routing state fits in the LDS of the workgroups that route unasked; 0 when none does.
 int64_t fused_topk_moe_sorting_max_tokens(int64_t num_experts, int64_t topk, int device_index);
 
 }  // namespace aiter
