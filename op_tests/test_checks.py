@@ -14,7 +14,7 @@ import pytest
 import torch
 from buffers import Mismatch, storage_bytes
 from cases import INF, LAYOUTS, LOGITS, MASKS, MODEL_SHAPES, NAN, Case, make_inputs
-from checks import check_structure
+from checks import check_same_bits, check_structure
 from runners import run_fused, run_topk_softmax
 from targets import Target
 from torch import Tensor
@@ -372,3 +372,17 @@ def test_structure_is_checked_without_the_reference(
     _structure()
     with pytest.raises(Mismatch, match=words):
         _structure(**changes)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_same_bits(wrong: int) -> None:
+    """One differing bit in a defined part is seen, and what lies behind is not looked at."""
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    expected = reference.topk_softmax_sorting(logits, 3, 9, 4, torch.bfloat16, block_size=8)
+    got = [tensor.clone() for tensor in expected]
+    slots = int(expected[3][0])
+    got[0][slots:] = 7
+    check_same_bits(got, expected, 8)
+    got[wrong].view(torch.int32)[0] ^= 1
+    with pytest.raises(Mismatch):
+        check_same_bits(got, expected, 8)
