@@ -6,14 +6,13 @@ took; a failure in a path is raised, never answered by another path. Under a tra
 one node, the registered op of its name (see `aiter.torch_ops`). `aiter.fused_moe` is where callers
 find these functions.
 
-Host time is what a decode step pays per layer. An eager call makes one memo lookup, allocates and
+Host time is what a decode step pays per layer. A first eager call looks its plan up, allocates and
 goes to the binding, which checks the tensors. The plan holds the binding's function, which saves the
 0.7 us of an op's Python function, and that function compares the sizes of given outputs, which takes
-0.5 us in Python. A call with `out=` that took the fused launch is remembered: `_again`, of the module
-that was called last, knows the same call by its arguments and by what the tensors are like at that
-moment (`csrc/include/repeated_calls.h`), and launches it without a lookup or a check. So nothing that
-only a first call needs stands before `_again`. Rejected: remembering calls that allocate, whose
-outputs may lie elsewhere every time.
+0.5 us in Python. A call that took the fused launch is remembered: `_again`, of the module that was
+called last, knows one like it by its arguments and by what the tensors are like at that moment
+(`csrc/include/known_calls.h`), allocates unless there is `out`, and launches, without a lookup or a
+check. So nothing that only a first call needs stands before `_again`.
 
 `python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD EPYC (2026-11-23)
 they are 2.0 us for the five allocations (`aiter.moe_buffers`), 1.7 us for this module, 1.0 us for the
@@ -58,8 +57,8 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def _never(*arguments: object) -> bool:
-    return False
+def _never(*arguments: object) -> None:
+    return None
 
 
 _again: FusedAgain = _never  # of the module that was called last
@@ -143,17 +142,14 @@ def topk_softmax_sorting(
     global _again
     # NOTE: asks what `traced` asks, but for the type of the tensor, which is among what `_again` knows
     # a call by.
-    if (
-        out is not None
-        and not is_dynamo_compiling()
-        and not _len_torch_dispatch_stack()
-        and _again(
+    if not is_dynamo_compiling() and not _len_torch_dispatch_stack():
+        buffers = _again(
             gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
             expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
-        )
-    ):  # fmt: skip
-        _last.path = "fused"
-        return out
+        )  # fmt: skip
+        if buffers is not None:
+            _last.path = "fused"
+            return buffers
     if traced(gating_output):
         return _as_traced(
             "topk_softmax_sorting", out,
@@ -168,21 +164,18 @@ def topk_softmax_sorting(
         device, cpu_wave, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
         dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, fused, again = _known(plan_routing, sizes)
+    path, workspace_bytes, expected, layouts, fused = _known(plan_routing, sizes)
     if fused is not None:
-        buffers, plain = out, None
-        if buffers is None:
-            buffers = allocate(layouts, device)
-        elif again is not None:
-            _again = again
-            plain = (
-                topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-                dispatch_policy, cpu_wave,
-            )  # fmt: skip
+        into, _again = fused
+        buffers = allocate(layouts, device) if out is None else out
+        plain = (
+            topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size, dispatch_policy,
+            cpu_wave,
+        )  # fmt: skip
         # NOTE: checks the outputs' sizes, too, in 0.05 us; in Python that takes 0.5 us.
-        if not fused(
+        if not into(
             gating_output, buffers, expected, num_experts, topk, block_size, need_renorm,
-            expert_mask, num_local_tokens, plain,
+            expert_mask, num_local_tokens, plain, layouts if out is None else None,
         ):  # fmt: skip
             buffers = given(buffers, expected)
             fused_topk_moe_sorting_fwd(

@@ -23,11 +23,9 @@ from aiter.dispatch import Crossover
 from aiter.jit import envs
 from aiter.moe_buffers import Buffers, Layouts, layouts_of
 from aiter.ops.fused_topk_moe_sorting import (
-    FusedAgain,
-    FusedInto,
-    fused_topk_moe_sorting_again,
+    FusedCalls,
+    fused_calls,
     fused_topk_moe_sorting_forget,
-    fused_topk_moe_sorting_into,
     fused_topk_moe_sorting_max_tokens,
 )
 from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
@@ -44,16 +42,14 @@ class Plan(NamedTuple):
         workspace_bytes: of the sort of the chain; 0 for none.
         buffers: the sizes of the outputs.
         layouts: how they are allocated.
-        fused: the fused launch (`fused_topk_moe_sorting_into`), if that is the path.
-        again: its repetition (`fused_topk_moe_sorting_again`), likewise.
+        fused: the fused launch, if that is the path.
     """
 
     path: dispatch.Path
     workspace_bytes: int
     buffers: Buffers
     layouts: Layouts
-    fused: FusedInto | None
-    again: FusedAgain | None
+    fused: FusedCalls | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +202,5 @@ def _plan(
             problem.tokens, problem.num_experts, problem.topk, dispatch.POLICY_OF_CHAIN[path],
             device=device,
         )  # fmt: skip
-    fused = fused_topk_moe_sorting_into(device) if path == "fused" else None
-    again = fused_topk_moe_sorting_again(device) if path == "fused" else None
-    return Plan(path, workspace_bytes, buffers, layouts_of(buffers, device), fused, again)
+    fused = fused_calls(device) if path == "fused" else None
+    return Plan(path, workspace_bytes, buffers, layouts_of(buffers, device), fused)

@@ -1,20 +1,24 @@
 """What does a routing call cost the caller's thread, and in which piece?
 
-python op_tests/bench_host.py [--device cpu|cuda] [--shape E,K,D] [--tokens M] [--csv FILE]
+python op_tests/bench_host.py [--device cpu|cuda] [--shape E,K,D] [--tokens M] [--rounds N] [--csv FILE]
 
-Every row is the median over repeats of the time per call, enqueueing without synchronising. A piece
-that launches nothing is pure host time on every device. A repeated call is recognised by the compiled
-function, which goes by everything but the sign of the logits first; negated ones show what that takes
-without the launch. What launches, on a GPU, is host time as long as the device keeps up, as it does at
-decode sizes; on the cpu target a launch is over when the kernel has been executed, and the row says so.
+Every figure is the time per call of many in a row, enqueued without synchronising. Pieces are measured
+in turn, round after round, as a CPU that others use as well is slower for seconds at a time: `time` is
+the median of a piece's rounds, and the fastest and the slowest round stand beside it. A piece that
+launches nothing is pure host time on every device. A known call is found by the compiled function,
+which goes by everything but the sign of the logits first; negated ones show what that takes without the
+launch. What launches, on a GPU, is host time as long as the device keeps up, as it does at decode
+sizes; on the cpu target a launch is over when the kernel has been executed, and the row says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,6 @@ from unittest import mock
 import _checkout  # noqa: F401  (makes a checkout importable)
 import bench_timing
 import torch
-from bench_timing import Timing
 
 import aiter
 from aiter import fused_moe, moe_buffers, moe_routing, reference, routing_plan
@@ -31,23 +34,38 @@ from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
-from aiter.ops.fused_topk_moe_sorting import (
-    fused_topk_moe_sorting_again,
-    fused_topk_moe_sorting_into,
-)
+from aiter.ops.fused_topk_moe_sorting import FusedCalls, fused_calls
 
-PIECE_CALLS = 1000  # of a piece that launches nothing, per repeat
+ROUNDS = 9
+PIECE_CALLS = 100  # of a piece that launches nothing, per repeat
 BLOCK_SIZE = 32
-REPEATED = "topk_softmax_sorting without its op, out given, repeated"
+KNOWN = "topk_softmax_sorting without its op, known call"
 
 Pieces = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece, what its time includes, and that time in every round, in us."""
+
+    piece: str
+    includes: str
+    rounds_us: tuple[float, ...]
+
+    @property
+    def us(self) -> float:
+        return statistics.median(self.rounds_us)
+
+
+def never(*arguments: object) -> None:
+    """Knows no call."""
 
 
 def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     """What is measured, by name: what launches nothing, and what does.
 
-    The first are to be called while `moe_routing` plans with `silent_plan` and is told that no call is
-    a repeated one, but for `REPEATED`.
+    The first are to be called while `moe_routing` plans with `silent_plan` and knows no call, but for
+    `KNOWN`.
     """
     num_experts, topk, model_dim = shape
     tokens, device = logits.shape[0], logits.device
@@ -59,9 +77,9 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     )
     weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
     sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
-    into = fused_topk_moe_sorting_into(device)
-    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None, None)
-    recognised = repeated(logits, shape, (*planned[:-1],))
+    into = fused_calls(device).into
+    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None)
+    found = found_and_negated(logits, shape, planned)
     fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
     nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
     selecting = module_for("module_topk_softmax", device).topk_softmax
@@ -79,20 +97,20 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "outputs: five allocations": lambda: moe_buffers.allocate(plan.layouts, device),
         "outputs: views of one allocation (not used)": lambda: views(plan.buffers, device),
         "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
-        "topk_softmax_sorting without its op, out given": lambda: routing(out=out),
-        REPEATED: lambda: routing(out=out),
-        "a repeated call recognised, compiled function": recognised,
-        "topk_softmax_sorting without its op, allocating": routing,
+        "topk_softmax_sorting without its op, first call, out given": lambda: routing(out=out),
+        "topk_softmax_sorting without its op, first call, allocating": routing,
+        KNOWN: routing,
+        "a known call found, compiled function": found,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
         "binding and checks of 4 tensors, compiled function": lambda: selecting(*nothing),
         "the same through the op's Python function": lambda: aiter.topk_softmax(*nothing),
     }
     launching: Pieces = {
         "fused launch, compiled function": lambda: compiled(*fused),
-        "fused launch, as topk_softmax_sorting makes it": lambda: into(*planned),
+        "fused launch, as a first call makes it": lambda: into(*planned, None, None),
         "fused_topk_moe_sorting_fwd": lambda: aiter.fused_topk_moe_sorting_fwd(*fused),
-        "topk_softmax_sorting, out given, repeated": lambda: routing(out=out),
-        "topk_softmax_sorting, allocating": routing,
+        "topk_softmax_sorting, known call, out given": lambda: routing(out=out),
+        "topk_softmax_sorting, known call, allocating": routing,
         "topk_softmax_sorting, chain, out given": lambda: routing(out=out, dispatch_policy=1),
         "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
     }
@@ -114,23 +132,25 @@ def views(buffers: moe_buffers.Buffers, device: torch.device) -> tuple[torch.Ten
 
 @lru_cache(typed=True)
 def silent_plan(*sizes: Any) -> routing_plan.Plan:
-    """The plan of a routing, with a fused launch that does nothing and that nobody repeats."""
-    return routing_plan.plan_routing(*sizes)._replace(fused=lambda *_: True, again=None)
+    """The plan of a routing, with a fused launch that does nothing and that nobody remembers."""
+    return routing_plan.plan_routing(*sizes)._replace(fused=FusedCalls(lambda *_: True, never))
 
 
-def repeated(logits: torch.Tensor, shape: Shape, planned: tuple[Any, ...]) -> Callable[[], object]:
-    """The search for a remembered call that finds it and launches nothing, as its logits are negated.
+def found_and_negated(
+    logits: torch.Tensor, shape: Shape, planned: tuple[Any, ...]
+) -> Callable[[], object]:
+    """The search for a known call that finds it and launches nothing, as its logits are negated.
 
     Raises RuntimeError if the call itself is not found, or the negated one is answered.
     """
     num_experts, topk, model_dim = shape
-    device, (_, out, *_) = logits.device, planned
+    (into, again), (_, out, *_) = fused_calls(logits.device), planned
     options = (topk, num_experts, model_dim, torch.bfloat16, True, BLOCK_SIZE)
     call = (*options, None, None, 0, out, None)
-    fused_topk_moe_sorting_into(device)(*planned, (*options, 0, None))
-    again, negated = fused_topk_moe_sorting_again(device), torch._neg_view(logits)
-    if not again(logits, *call) or again(negated, *call):
-        raise RuntimeError("the repeated call: expected to be found unless negated, got otherwise")
+    into(*planned, (*options, 0, None), None)
+    negated = torch._neg_view(logits)
+    if again(logits, *call) is None or again(negated, *call) is not None:
+        raise RuntimeError("the known call: expected to be found unless negated, got otherwise")
     return lambda: again(negated, *call)
 
 
@@ -145,19 +165,23 @@ def check(logits: torch.Tensor, shape: Shape) -> None:
         raise RuntimeError(f"topk_softmax_sorting: sorted_ids differ from the reference, {shape}")
 
 
-def measure(logits: torch.Tensor, shape: Shape) -> list[tuple[str, str, Timing]]:
-    """Piece, what it includes, and its time."""
+def measure(logits: torch.Tensor, shape: Shape, rounds: int) -> list[Row]:
+    """Every piece, timed in every round."""
     device = logits.device
     silent, launching = pieces(logits, shape)
     what = "host and launch" if device.type == "cuda" else "host and the kernel on the CPU"
-    rows = []
-    with mock.patch.object(moe_routing, "plan_routing", silent_plan):
-        for name, piece in silent.items():
-            found = name == REPEATED
-            with mock.patch.object(moe_routing, "_again", lambda *_, found=found: found):
-                rows.append((name, "host", bench_timing.host_us(piece, device, PIECE_CALLS)))
-    return rows + [
-        (name, what, bench_timing.host_us(piece, device)) for name, piece in launching.items()
+    times: dict[str, list[float]] = {name: [] for name in (*silent, *launching)}
+    for _ in range(rounds):
+        with mock.patch.object(moe_routing, "plan_routing", silent_plan):
+            for name, piece in silent.items():
+                again = (lambda *_: ()) if name == KNOWN else never
+                with mock.patch.object(moe_routing, "_again", again):
+                    times[name].append(bench_timing.host_us(piece, device, PIECE_CALLS).us)
+        for name, piece in launching.items():
+            times[name].append(bench_timing.host_us(piece, device).us)
+    return [
+        Row(name, "host" if name in silent else what, tuple(values))
+        for name, values in times.items()
     ]
 
 
@@ -166,6 +190,7 @@ def main() -> int:
     parser.add_argument("--device", type=current_device, default=current_device())
     parser.add_argument("--shape", type=parse_shape, default=(128, 4, 2880), metavar="E,K,D")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
     parser.add_argument("--csv", type=Path, help="write the figures there")
     options = parser.parse_args()
     device = options.device
@@ -174,18 +199,27 @@ def main() -> int:
     )
     logits = logits.to(torch.bfloat16).to(device)
     check(logits, options.shape)
-    rows = measure(logits, options.shape)
+    rows = measure(logits, options.shape, options.rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu target"
     num_experts, topk, model_dim = options.shape
     print(f"host time per call, {name}, bf16, M={options.tokens} E={num_experts} K={topk}"
           f" D={model_dim}")  # fmt: skip
-    cells = [(piece, what, f"{t.us:.2f} us", f"{t.spread:.0%}") for piece, what, t in rows]
-    print(format_table(("piece", "includes", "time", "spread"), cells))
+    cells = [
+        (
+            row.piece,
+            row.includes,
+            *(f"{us:.2f} us" for us in (row.us, min(row.rounds_us), max(row.rounds_us))),
+        )
+        for row in rows
+    ]
+    print(format_table(("piece", "includes", "time", "fastest round", "slowest round"), cells))
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("piece", "includes", "us", "spread"))
-            writer.writerows((piece, what, t.us, t.spread) for piece, what, t in rows)
+            writer.writerow(("piece", "includes", "round", "us"))
+            for row in rows:
+                for index, us in enumerate(row.rounds_us):
+                    writer.writerow((row.piece, row.includes, index, us))
     return 0
 
 

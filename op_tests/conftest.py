@@ -8,12 +8,15 @@ others.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import _checkout  # noqa: F401
 import hypothesis
 import pytest
 import torch
 from targets import CPU_WAVES, select_targets
+
+from aiter import routing_plan
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
@@ -54,3 +57,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         options = metafunc.config.option
         targets = select_targets(options.device, options.wave)
         metafunc.parametrize("target", targets, ids=str)
+
+
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    """Plans and known calls of earlier tests are forgotten, and those of this one afterwards."""
+    routing_plan.forget()
+    yield
+    routing_plan.forget()

@@ -157,9 +157,10 @@ def test_the_fused_bench_measures_clusters() -> None:
 def test_the_pieces_of_host_time() -> None:
     """Every piece is timed, and the call is whole again afterwards."""
     logits = torch.randn(1, 8, dtype=torch.bfloat16)
-    rows = bench_host.measure(logits, (8, 2, 4))
-    assert len({name for name, _, _ in rows}) == len(rows) and all(t.us > 0 for *_, t in rows)
-    assert {what for _, what, _ in rows} == {"host", "host and the kernel on the CPU"}
+    rows = bench_host.measure(logits, (8, 2, 4), rounds=2)
+    assert len({row.piece for row in rows}) == len(rows)
+    assert all(len(row.rounds_us) == 2 and min(row.rounds_us) > 0 for row in rows)
+    assert {row.includes for row in rows} == {"host", "host and the kernel on the CPU"}
     bench_host.check(logits, (8, 2, 4))
 
 

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aiter.jit import compile_ops, module_for
 from aiter.jit.target import cpu_wave_override
+from aiter.moe_buffers import SortedBuffers
 from aiter.ops.device import current_device
 
-FusedInto = Callable[..., bool]
-FusedAgain = Callable[..., bool]
+FusedAgain = Callable[..., SortedBuffers | None]
+
+
+class FusedCalls(NamedTuple):
+    """The fused launch on a device, as functions of positional arguments that a caller remembers.
+
+    Attributes:
+        into: called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
+            local_expert_mask, num_local_tokens, plain, layouts), does what
+            `fused_topk_moe_sorting_fwd` does if `out` is a tuple of tensors of exactly the sizes in
+            `expected` (`aiter.moe_buffers.Buffers`), else nothing, and returns which. `plain`, if not
+            None, makes the call one that `again` knows: its (topk, num_experts, model_dim,
+            moebuf_dtype, need_renorm, block_size, dispatch_policy, cpu wave override). `layouts`, if
+            not None, are the `aiter.moe_buffers.Layouts` that `out` was allocated by for this call.
+        again: called as (gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm,
+            block_size, expert_mask, num_local_tokens, dispatch_policy, out, cpu wave override), makes
+            the launch of an earlier call that agrees in all plain arguments, in having outputs or
+            none, and in everything that is checked of the tensors (device, dtype, shape, strides,
+            alignment, no overlap), if one is remembered, and returns the outputs, `out` or new ones;
+            else launches nothing and returns None.
+    """
+
+    into: Callable[..., bool]
+    again: FusedAgain
+
 
 _MODULE = "module_fused_topk_moe_sorting"
 _modules: dict[tuple[torch.device, int | None], ModuleType] = {}
@@ -71,44 +96,19 @@ def fused_topk_moe_sorting_fwd(
     """
 
 
-def fused_topk_moe_sorting_into(device: torch.device) -> FusedInto:
-    """The fused launch for tensors on `device`, as a function that a caller remembers.
-
-    Called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-    local_expert_mask, num_local_tokens, plain), it does what `fused_topk_moe_sorting_fwd` does if
-    `out` is a tuple of tensors of exactly the sizes in `expected` (`aiter.moe_buffers.Buffers`), else
-    nothing, and returns which. `plain`, if not None, makes the call one that
-    `fused_topk_moe_sorting_again` knows: its (topk, num_experts, model_dim, moebuf_dtype,
-    need_renorm, block_size, dispatch_policy, cpu wave override). The function belongs to the cpu
-    target's wave width of the moment.
-    """
-    function: FusedInto = _compiled(device).fused_topk_moe_sorting_into
-    return function
-
-
-def fused_topk_moe_sorting_again(device: torch.device) -> FusedAgain:
-    """The repetition of fused launches on `device`, as a function that a caller remembers.
-
-    Called as (gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-    expert_mask, num_local_tokens, dispatch_policy, out, cpu wave override), it makes the launch of an
-    earlier call that agrees in all plain arguments and in everything that is checked of the tensors
-    (memory, device, dtype, shape, strides), if one is remembered, else nothing, and returns which.
-    """
-    function: FusedAgain = _compiled(device).fused_topk_moe_sorting_again
-    return function
+def fused_calls(device: torch.device) -> FusedCalls:
+    """The fused launch for tensors on `device`, at the cpu target's wave width of the moment."""
+    key = (device, cpu_wave_override.get())
+    if key not in _modules:
+        _modules[key] = module_for(_MODULE, device)
+    compiled = _modules[key]
+    return FusedCalls(compiled.fused_topk_moe_sorting_into, compiled.fused_topk_moe_sorting_again)
 
 
 def fused_topk_moe_sorting_forget() -> None:
     """Drops the remembered calls of all devices."""
     for module in tuple(_modules.values()):
         module.fused_topk_moe_sorting_forget()
-
-
-def _compiled(device: torch.device) -> ModuleType:
-    key = (device, cpu_wave_override.get())
-    if key not in _modules:
-        _modules[key] = module_for(_MODULE, device)
-    return _modules[key]
 
 
 def fused_topk_moe_sorting_max_tokens(

@@ -44,6 +44,9 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+// Where the first item lies.
+inline void* address_of(const Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
 struct Version {
   uint32_t major;
   uint32_t minor;

@@ -77,7 +77,7 @@ inline bool exchange(py::handle object, dlpack::Tensor& t) {
 inline bool read_exchange(py::handle object, TensorView& view) {
   dlpack::Tensor t;
   if (!exchange(object, t) || t.ndim > kMaxDims) return false;
-  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.data = dlpack::address_of(t);
   view.itemsize = (t.dtype.bits * t.dtype.lanes + 7) / 8;
   if (t.dtype.lanes == 1) {
     if (t.dtype.code == dlpack::kFloat && t.dtype.bits == 32) view.dtype = DType::f32;
@@ -252,12 +252,12 @@ inline void* current_stream(py::handle tensor, const TensorView& view) {
   return current_gpu_stream(tensor, view.exchange_device_type, view.device_index);
 }
 
-// Defines a function that takes exactly N arguments, by position only, and returns a bool. It is for
-// calls inside the package: pybind11's dispatcher, with its names and defaults, costs 0.13 us more.
+// Defines a function that takes exactly N arguments, by position only. It is for calls inside the
+// package: pybind11's dispatcher, with its names and defaults, costs 0.13 us more.
 template <auto kFunction>
 struct Positional;
 
-template <size_t N, bool (*kFunction)(const std::array<py::handle, N>&)>
+template <size_t N, py::object (*kFunction)(const std::array<py::handle, N>&)>
 struct Positional<kFunction> {
   static PyObject* call(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     try {
@@ -267,7 +267,7 @@ struct Positional<kFunction> {
       }
       std::array<py::handle, N> arguments;
       std::copy_n(objects, N, arguments.begin());
-      return PyBool_FromLong(kFunction(arguments));
+      return kFunction(arguments).release().ptr();
     } catch (py::error_already_set& error) {
       error.restore();
     } catch (const py::builtin_exception& error) {

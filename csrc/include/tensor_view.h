@@ -6,10 +6,14 @@
 // made when a check fails, so that a good call formats nothing.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace aiter {
 
@@ -57,6 +61,31 @@ struct TensorView {
     return (last + 1) * itemsize;
   }
 };
+
+struct MemoryRange {
+  uintptr_t begin, end;
+
+  static MemoryRange of(const void* data, int64_t num_bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    return {begin, begin + static_cast<uintptr_t>(num_bytes)};
+  }
+  bool overlaps(const MemoryRange& other) const {
+    return std::max(begin, other.begin) < std::min(end, other.end);
+  }
+};
+
+// The first of the outputs, which are the first `num_outputs` ranges, that shares bytes with a later
+// range, and that range, by index.
+inline std::optional<std::pair<size_t, size_t>> find_overlap(const MemoryRange* ranges,
+                                                             size_t num_ranges,
+                                                             size_t num_outputs) {
+  for (size_t output = 0; output < num_outputs; ++output) {
+    for (size_t other = output + 1; other < num_ranges; ++other) {
+      if (ranges[output].overlaps(ranges[other])) return std::pair(output, other);
+    }
+  }
+  return std::nullopt;
+}
 
 std::string to_string(DType dtype);
 std::string dtype_of(const TensorView& t);

@@ -187,6 +187,22 @@ void make_fused_launch(const FusedLaunch& prepared, void* stream) {
          prepared.params);
 }
 
+void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, void* stream) {
+  FusedLaunch moved = prepared;
+  moved.params.gating = memory[kGatingOutput];
+  SortParams& sort = moved.params.sort;
+  sort.sorted_ids = static_cast<int32_t*>(memory[kSortedIds]);
+  sort.sorted_weights = static_cast<float*>(memory[kSortedWeights]);
+  sort.sorted_expert_ids = static_cast<int32_t*>(memory[kSortedExpertIds]);
+  sort.num_valid_ids = static_cast<int32_t*>(memory[kNumValidIds]);
+  sort.moe_buf = static_cast<unsigned char*>(memory[kMoeBuf]);
+  sort.expert_mask = static_cast<const int32_t*>(memory[kExpertMask]);
+  sort.num_local_tokens = static_cast<const int32_t*>(memory[kNumLocalTokens]);
+  make_fused_launch(moved, stream);
+}
+
+bool is_current_device(int device_index) { return current_device() == device_index; }
+
 void fused_topk_moe_sorting_fwd(const FusedTopkMoeSortingArgs& args, void* stream) {
   make_fused_launch(checked_launch(args), stream);
 }

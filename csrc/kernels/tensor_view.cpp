@@ -123,31 +123,23 @@ void check_same_device(std::initializer_list<const TensorView*> tensors) {
 void check_no_overlap(std::initializer_list<const TensorView*> outputs,
                       std::initializer_list<const TensorView*> inputs,
                       std::initializer_list<const TensorView*> more_inputs) {
-  struct Range {
-    const TensorView* tensor;
-    uintptr_t begin, end;
-  };
   constexpr size_t kMaxTensors = 16;
-  Range ranges[kMaxTensors];
+  const TensorView* named[kMaxTensors];
+  MemoryRange ranges[kMaxTensors];
   size_t num_ranges = 0;
   size_t num_outputs = 0;
   for (const auto* tensors : {&outputs, &inputs, &more_inputs}) {
     for (const TensorView* t : *tensors) {
-      const int64_t size = t == nullptr ? 0 : t->extent_bytes();
-      if (size == 0) continue;
+      if (t == nullptr) continue;
       if (num_ranges == kMaxTensors) throw std::logic_error("check_no_overlap: too many tensors");
-      const auto begin = reinterpret_cast<uintptr_t>(t->data);
-      ranges[num_ranges++] = {t, begin, begin + static_cast<uintptr_t>(size)};
+      named[num_ranges] = t;
+      ranges[num_ranges++] = MemoryRange::of(t->data, t->extent_bytes());
     }
     if (tensors == &outputs) num_outputs = num_ranges;
   }
-  for (size_t out = 0; out < num_outputs; ++out) {
-    for (size_t other = out + 1; other < num_ranges; ++other) {
-      if (ranges[out].begin < ranges[other].end && ranges[other].begin < ranges[out].end) {
-        fail_argument(ranges[out].tensor->name, "memory of its own",
-                      std::string("memory that overlaps with ") + ranges[other].tensor->name);
-      }
-    }
+  if (const auto found = find_overlap(ranges, num_ranges, num_outputs)) {
+    fail_argument(named[found->first]->name, "memory of its own",
+                  std::string("memory that overlaps with ") + named[found->second]->name);
   }
 }
 

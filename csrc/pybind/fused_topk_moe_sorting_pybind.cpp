@@ -1,8 +1,8 @@
 #include <array>
 
 #include "fused_topk_moe_sorting_api.h"
+#include "known_calls.h"
 #include "pybind_args.h"
-#include "repeated_calls.h"
 #include "target.h"
 
 namespace py = pybind11;
@@ -39,9 +39,9 @@ bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort)
          dtype.ptr() == PyTuple_GET_ITEM(expected.ptr(), 4);
 }
 
-aiter::RepeatedCalls& repeated_calls() {
+aiter::KnownCalls& known_calls() {
   // NOTE: kept for the life of the process; it holds Python objects and would outlive the interpreter.
-  static auto& calls = *new aiter::RepeatedCalls;
+  static auto& calls = *new aiter::KnownCalls;
   return calls;
 }
 
@@ -49,13 +49,14 @@ aiter::RepeatedCalls& repeated_calls() {
 // launched, as they are not plainly that, and the caller is to find out what they are.
 //
 // Arguments: gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-// local_expert_mask, num_local_tokens, plain. `plain`, if not None, is the tuple of what
-// fused_topk_moe_sorting_again is to know the call by, besides its tensors.
-bool fused_topk_moe_sorting_into(const std::array<py::handle, 10>& arguments) {
+// local_expert_mask, num_local_tokens, plain, layouts. `plain`, if not None, is the tuple of what
+// fused_topk_moe_sorting_again is to know the call by, besides its tensors; `layouts`, if not None, the
+// aiter.moe_buffers.Layouts that `out` was allocated by for this call.
+py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& arguments) {
   const auto [gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-              local_expert_mask, num_local_tokens, plain] = arguments;
+              local_expert_mask, num_local_tokens, plain, layouts] = arguments;
   aiter::FusedTopkMoeSortingArgs args{};
-  if (!read_outputs(out, expected, args.sort)) return false;
+  if (!read_outputs(out, expected, args.sort)) return py::bool_(false);
   args.gating_output = aiter::input_arg(gating_output, "gating_output");
   for (const aiter::TensorView* output :
        {&args.sort.sorted_ids, &args.sort.sorted_weights, &args.sort.sorted_expert_ids,
@@ -69,47 +70,74 @@ bool fused_topk_moe_sorting_into(const std::array<py::handle, 10>& arguments) {
   args.unit_size = aiter::int_arg(unit_size, "unit_size");
   args.need_renorm = aiter::bool_arg(need_renorm, "need_renorm");
   void* stream = aiter::current_stream(gating_output, args.gating_output);
-  if (plain.is_none()) {
-    const aiter::ReleaseGilOnCpu release(args.gating_output);
-    aiter::fused_topk_moe_sorting_fwd(args, stream);
-    return true;
+  if (!layouts.is_none() &&
+      (!PyTuple_Check(layouts.ptr()) || PyTuple_GET_SIZE(layouts.ptr()) != 6)) {
+    throw py::type_error("layouts: expected a tuple of 6, got " +
+                         aiter::detail::type_name(layouts));
   }
   auto launch = aiter::prepare_fused_launch(args);
   {
     const aiter::ReleaseGilOnCpu release(args.gating_output);
     aiter::make_fused_launch(*launch, stream);
   }
-  repeated_calls().remember(args, gating_output, py::cast<py::tuple>(plain), std::move(launch));
-  return true;
+  if (!plain.is_none()) {
+    known_calls().remember(args, gating_output, py::cast<py::tuple>(plain), layouts,
+                           std::move(launch));
+  }
+  return py::bool_(true);
 }
 
-// The launch of a call that fused_topk_moe_sorting_into remembers, once more. False: there is none,
-// nothing was launched.
+// New outputs, as aiter.moe_buffers.allocate makes them; nothing where that takes another way than the
+// quick allocator.
+py::object allocate(const py::tuple& layouts, int device_index) {
+  // NOTE: kept for the life of the process; a static py::object would outlive the interpreter.
+  static const py::handle deterministic =
+      py::object(py::module_::import("torch").attr("_C").attr("_get_deterministic_algorithms"))
+          .release();
+  const auto fills = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(deterministic.ptr()));
+  if (!fills) throw py::error_already_set();
+  if (fills.ptr() != Py_False || !aiter::is_current_device(device_index)) return py::none();
+  PyObject* const quick = PyTuple_GET_ITEM(layouts.ptr(), 0);
+  py::tuple outputs(aiter::kNumFusedOutputs);
+  for (int i = 0; i < aiter::kNumFusedOutputs; ++i) {
+    PyObject* const layout = PyTuple_GET_ITEM(layouts.ptr(), i + 1);  // shape, strides, dtype
+    PyObject* const output =
+        PyObject_Vectorcall(quick, &PyTuple_GET_ITEM(layout, 0),
+                            static_cast<size_t>(PyTuple_GET_SIZE(layout)), nullptr);
+    if (output == nullptr) throw py::error_already_set();
+    PyTuple_SET_ITEM(outputs.ptr(), i, output);
+  }
+  return outputs;
+}
+
+// The launch of a call like one that fused_topk_moe_sorting_into remembers: returns the outputs, `out`
+// itself or new ones. None: there is none, nothing was launched.
 //
 // Arguments: those of aiter.fused_moe.topk_softmax_sorting, and the override of the cpu target's wave
 // width; the plain ones are remembered in this order.
-bool fused_topk_moe_sorting_again(const std::array<py::handle, 12>& arguments) {
+py::object fused_topk_moe_sorting_again(const std::array<py::handle, 12>& arguments) {
   const auto [gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
               expert_mask, num_local_tokens, dispatch_policy, out, cpu_wave] = arguments;
-  if (!PyTuple_Check(out.ptr()) || PyTuple_GET_SIZE(out.ptr()) != 5) return false;
-  PyObject* const* const outputs = &PyTuple_GET_ITEM(out.ptr(), 0);
-  const auto* const call =
-      repeated_calls().find({gating_output, outputs[0], outputs[1], outputs[2], outputs[3],
-                             outputs[4], expert_mask, num_local_tokens},
-                            {topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-                             dispatch_policy, cpu_wave});
-  if (call == nullptr) return false;
-  const auto launch = call->launch;
-  const aiter::KnownTensor gating = call->tensors[0];
-  if (aiter::is_negated(gating_output)) return false;
+  const auto key = aiter::CallKey::of({topk, num_experts, model_dim, moebuf_dtype, need_renorm,
+                                       block_size, dispatch_policy, cpu_wave},
+                                      out.is_none());
+  if (!key) return py::none();
+  aiter::FusedMemory memory;
+  const auto call = known_calls().find(*key, gating_output, expert_mask, num_local_tokens, memory);
+  if (call == nullptr || aiter::is_negated(gating_output)) return py::none();
+  const aiter::KnownTensor& gating = call->tensors[aiter::kGatingOutput];
+  const auto outputs = out.is_none() ? allocate(call->layouts, gating.device_index)
+                                     : py::reinterpret_borrow<py::object>(out);
+  if (!call->takes(outputs, memory) || call->overlaps(memory)) return py::none();
   if constexpr (aiter::kTargetIsGpu) {
     aiter::make_fused_launch(
-        *launch, aiter::current_gpu_stream(gating_output, gating.device_type, gating.device_index));
+        *call->launch, memory,
+        aiter::current_gpu_stream(gating_output, gating.device_type, gating.device_index));
   } else {
     const py::gil_scoped_release release;
-    aiter::make_fused_launch(*launch, nullptr);
+    aiter::make_fused_launch(*call->launch, memory, nullptr);
   }
-  return true;
+  return outputs;
 }
 
 }  // namespace
@@ -146,7 +174,7 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none());
   aiter::def_positional<&fused_topk_moe_sorting_into>(m, "fused_topk_moe_sorting_into");
   aiter::def_positional<&fused_topk_moe_sorting_again>(m, "fused_topk_moe_sorting_again");
-  m.def("fused_topk_moe_sorting_forget", [] { repeated_calls().forget(); });
+  m.def("fused_topk_moe_sorting_forget", [] { known_calls().forget(); });
   m.def(
       "fused_topk_moe_sorting_max_tokens",
       [](py::handle num_experts, py::handle topk, int device_index) {

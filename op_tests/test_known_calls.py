@@ -1,30 +1,29 @@
-"""Is a repeated `topk_softmax_sorting` recognised, and nothing else taken for one?
+"""Is a `topk_softmax_sorting` like an earlier one known, and nothing else taken for one?
 
-The compiled module remembers the calls with `out=` that passed its checks; what it takes for one of
-them is launched without any. So every change of an argument is compared with what a fresh call, with
-nothing remembered, makes of it: the same bytes in the outputs, or the same error.
+The compiled module remembers the calls that passed its checks; what it takes for one of them is
+launched without any. So every change of an argument is compared with what a fresh call, with nothing
+remembered, makes of it: the same bytes in given outputs, or the same error. Whatever returns is
+compared with the reference.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import _checkout  # noqa: F401
 import pytest
 import torch
-from buffers import POISON
-from repeated import (
+from known import (
     EXPERTS,
+    GIVEN,
     TOKENS,
     WIDTH,
     Arguments,
     arguments,
-    check_against_reference,
     drawn,
+    known,
     outcome,
-    remembered,
     watched,
 )
 from targets import Target
@@ -33,35 +32,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aiter.fused_moe
 from aiter import moe_routing, routing_plan
-from aiter.jit import cpu_wave
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_forget
 
 Change = Callable[[Arguments], object]  # changes them in place
 
 
-@pytest.fixture(autouse=True)
-def nothing_remembered() -> Iterator[None]:
-    routing_plan.forget()
-    yield
-    routing_plan.forget()
+pytestmark = pytest.mark.usefixtures("nothing_known")
 
 
-def test_new_logits_in_the_same_memory(target: Target) -> None:
-    call = remembered(target)
+@GIVEN
+def test_new_logits_in_the_same_memory(target: Target, given: bool) -> None:
+    call = known(target, given)
     for seed in range(1, 4):
         call["gating_output"].copy_(drawn(TOKENS, seed))
         assert outcome(target, call).known
-        check_against_reference(call)
 
 
-def test_mask_and_local_tokens_are_read_anew(target: Target) -> None:
+@GIVEN
+def test_mask_and_local_tokens_are_read_anew(target: Target, given: bool) -> None:
     mask = torch.ones(EXPERTS, dtype=torch.int32, device=target.device)
     count = torch.tensor([TOKENS], dtype=torch.int32, device=target.device)
-    call = remembered(target, expert_mask=mask, num_local_tokens=count)
+    call = known(target, given, expert_mask=mask, num_local_tokens=count)
     mask[::2] = 0
     count.fill_(4)
     assert outcome(target, call).known
-    check_against_reference(call)
+    call.update(expert_mask=1 - mask, num_local_tokens=count + 1)
+    assert outcome(target, call).known
 
 
 def replace(name: str, make: Callable[[Any], object]) -> Change:
@@ -99,12 +94,37 @@ class Subclass(Tensor):
 PLAIN = ("topk", "num_experts", "model_dim", "moebuf_dtype", "need_renorm", "block_size")
 HALF_MASK = [0, 1] * (EXPERTS // 2)
 
+
+def moved(tensor: Tensor) -> Tensor:
+    """A copy elsewhere, with the same strides."""
+    room = torch.zeros(TOKENS + 3, 32, dtype=tensor.dtype, device=tensor.device)
+    copy = room.as_strided(tensor.shape, tensor.stride(), 32)
+    return copy.copy_(tensor)
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy that begins an item behind a boundary of 16 bytes."""
+    room = tensor.new_zeros(tensor.untyped_storage().nbytes() // tensor.element_size() + 1)
+    copy = room.as_strided(tensor.shape, tensor.stride(), 1)
+    return copy.copy_(tensor)
+
+
 SAME: dict[str, Change] = {
     "nothing": lambda call: None,
     "an equal int": to("model_dim", int("300")),
+    "other logits in the same memory": replace("gating_output", lambda t: t[:]),
+    "logits in other memory": replace("gating_output", moved),
+    "logits moved in place": lambda call: call["gating_output"].set_(moved(call["gating_output"])),
+}
+SAME_OUT: dict[str, Change] = {
     "another tuple": replace("out", lambda out: (*out,)),
     "other tensors in the same memory": replace("out", lambda out: tuple(t[:] for t in out)),
-    "other logits in the same memory": replace("gating_output", lambda t: t[:]),
+    "all outputs elsewhere": replace("out", lambda out: tuple(t.clone() for t in out)),
+    "other experts": other(2, torch.empty_like),
+    "experts moved in place": in_place(2, lambda t: t.set_(torch.empty_like(t))),
+    "weights where the ids were": replace(
+        "out", lambda out: (out[1].view(torch.int32), out[0].view(torch.float32), *out[2:])
+    ),
 }
 
 DIFFERENT: dict[str, Change] = {
@@ -136,15 +156,18 @@ DIFFERENT: dict[str, Change] = {
     "fewer logits": replace("gating_output", lambda t: t[:5]),
     "narrower logits": replace("gating_output", lambda t: t[:, :23]),
     "flat logits": replace("gating_output", lambda t: t[0]),
-    "logits in other memory": replace("gating_output", Tensor.clone),
-    "logits moved in place": lambda call: call["gating_output"].set_(call["gating_output"].clone()),
+    "logits in dense rows": replace("gating_output", Tensor.contiguous),
+    "logits off the boundary": replace("gating_output", shifted),
+    "logits without memory": lambda call: call["gating_output"].untyped_storage().resize_(0),
+}
+DIFFERENT_OUT: dict[str, Change] = {
+    "no outputs": to("out", None),
     "a list of outputs": replace("out", list),
     "four outputs": replace("out", lambda out: out[:4]),
     "no tensor among them": other(3, lambda _: None),
     "longer ids": in_place(0, lambda t: t.resize_(t.numel() + 1)),
     "shorter weights": in_place(1, lambda t: t.resize_(t.numel() - 1)),
-    "other experts": other(2, torch.empty_like),
-    "experts moved in place": in_place(2, lambda t: t.set_(torch.empty_like(t))),
+    "ids off the boundary": other(0, shifted),
     "longer counts": in_place(3, lambda t: t.resize_(3)),
     "counts in strides": other(3, lambda t: torch.stack([t, t], dim=-1)[:, 0]),
     "moe_buf turned in place": in_place(4, Tensor.t_),
@@ -152,36 +175,74 @@ DIFFERENT: dict[str, Change] = {
     "ids without memory": in_place(0, lambda t: t.untyped_storage().resize_(0)),
     "weights of another dtype": other(1, lambda t: t.view(torch.int32)),
     "weights over ids": lambda call: call["out"][1].set_(call["out"][0].view(torch.float32)),
+    "counts among the ids": replace("out", lambda out: (*out[:3], out[0][204:206], out[4])),
+    "logits over moe_buf": lambda call: call.update(
+        gating_output=call["out"][4].as_strided((TOKENS, EXPERTS), (32, 1))
+    ),
     "moe_buf on no device": other(4, lambda t: t.to("meta")),
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [*SAME, *SAME_OUT])
 def test_the_same_is_known(target: Target, name: str) -> None:
-    call = remembered(target)
+    call = known(target)
+    {**SAME, **SAME_OUT}[name](call)
+    assert outcome(target, call).known
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_without_out_is_known(target: Target, name: str) -> None:
+    call = known(target, given=False)
     SAME[name](call)
     assert outcome(target, call).known
-    check_against_reference(call)
+
+
+@pytest.mark.parametrize("name", [*DIFFERENT, *DIFFERENT_OUT])
+def test_a_change_is_as_in_a_fresh_call(target: Target, name: str) -> None:
+    call = known(target)
+    {**DIFFERENT, **DIFFERENT_OUT}[name](call)
+    check_change(target, call)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_a_change_is_as_in_a_fresh_call(target: Target, name: str) -> None:
-    call = remembered(target)
+def test_a_change_without_out_is_as_in_a_fresh_call(target: Target, name: str) -> None:
+    call = known(target, given=False)
     DIFFERENT[name](call)
+    check_change(target, call)
+
+
+def check_change(target: Target, call: Arguments) -> None:
+    """The call is not known, and does what it does where nothing is."""
     after = outcome(target, call)
     routing_plan.forget()
     fresh = outcome(target, call)
-    assert not after.known and after == fresh
+    assert not after.known and after.same(fresh)
+
+
+def test_outputs_for_a_call_that_had_none(target: Target) -> None:
+    call = known(target, given=False)
+    call["out"] = arguments(target)["out"]
+    check_change(target, call)
+
+
+@GIVEN
+@pytest.mark.parametrize("name", ["expert_mask", "num_local_tokens"])
+def test_what_is_taken_away_is_missed(target: Target, name: str, given: bool) -> None:
+    mask = torch.tensor(HALF_MASK, dtype=torch.int32, device=target.device)
+    count = torch.tensor([4], dtype=torch.int32, device=target.device)
+    call = known(target, given, expert_mask=mask, num_local_tokens=count)
+    call[name] = None
+    assert not outcome(target, call).known
 
 
 @pytest.mark.parametrize("name", ["expert_mask", "num_local_tokens"])
-def test_what_is_taken_away_is_missed(target: Target, name: str) -> None:
+def test_an_input_in_the_memory_of_an_output_is_refused(target: Target, name: str) -> None:
     mask = torch.tensor(HALF_MASK, dtype=torch.int32, device=target.device)
     count = torch.tensor([4], dtype=torch.int32, device=target.device)
-    call = remembered(target, expert_mask=mask, num_local_tokens=count)
-    call[name] = None
-    assert not outcome(target, call).known
-    check_against_reference(call)
+    call = known(target, expert_mask=mask, num_local_tokens=count)
+    call[name] = call["out"][0][: call[name].numel()]
+    after = outcome(target, call)
+    assert not after.known and "overlaps" in after.error
 
 
 DTYPES = [
@@ -209,7 +270,7 @@ def test_every_dtype_of_moe_buf_is_told_from_every_other(
 
 def test_nothing_is_known_after_forget(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """What decides between the paths may have changed."""
-    call = remembered(target)
+    call = known(target)
     routing_plan.forget()
     assert not outcome(target, call).known and outcome(target, call).known
     monkeypatch.setenv("AITER_DISPATCH", "1")
@@ -221,17 +282,9 @@ def test_nothing_is_known_after_forget(target: Target, monkeypatch: pytest.Monke
 
 
 def test_the_path_of_a_known_call_is_told(target: Target) -> None:
-    call = remembered(target)
+    call = known(target)
     assert outcome(target, {**call, "dispatch_policy": 2}).path == "multiphase"
     assert outcome(target, call)[:3] == (True, "", "fused")
-
-
-def test_a_call_without_out_is_not_remembered(target: Target) -> None:
-    call = arguments(target)
-    with target.active(), watched() as answers:
-        out = aiter.fused_moe.topk_softmax_sorting(**{**call, "out": None})
-    assert answers == []
-    assert not outcome(target, {**call, "out": out}).known
 
 
 def test_a_wave_width_knows_only_its_own() -> None:
@@ -241,20 +294,17 @@ def test_a_wave_width_knows_only_its_own() -> None:
         for target in targets:
             assert not outcome(target, call).known  # the other's module was the last
             assert outcome(target, call).known
-            check_against_reference(call)
     assert not outcome(Target("cpu"), call).known
-    with cpu_wave(64):
-        assert not outcome(Target("cpu"), call).known
 
 
 def test_a_tensor_of_another_type_is_not_known(target: Target) -> None:
     """In the same memory, as what a tracer wraps may be."""
-    call = remembered(target)
+    call = known(target)
     call["gating_output"] = call["gating_output"].as_subclass(Subclass)
     names = ("gating_output", *PLAIN, "expert_mask", "num_local_tokens", "dispatch_policy", "out")
-    assert not moe_routing._again(*(call[name] for name in names), target.wave)
+    assert moe_routing._again(*(call[name] for name in names), target.wave) is None
     call["gating_output"] = call["gating_output"].as_subclass(Tensor)
-    assert moe_routing._again(*(call[name] for name in names), target.wave)
+    assert moe_routing._again(*(call[name] for name in names), target.wave) is call["out"]
 
 
 def test_a_tracer_sees_a_known_call(target: Target) -> None:
@@ -265,77 +315,7 @@ def test_a_tracer_sees_a_known_call(target: Target) -> None:
             seen.append(func.name())
 
     seen: list[str] = []
-    call = remembered(target)
+    call = known(target)
     with target.active(), watched() as answers, Recorder():
         aiter.fused_moe.topk_softmax_sorting(**call)
     assert (answers, seen) == ([], ["aiter::topk_softmax_sorting_out"])
-
-
-def test_more_calls_than_are_remembered(target: Target) -> None:
-    """Of 300 calls some take the places of others; all are answered right, whoever is known."""
-    calls = [arguments(target, 1, seed) for seed in range(300)]
-    for call in calls:
-        outcome(target, call)
-        assert outcome(target, call).known
-    known = 0
-    for call in calls:
-        call["gating_output"].neg_()
-        known += outcome(target, call).known
-        check_against_reference(call)
-    assert 0 < known < len(calls)
-
-
-def test_threads(target: Target) -> None:
-    """Each has calls of its own, while one forgets them all, also under a running launch."""
-    failures: list[BaseException] = []
-    done = threading.Event()
-
-    def work(seed: int) -> None:
-        try:
-            call = arguments(target, 2, seed)
-            for step in range(30):
-                call["gating_output"].copy_(drawn(2, 100 * seed + step))
-                for tensor in call["out"]:
-                    tensor.untyped_storage().fill_(POISON)
-                target.synchronize()
-                with target.active():
-                    aiter.fused_moe.topk_softmax_sorting(**call)
-                target.synchronize()
-                check_against_reference(call)
-        except BaseException as failure:
-            failures.append(failure)
-
-    def forget() -> None:
-        while not done.wait(0.0005):
-            fused_topk_moe_sorting_forget()
-
-    with target.active():
-        aiter.fused_moe.topk_softmax_sorting(
-            **arguments(target, 2)
-        )  # built before the threads start
-    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    forgetter = threading.Thread(target=forget)
-    for thread in (forgetter, *workers):
-        thread.start()
-    for thread in workers:
-        thread.join()
-    done.set()
-    forgetter.join()
-    assert failures == []
-
-
-def test_a_known_call_runs_on_the_current_stream(target: Target) -> None:
-    """Behind what the stream has to do before, here a change of the logits."""
-    if target.device == "cpu":
-        pytest.skip("the cpu target has no streams")
-    call = remembered(target)
-    later = drawn(TOKENS, 7).to(target.device)
-    target.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), watched() as answers:
-        torch.cuda._sleep(20_000_000)
-        call["gating_output"].copy_(later)
-        aiter.fused_moe.topk_softmax_sorting(**call)
-    target.synchronize()
-    assert answers == [True]
-    check_against_reference(call)

@@ -1,12 +1,13 @@
-"""What does a `topk_softmax_sorting` call with `out=` do, and was it taken for a remembered one?"""
+"""What does a `topk_softmax_sorting` call do, and was it taken for a known one?"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import _checkout  # noqa: F401
+import pytest
 import torch
 from buffers import POISON
 from targets import Target
@@ -14,10 +15,13 @@ from torch import Tensor
 
 import aiter.fused_moe
 from aiter import moe_routing, reference
+from aiter.moe_buffers import SortedBuffers
 
 TOKENS, EXPERTS, TOPK, WIDTH, BLOCK = 6, 24, 3, 300, 8
 
 Arguments = dict[str, Any]
+
+GIVEN = pytest.mark.parametrize("given", [True, False], ids=["out", "no out"])
 
 
 def drawn(tokens: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -25,8 +29,10 @@ def drawn(tokens: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor
     return torch.randn(tokens, EXPERTS, generator=generator).to(dtype)
 
 
-def arguments(target: Target, tokens: int = TOKENS, seed: int = 0) -> Arguments:
-    """Those of a good call; the logits have room between their rows and behind them."""
+def arguments(
+    target: Target, tokens: int = TOKENS, seed: int = 0, width: int = WIDTH, given: bool = True
+) -> Arguments:
+    """Those of a good call, with outputs or without; the logits have room around their rows."""
     room = torch.zeros(tokens + 2, 32, dtype=torch.bfloat16, device=target.device)
     logits = room[:tokens, :EXPERTS]
     logits.copy_(drawn(tokens, seed))
@@ -34,7 +40,7 @@ def arguments(target: Target, tokens: int = TOKENS, seed: int = 0) -> Arguments:
         "gating_output": logits,
         "topk": TOPK,
         "num_experts": EXPERTS,
-        "model_dim": WIDTH,
+        "model_dim": width,
         "moebuf_dtype": torch.bfloat16,
         "need_renorm": True,
         "block_size": BLOCK,
@@ -42,8 +48,10 @@ def arguments(target: Target, tokens: int = TOKENS, seed: int = 0) -> Arguments:
         "num_local_tokens": None,
         "dispatch_policy": 0,
         "out": aiter.fused_moe.empty_sorted_buffers(
-            tokens, TOPK, EXPERTS, WIDTH, torch.bfloat16, BLOCK, device=target.device
-        ),
+            tokens, TOPK, EXPERTS, width, torch.bfloat16, BLOCK, device=target.device
+        )
+        if given
+        else None,
     }
 
 
@@ -51,27 +59,34 @@ class Outcome(NamedTuple):
     """What a call did.
 
     Attributes:
-        known: whether it was taken for a remembered one.
+        known: whether it was taken for a known one.
         error: its type and text; empty for none.
         path: `last_path()` after a call without an error.
-        memory: the bytes of the outputs' memory.
+        memory: the bytes of the given outputs' memory.
+        outputs: what it returned, where that is right; empty after an error.
     """
 
     known: bool
     error: str
     path: str | None
     memory: list[bytes]
+    outputs: tuple[Tensor, ...]
+
+    def same(self, other: Outcome) -> bool:
+        """Whether both did the same, known or not."""
+        return self[1:4] == other[1:4]
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[bool]]:
-    """What `_again` answers inside."""
+    """Whether `_again` knows the calls inside."""
     answers: list[bool] = []
     again = moe_routing._again
 
-    def watching(*arguments: object) -> bool:
-        answers.append(again(*arguments))
-        return answers[-1]
+    def watching(*arguments: object) -> SortedBuffers | None:
+        buffers = again(*arguments)
+        answers.append(buffers is not None)
+        return buffers
 
     moe_routing._again = watching
     try:
@@ -82,27 +97,31 @@ def watched() -> Iterator[list[bool]]:
 
 
 def outcome(target: Target, call: Arguments) -> Outcome:
-    """Poisons the outputs and makes the call."""
-    outputs = [t for t in call["out"] if isinstance(t, Tensor) and not t.is_meta]
-    for tensor in outputs:
+    """Poisons the given outputs, makes the call and checks what it returns."""
+    out = call["out"]
+    given = [t for t in out or () if isinstance(t, Tensor) and not t.is_meta]
+    for tensor in given:
         tensor.untyped_storage().fill_(POISON)
-    error, path = "", None
+    error, path, outputs = "", None, ()
     with target.active(), watched() as answers:
         try:
-            assert aiter.fused_moe.topk_softmax_sorting(**call) is call["out"]
+            outputs = aiter.fused_moe.topk_softmax_sorting(**call)
             path = aiter.fused_moe.last_path()
         except (ValueError, TypeError) as raised:
             error = f"{type(raised).__name__}: {raised}"
     target.synchronize()
-    memory = [bytes(tensor.untyped_storage().cpu().tolist()) for tensor in outputs]
-    return Outcome(answers == [True], error, path, memory)
+    if not error:
+        assert out is None or outputs is out
+        check_against_reference(call, outputs)
+    memory = [bytes(tensor.untyped_storage().cpu().tolist()) for tensor in given]
+    return Outcome(answers == [True], error, path, memory, tuple(outputs))
 
 
-def check_against_reference(call: Arguments) -> None:
-    """The outputs hold what the reference makes of the call's contents."""
+def check_against_reference(call: Arguments, out: Sequence[Tensor]) -> None:
+    """`out` holds what the reference makes of the call's contents."""
     plain = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in call.items()}
-    outputs = [tensor.cpu() for tensor in plain.pop("out")]
-    plain.pop("dispatch_policy")
+    outputs = [tensor.cpu() for tensor in out]
+    del plain["dispatch_policy"], plain["out"]
     expected = reference.topk_softmax_sorting(**plain)
     slots = int(expected[3][0])
     assert torch.equal(outputs[3], expected[3])
@@ -111,14 +130,13 @@ def check_against_reference(call: Arguments) -> None:
     blocks = slots // call["block_size"]
     assert torch.equal(outputs[2][:blocks], expected[2][:blocks])
     rows = int(expected[3][1])
-    assert torch.count_nonzero(outputs[4][:rows]) == 0
+    assert torch.count_nonzero(outputs[4][:rows].view(torch.uint8)) == 0
 
 
-def remembered(target: Target, **changes: Any) -> Arguments:
+def known(target: Target, given: bool = True, **changes: Any) -> Arguments:
     """The arguments of a call that was made twice."""
-    call = {**arguments(target), **changes}
+    call = {**arguments(target, given=given), **changes}
     first, second = outcome(target, call), outcome(target, call)
     assert (first.known, second.known) == (False, True)
-    assert first[1:] == second[1:] and (first.error, first.path) == ("", "fused")
-    check_against_reference(call)
+    assert first.same(second) and (first.error, first.path) == ("", "fused")
     return call
