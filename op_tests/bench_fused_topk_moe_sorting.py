@@ -17,9 +17,11 @@ With --clusters the contestants are the fused launch with so many workgroups tha
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 import bench_report
@@ -29,6 +31,8 @@ from bench_report import Record
 from torch import Tensor
 
 from aiter import dispatch, fused_moe, reference, routing_plan
+from aiter.jit import envs
+from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.torch_ops import fused_topk_moe_sorting_fwd
 
@@ -72,9 +76,9 @@ def pytorch_routing(
 
 
 def fused_routing(
-    logits: Tensor, topk: int, num_experts: int, model_dim: int, cluster_size: int | None = None
+    logits: Tensor, topk: int, num_experts: int, model_dim: int, cluster_size: int
 ) -> tuple[Tensor, ...]:
-    """The fused launch, whatever policy 0 would take."""
+    """The fused launch with so many routing workgroups."""
     buffers = fused_moe.empty_sorted_buffers(
         logits.shape[0], topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE,
         device=logits.device,
@@ -103,7 +107,11 @@ def clusters(shape: tuple[int, int, int], sizes: tuple[int, ...]) -> dict[str, R
 def contestants(
     shape: tuple[int, int, int], tokens: int, device: torch.device, compiled: bool
 ) -> dict[str, Routing | None]:
-    """Name to function of the logits, None for one that does not route this shape."""
+    """Name to function of the logits, None for one that does not route this shape.
+
+    Each is the call that users make. To be used with AITER_DISPATCH=capacity, by which policy 0 is the
+    fused launch wherever it fits.
+    """
     num_experts, topk, model_dim = shape
 
     def policy(number: int) -> Routing:
@@ -116,9 +124,7 @@ def contestants(
 
     fits = tokens <= fused_topk_moe_sorting_max_tokens(num_experts, topk, device=device)
     found: dict[str, Routing | None] = {
-        "fused": (lambda logits: fused_routing(logits, topk, num_experts, model_dim))
-        if fits
-        else None,
+        "fused": policy(dispatch.AUTOMATIC) if fits else None,
         "oneshot": policy(dispatch.ONESHOT),
         "multiphase": policy(dispatch.MULTIPHASE),
         "PyTorch": eager,
@@ -169,6 +175,8 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
             record[name] = None
             continue
         check(name, run(inputs[0]), expected)
+        if name in get_args(dispatch.Path) and fused_moe.last_path() != name:
+            raise RuntimeError(f"{name}: took the path {fused_moe.last_path()}")
         calls = [lambda x=x, run=run: run(x) for x in inputs]
         record[name] = bench_timing.call_us(calls, options.device, everything=True)
     return record
@@ -193,9 +201,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     options = make_parser().parse_args()
+    device = options.device or current_device()
+    origin = "" if options.from_csv else routing_plan.basis_of(device).origin
+    os.environ[envs.AITER_DISPATCH.name] = "capacity"
+    routing_plan.forget()
     bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)
-    if not options.from_csv:
-        print(f"policy 0 is decided by {routing_plan.basis_of(options.device).origin}")
+    if origin:
+        print(f"policy 0 is decided by {origin}")
     return 0
 
 
