@@ -1,4 +1,4 @@
-"""Which five tensors does a routing call write to: new ones or the caller's?
+"""Which tensors does a routing call write to: new ones or the caller's?
 
 New ones are separate tensors, as a caller may keep one and drop the others; allocating them is most
 of the host time of a call. torch.empty spends more on its arguments and on PyTorch's dispatcher
@@ -55,54 +55,77 @@ class Buffers(NamedTuple):
 
 
 class Layouts(NamedTuple):
-    """The outputs as they are allocated, and the quick allocator if there is one for them."""
+    """Tensors as they are allocated, and the quick allocator if there is one for them."""
 
     quick: Allocator | None
-    ids: Layout
-    weights: Layout
-    experts: Layout
-    num_valid: Layout
-    moe_buf: Layout
+    tensors: tuple[Layout, ...]
 
 
-def layouts_of(buffers: Buffers, device: torch.device) -> Layouts:
-    """How the outputs of these sizes are allocated on `device`."""
+def sorted_layouts(buffers: Buffers, device: torch.device) -> Layouts:
+    """How the five outputs of these sizes are allocated on `device`."""
+    return _layouts(
+        device,
+        ((buffers.slots,), torch.int32),
+        ((buffers.weights,), torch.float32),
+        ((buffers.blocks,), torch.int32),
+        ((2,), torch.int32),
+        (buffers.moe_buf, buffers.moebuf_dtype),
+    )
+
+
+def chain_layouts(tokens: int, topk: int, workspace_bytes: int, device: torch.device) -> Layouts:
+    """How what the chain keeps between its launches is allocated on `device`.
+
+    Weights float32 [M, K], ids and source rows int32 [M, K], and the workspace if there is one.
+    """
+    chosen = (tokens, topk)
+    workspace = [((workspace_bytes,), torch.uint8)] if workspace_bytes else []
+    return _layouts(
+        device, (chosen, torch.float32), (chosen, torch.int32), (chosen, torch.int32), *workspace
+    )
+
+
+def _layouts(device: torch.device, *tensors: tuple[tuple[int, ...], torch.dtype]) -> Layouts:
+    """Contiguous tensors of one or two dimensions, by shape and dtype."""
     quick = None
-    if buffers.moebuf_dtype not in _QUANTISED:
+    if not any(dtype in _QUANTISED for _, dtype in tensors):
         if device.type == "cpu":
             quick = _quick_cpu
         elif device.type == "cuda" and device.index is not None and _current_gpu is not None:
             quick = _quick_gpu
     return Layouts(
         quick,
-        ((buffers.slots,), (1,), torch.int32),
-        ((buffers.weights,), (1,), torch.float32),
-        ((buffers.blocks,), (1,), torch.int32),
-        ((2,), (1,), torch.int32),
-        (buffers.moe_buf, (buffers.moe_buf[1] or 1, 1), buffers.moebuf_dtype),
+        tuple(
+            (shape, (1,) if len(shape) == 1 else (shape[1] or 1, 1), dtype)
+            for shape, dtype in tensors
+        ),
     )
 
 
-def allocate(layouts: Layouts, device: torch.device) -> SortedBuffers:
-    """The five outputs, uninitialised, on `device`, that of the layouts; not under a tracer."""
-    quick, ids, weights, experts, num_valid, moe_buf = layouts
+def allocate(layouts: Layouts, device: torch.device) -> list[Tensor]:
+    """The tensors, uninitialised, on `device`, that of the layouts; not under a tracer."""
+    quick, tensors = layouts
     if (
         quick is None
         or _deterministic()
         or (quick is _quick_gpu and _current_gpu is not None and _current_gpu() != device.index)
     ):
         return empty(layouts, device)
-    return quick(*ids), quick(*weights), quick(*experts), quick(*num_valid), quick(*moe_buf)
+    return [quick(*layout) for layout in tensors]
 
 
-def empty(layouts: Layouts, device: torch.device) -> SortedBuffers:
+def empty(layouts: Layouts, device: torch.device) -> list[Tensor]:
     """As `allocate`, through PyTorch's dispatcher, which tracers see."""
+    return [
+        torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        for shape, strides, dtype in layouts.tensors
+    ]
 
-    def make(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
-    _, ids, weights, experts, num_valid, moe_buf = layouts
-    return make(*ids), make(*weights), make(*experts), make(*num_valid), make(*moe_buf)
+def five(tensors: Sequence[Tensor]) -> SortedBuffers:
+    """The outputs as a tuple."""
+    ids, weights, experts, num_valid, moe_buf = tensors
+    return ids, weights, experts, num_valid, moe_buf
 
 
 def given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:

@@ -31,10 +31,17 @@ from torch.compiler import is_dynamo_compiling
 
 from aiter import dispatch
 from aiter.jit.target import cpu_wave_override
-from aiter.moe_buffers import BUFFER_NAMES, SortedBuffers, allocate, empty, given, layouts_of
+from aiter.moe_buffers import (
+    BUFFER_NAMES,
+    SortedBuffers,
+    allocate,
+    empty,
+    five,
+    given,
+    sorted_layouts,
+)
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import FusedAgain
-from aiter.ops.moe_sorting_opus import moe_sorting_opus_check
 from aiter.routing_plan import Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 from aiter.torch_ops import (
     empty_topk,
@@ -96,7 +103,7 @@ def empty_sorted_buffers(
     check_size("tokens", tokens, low=0)
     buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
     chosen = current_device(device)
-    return empty(layouts_of(buffers, chosen), chosen)
+    return five(empty(sorted_layouts(buffers, chosen), chosen))
 
 
 def topk_softmax_sorting(
@@ -164,10 +171,10 @@ def topk_softmax_sorting(
         device, cpu_wave, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
         dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, fused = _known(plan_routing, sizes)
+    path, _, expected, layouts, fused, chain = _known(plan_routing, sizes)
+    buffers = five(allocate(layouts, device)) if out is None else out
     if fused is not None:
         into, _again = fused
-        buffers = allocate(layouts, device) if out is None else out
         plain = (
             topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size, dispatch_policy,
             cpu_wave,
@@ -182,12 +189,18 @@ def topk_softmax_sorting(
                 gating_output, *buffers, num_experts, topk, block_size, need_renorm,
                 local_expert_mask=expert_mask, num_local_tokens=num_local_tokens,
             )  # fmt: skip
-    else:
-        buffers = allocate(layouts, device) if out is None else given(out, expected)
-        _chain(
-            gating_output, topk, need_renorm, *buffers, num_experts, block_size, expert_mask,
-            num_local_tokens, _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
+    elif chain is not None:
+        if out is not None:
+            given(out, expected)
+        weights, ids, sources, *workspace = allocate(chain.layouts, device)
+        sort = (
+            ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
+            workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[path],
         )  # fmt: skip
+        # NOTE: nothing may be launched before every argument is known to be good.
+        chain.check(*sort)
+        chain.topk(weights, ids, sources, gating_output, need_renorm)
+        chain.sort(*sort)
     _last.path = path
     return buffers
 
@@ -226,7 +239,7 @@ def moe_sorting(
         device, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
     )  # fmt: skip
     path, workspace_bytes, expected, layouts, *_ = _known(plan_sorting, sizes)
-    buffers = allocate(layouts, device) if out is None else given(out, expected)
+    buffers = five(allocate(layouts, device)) if out is None else given(out, expected)
     moe_sorting_opus_fwd(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
         _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
@@ -284,15 +297,6 @@ def _known(plan_for: _lru_cache_wrapper[Plan], sizes: tuple[Any, ...]) -> Plan:
     # NOTE: an argument of the wrong type, or one that no memo can look up, such as a list: made
     # without the memo, the plan says which.
     return plan_for.__wrapped__(*sizes)
-
-
-def _chain(gating_output: Tensor, topk: int, need_renorm: bool, *sort: Any) -> None:
-    """Top-k, and the sort of what it chose; `sort` are the arguments of that behind the first two."""
-    weights, ids = empty_topk(gating_output, topk)
-    # NOTE: nothing may be launched before every argument is known to be good.
-    moe_sorting_opus_check(ids, weights, *sort)
-    topk_softmax(weights, ids, torch.empty_like(ids), gating_output, need_renorm)
-    moe_sorting_opus_fwd(ids, weights, *sort)
 
 
 def _workspace(num_bytes: int, device: torch.device) -> Tensor | None:

@@ -151,18 +151,22 @@ def break_op(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             for attribute, value in list(vars(module).items()):
                 if value is op:
                     monkeypatch.setattr(module, attribute, broken)
-    if name == "fused_topk_moe_sorting_fwd":
-        # NOTE: a plan holds the compiled function behind the op.
-        plan = routing_plan.plan_routing
+    # NOTE: a plan holds the compiled functions behind the ops.
+    plan = moe_routing.plan_routing
 
-        @functools.lru_cache(typed=True)
-        def broken_plan(*sizes: Any) -> routing_plan.Plan:
-            made = plan(*sizes)
-            broken_calls = FusedCalls(broken, lambda *_: None)
-            return made if made.fused is None else made._replace(fused=broken_calls)
+    @functools.lru_cache(typed=True)
+    def broken_plan(*sizes: Any) -> routing_plan.Plan:
+        made = plan(*sizes)
+        fused, chain = made.fused, made.chain
+        if fused is not None and name == "fused_topk_moe_sorting_fwd":
+            fused = FusedCalls(broken, lambda *_: None)
+        if chain is not None:
+            part = {"topk_softmax": "topk", "moe_sorting_opus_fwd": "sort"}.get(name)
+            chain = chain._replace(**{part: broken}) if part else chain
+        return made._replace(fused=fused, chain=chain)
 
-        monkeypatch.setattr(moe_routing, "plan_routing", broken_plan)
-        routing_plan.forget()  # what an earlier test called is answered without a plan
+    monkeypatch.setattr(moe_routing, "plan_routing", broken_plan)
+    routing_plan.forget()  # what an earlier test called is answered without a plan
 
 
 def assert_fails(case: Case, target: Target, policies: Sequence[int], words: str) -> None:

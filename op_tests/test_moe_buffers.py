@@ -28,7 +28,7 @@ def layouts(
     shape: tuple[int, int] = (6, 5),
     dtype: torch.dtype = torch.float32,
 ) -> Layouts:
-    return moe_buffers.layouts_of(Buffers(40, 40, 5, shape, dtype), device)
+    return moe_buffers.sorted_layouts(Buffers(40, 40, 5, shape, dtype), device)
 
 
 def traits(tensor: Tensor) -> tuple[object, ...]:
@@ -49,7 +49,7 @@ def test_are_those_of_torch_empty(device: torch.device, inference: bool) -> None
             wanted = layouts(device, shape, dtype)
             with torch.inference_mode(inference):
                 made = moe_buffers.allocate(wanted, device)
-                for tensor, (size, _, item) in zip(made, wanted[1:], strict=True):
+                for tensor, (size, _, item) in zip(made, wanted.tensors, strict=True):
                     expected = torch.empty(size, dtype=item, device=device)
                     assert traits(tensor) == traits(expected)
 
@@ -94,7 +94,7 @@ def test_allocates_in_a_pytorch_without_the_quick_allocators(
         wanted = layouts(device)
         assert wanted.quick is None
         made: Any = moe_buffers.allocate(wanted, device)
-        assert [tensor.shape for tensor in made] == [size for size, _, _ in wanted[1:]]
+        assert [tensor.shape for tensor in made] == [size for size, _, _ in wanted.tensors]
 
 
 def test_new_buffers_are_seen_by_a_tracer() -> None:

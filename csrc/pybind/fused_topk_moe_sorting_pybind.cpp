@@ -39,6 +39,20 @@ bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort)
          dtype.ptr() == PyTuple_GET_ITEM(expected.ptr(), 4);
 }
 
+// An aiter.moe_buffers.Layouts of five tensors.
+void check_layouts(py::handle layouts) {
+  const auto is_tuple = [](py::handle value, Py_ssize_t size) {
+    return PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == size;
+  };
+  bool fits =
+      is_tuple(layouts, 2) && is_tuple(PyTuple_GET_ITEM(layouts.ptr(), 1), aiter::kNumFusedOutputs);
+  for (int i = 0; fits && i < aiter::kNumFusedOutputs; ++i) {
+    fits = is_tuple(PyTuple_GET_ITEM(PyTuple_GET_ITEM(layouts.ptr(), 1), i), 3);
+  }
+  if (!fits)
+    throw py::type_error("layouts: expected the Layouts of five tensors, got another object");
+}
+
 aiter::KnownCalls& known_calls() {
   // NOTE: kept for the life of the process; it holds Python objects and would outlive the interpreter.
   static auto& calls = *new aiter::KnownCalls;
@@ -70,11 +84,7 @@ py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& argumen
   args.unit_size = aiter::int_arg(unit_size, "unit_size");
   args.need_renorm = aiter::bool_arg(need_renorm, "need_renorm");
   void* stream = aiter::current_stream(gating_output, args.gating_output);
-  if (!layouts.is_none() &&
-      (!PyTuple_Check(layouts.ptr()) || PyTuple_GET_SIZE(layouts.ptr()) != 6)) {
-    throw py::type_error("layouts: expected a tuple of 6, got " +
-                         aiter::detail::type_name(layouts));
-  }
+  if (!layouts.is_none()) check_layouts(layouts);
   auto launch = aiter::prepare_fused_launch(args);
   {
     const aiter::ReleaseGilOnCpu release(args.gating_output);
@@ -98,9 +108,10 @@ py::object allocate(const py::tuple& layouts, int device_index) {
   if (!fills) throw py::error_already_set();
   if (fills.ptr() != Py_False || !aiter::is_current_device(device_index)) return py::none();
   PyObject* const quick = PyTuple_GET_ITEM(layouts.ptr(), 0);
+  PyObject* const tensors = PyTuple_GET_ITEM(layouts.ptr(), 1);
   py::tuple outputs(aiter::kNumFusedOutputs);
   for (int i = 0; i < aiter::kNumFusedOutputs; ++i) {
-    PyObject* const layout = PyTuple_GET_ITEM(layouts.ptr(), i + 1);  // shape, strides, dtype
+    PyObject* const layout = PyTuple_GET_ITEM(tensors, i);  // shape, strides, dtype
     PyObject* const output =
         PyObject_Vectorcall(quick, &PyTuple_GET_ITEM(layout, 0),
                             static_cast<size_t>(PyTuple_GET_SIZE(layout)), nullptr);
