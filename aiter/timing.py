@@ -92,12 +92,12 @@ def cold_us(calls: Sequence[Call]) -> Timing:
 
 def alone_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
     """Device time per call behind a kernel that does nothing and does not overlap."""
-    return _behind(_empty_kernel, calls, ALONE_CALLS, replays)
+    return _behind(empty_kernel, calls, ALONE_CALLS, replays)
 
 
 def floor_us() -> Timing:
     """Device time of a kernel of one thread that returns at once."""
-    return graph_slope_us([_empty_kernel])
+    return graph_slope_us([empty_kernel])
 
 
 def host_us(call: Call, device: torch.device, count: int = HOST_CALLS) -> Timing:
@@ -164,7 +164,8 @@ def _in_a_row(call: Call, device: torch.device, count: int, waits: bool) -> Timi
     return summary(samples)
 
 
-def _empty_kernel() -> None:
+def empty_kernel() -> None:
+    """Launches a kernel that does nothing."""
     torch.cuda._sleep(0)  # type: ignore[no-untyped-call]
 
 

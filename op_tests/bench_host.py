@@ -6,9 +6,10 @@ Every figure is the time per call of many in a row, enqueued without synchronisi
 in turn, round after round, as a CPU that others use as well is slower for seconds at a time: `time` is
 the median of a piece's rounds, and the fastest and the slowest round stand beside it. A piece that
 launches nothing is pure host time on every device. A known call is found by the compiled function,
-which goes by everything but the sign of the logits first; negated ones show what that takes without the
-launch. What launches, on a GPU, is host time as long as the device keeps up, as it does at decode
-sizes; on the cpu target a launch is over when the kernel has been executed, and the row says so.
+which asks whether the logits are negated before it looks at the outputs; negated ones show what that
+takes without outputs and launch. What launches, on a GPU, is host time as long as the device keeps up,
+as it does at decode sizes, and stands beside the launch of a kernel that does nothing; on the cpu target
+a launch is over when the kernel has been executed, and the row says so.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "topk_softmax_sorting without its op, first call, out given": lambda: routing(out=out),
         "topk_softmax_sorting without its op, first call, allocating": routing,
         KNOWN: routing,
-        "a known call found, compiled function": found,
+        "a known call found but for its outputs, compiled function": found,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
         "binding and checks of 4 tensors, compiled function": lambda: selecting(*nothing),
         "the same through the op's Python function": lambda: aiter.topk_softmax(*nothing),
@@ -114,6 +115,8 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "topk_softmax_sorting, chain, out given": lambda: routing(out=out, dispatch_policy=1),
         "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
     }
+    if device.type == "cuda":
+        launching["torch.cuda._sleep(0), an empty kernel"] = bench_timing.empty_kernel
     return silent, launching
 
 

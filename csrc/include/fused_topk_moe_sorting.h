@@ -37,7 +37,7 @@
 //     entries to threads without experts                    1.77   2.52    4.74             2.06   3.16    8.02
 //   NaN and -0 found by floating-point instructions         1.66   2.45    4.47             1.97   3.11    7.43
 //   one token in registers, hit experts set during top-k    1.34   2.39    4.93             1.42   2.99    7.35
-//   hit experts set only where they may be asked for        1.35   2.44    4.53             1.44   3.02    7.48
+//   hit experts set only where they may be asked for        1.33   2.44    4.51             1.45   3.04    7.43
 //
 // Rejected: more waves than rows, experts and entries need (32 instead of 4 to 12: 2.08 -> 2.48 us, M=1);
 // 2 or 4 workgroups, which talk as long as 8 do; all compute units and a ticket or a barrier in global memory
