@@ -98,6 +98,18 @@ def test_more_calls_than_are_remembered(target: Target) -> None:
     assert 0 < times_known < len(calls)
 
 
+def test_calls_that_take_turns_are_both_known(target: Target) -> None:
+    """As those of two models, or of two GPUs, in one process; places are few, so not every pair."""
+    times_known = 0
+    for width in range(1, 21):
+        call = arguments(target, 1, width=width)
+        other = {**call, "gating_output": call["gating_output"].half()}
+        for each in (call, other):
+            outcome(target, each)
+        times_known += all(outcome(target, each).known for each in (call, other))
+    assert times_known > 10
+
+
 def test_threads(target: Target) -> None:
     """Each makes calls of its own, while one forgets them all, also under a running launch."""
     failures: list[BaseException] = []

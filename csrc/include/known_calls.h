@@ -160,7 +160,9 @@ class KnownCalls {
                                         FusedMemory& memory) const {
     dlpack::Tensor gating;
     if (!detail::exchange(gating_output, gating) || gating.ndim != 2) return nullptr;
-    const auto& call = calls_[place_of(key, gating.shape[0])];
+    const auto& call =
+        calls_[place_of(key, {gating.shape[0], gating.strides[0], dlpack::packed(gating.dtype),
+                              gating.device.device_id})];
     if (call == nullptr || !(call->key == key) ||
         type_of(gating_output) != call->gating_type.ptr() ||
         !call->tensors[kGatingOutput].is(gating, memory[kGatingOutput]) ||
@@ -198,7 +200,10 @@ class KnownCalls {
     call->gating_type = py::reinterpret_borrow<py::object>(type_of(gating_output));
     if (allocates) call->layouts = py::reinterpret_borrow<py::tuple>(layouts);
     call->launch = std::move(launch);
-    calls_[place_of(*key, args.gating_output.shape[0])] = std::move(call);
+    const KnownTensor& gating = call->tensors[kGatingOutput];
+    const size_t place =
+        place_of(*key, {gating.shape[0], gating.stride[0], gating.dtype, gating.device_index});
+    calls_[place] = std::move(call);
   }
 
   void forget() {
@@ -208,13 +213,16 @@ class KnownCalls {
  private:
   static constexpr int kPlaceBits = 10;
 
-  // A product spreads what differs over its high bits.
-  static size_t place_of(const CallKey& key, int64_t num_tokens) {
-    uint64_t mixed = static_cast<uint64_t>(num_tokens) * 2 + (key.allocates ? 1 : 0);
-    for (const int64_t value : key.value) {
+  // By what calls of one process differ in: the plain arguments, and shape, row stride, dtype and device
+  // of the logits. A product spreads it over the high bits.
+  static size_t place_of(const CallKey& key, const std::array<int64_t, 4>& gating) {
+    uint64_t mixed = key.allocates ? 1 : 0;
+    const auto mix = [&mixed](int64_t value) {
       mixed = (mixed ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
       mixed ^= mixed >> 32;
-    }
+    };
+    for (const int64_t value : key.value) mix(value);
+    for (const int64_t value : gating) mix(value);
     return mixed * 0x9e3779b97f4a7c15u >> (64 - kPlaceBits);
   }
 

@@ -49,8 +49,9 @@ void check_layouts(py::handle layouts) {
   for (int i = 0; fits && i < aiter::kNumFusedOutputs; ++i) {
     fits = is_tuple(PyTuple_GET_ITEM(PyTuple_GET_ITEM(layouts.ptr(), 1), i), 3);
   }
-  if (!fits)
+  if (!fits) {
     throw py::type_error("layouts: expected the Layouts of five tensors, got another object");
+  }
 }
 
 aiter::KnownCalls& known_calls() {
