@@ -63,7 +63,8 @@ class Outcome(NamedTuple):
         error: its type and text; empty for none.
         path: `last_path()` after a call without an error.
         memory: the bytes of the given outputs' memory.
-        outputs: what it returned, where that is right; empty after an error.
+        outputs: what it returned, checked and, where it is new, poisoned again, so that a later call
+            in this memory cannot find it done; empty after an error.
     """
 
     known: bool
@@ -114,6 +115,8 @@ def outcome(target: Target, call: Arguments) -> Outcome:
         assert out is None or outputs is out
         check_against_reference(call, outputs)
     memory = [bytes(tensor.untyped_storage().cpu().tolist()) for tensor in given]
+    for tensor in outputs if out is None else ():
+        tensor.untyped_storage().fill_(POISON)
     return Outcome(answers == [True], error, path, memory, tuple(outputs))
 
 
