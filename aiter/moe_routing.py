@@ -22,7 +22,7 @@ binding and its checks; of a known call 0.4 us for this module and 0.4 us for fi
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from aiter.moe_buffers import (
 )
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import FusedAgain
-from aiter.routing_plan import Plan, check_size, plan_routing, plan_sorting, sorted_buffers
+from aiter.routing_plan import Chain, Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 from aiter.torch_ops import (
     empty_topk,
     fused_topk_moe_sorting_fwd,
@@ -189,18 +189,19 @@ def topk_softmax_sorting(
                 gating_output, *buffers, num_experts, topk, block_size, need_renorm,
                 local_expert_mask=expert_mask, num_local_tokens=num_local_tokens,
             )  # fmt: skip
-    elif chain is not None:
+    else:
+        select, check, sort, scratch = cast(Chain, chain)  # a plan has one or the other
         if out is not None:
             given(out, expected)
-        weights, ids, sources, *workspace = allocate(chain.layouts, device)
-        sort = (
+        weights, ids, sources, *workspace = allocate(scratch, device)
+        sorting = (
             ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
             workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[path],
         )  # fmt: skip
         # NOTE: nothing may be launched before every argument is known to be good.
-        chain.check(*sort)
-        chain.topk(weights, ids, sources, gating_output, need_renorm)
-        chain.sort(*sort)
+        check(*sorting)
+        select(weights, ids, sources, gating_output, need_renorm)
+        sort(*sorting)
     _last.path = path
     return buffers
 

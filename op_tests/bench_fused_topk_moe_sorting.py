@@ -176,7 +176,7 @@ def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) ->
             continue
         check(name, run(inputs[0]), expected)
         if name in get_args(dispatch.Path) and fused_moe.last_path() != name:
-            raise RuntimeError(f"{name}: took the path {fused_moe.last_path()}")
+            raise RuntimeError(f"expected the path {name}, got {fused_moe.last_path()}")
         calls = [lambda x=x, run=run: run(x) for x in inputs]
         record[name] = bench_timing.call_us(calls, options.device, everything=True)
     return record

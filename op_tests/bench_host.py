@@ -58,10 +58,6 @@ class Row:
         return statistics.median(self.rounds_us)
 
 
-def never(*arguments: object) -> None:
-    """Knows no call."""
-
-
 def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     """What is measured, by name: what launches nothing, and what does.
 
@@ -136,7 +132,9 @@ def views(buffers: moe_buffers.Buffers, device: torch.device) -> tuple[torch.Ten
 @lru_cache(typed=True)
 def silent_plan(*sizes: Any) -> routing_plan.Plan:
     """The plan of a routing, with a fused launch that does nothing and that nobody remembers."""
-    return routing_plan.plan_routing(*sizes)._replace(fused=FusedCalls(lambda *_: True, never))
+    return routing_plan.plan_routing(*sizes)._replace(
+        fused=FusedCalls(lambda *_: True, moe_routing._never)
+    )
 
 
 def found_and_negated(
@@ -177,7 +175,7 @@ def measure(logits: torch.Tensor, shape: Shape, rounds: int) -> list[Row]:
     for _ in range(rounds):
         with mock.patch.object(moe_routing, "plan_routing", silent_plan):
             for name, piece in silent.items():
-                again = (lambda *_: ()) if name == KNOWN else never
+                again = (lambda *_: ()) if name == KNOWN else moe_routing._never
                 with mock.patch.object(moe_routing, "_again", again):
                     times[name].append(bench_timing.host_us(piece, device, PIECE_CALLS).us)
         for name, piece in launching.items():

@@ -131,9 +131,7 @@ struct KnownCall {
 
   // The outputs of this call, if they are like those of the one that is known; sets where they lie.
   bool takes(py::handle outputs, FusedMemory& memory) const {
-    if (!PyTuple_Check(outputs.ptr()) || PyTuple_GET_SIZE(outputs.ptr()) != kNumFusedOutputs) {
-      return false;
-    }
+    if (!is_tuple_of(kNumFusedOutputs, outputs)) return false;
     for (int i = 0; i < kNumFusedOutputs; ++i) {
       if (!tensors[i].is(PyTuple_GET_ITEM(outputs.ptr(), i), memory[i])) return false;
     }

@@ -226,6 +226,16 @@ inline bool bool_arg(py::handle object, const char* name) {
   return object.ptr() == Py_True;
 }
 
+inline bool is_tuple_of(Py_ssize_t size, py::handle object) {
+  return PyTuple_Check(object.ptr()) && PyTuple_GET_SIZE(object.ptr()) == size;
+}
+
+// A function of torch._C, kept for the life of the process; a static py::object would outlive the
+// interpreter.
+inline py::handle kept_from_torch(const char* name) {
+  return py::object(py::module_::import("torch").attr("_C").attr(name)).release();
+}
+
 // PyTorch's current stream on a GPU, as a raw handle. `exchange_device_type` is that of the tensor's
 // view.
 inline void* current_gpu_stream(py::handle tensor, int exchange_device_type, int device_index) {
@@ -239,10 +249,7 @@ inline void* current_gpu_stream(py::handle tensor, int exchange_device_type, int
       PyErr_Clear();
     }
   }
-  // NOTE: kept for the life of the process; a static py::object would outlive the interpreter.
-  static const py::handle raw_stream =
-      py::object(py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream"))
-          .release();
+  static const py::handle raw_stream = kept_from_torch("_cuda_getCurrentRawStream");
   return reinterpret_cast<void*>(raw_stream(device_index).cast<uintptr_t>());
 }
 

@@ -12,11 +12,11 @@ namespace {
 // Reads `out` if it is a tuple of tensors of exactly the sizes in `expected`, an
 // aiter.moe_buffers.Buffers.
 bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort) {
-  if (!PyTuple_Check(expected.ptr()) || PyTuple_GET_SIZE(expected.ptr()) != 5) {
+  if (!aiter::is_tuple_of(aiter::kNumFusedOutputs, expected)) {
     throw py::type_error("expected: expected a tuple of 5, got " +
                          aiter::detail::type_name(expected));
   }
-  if (!PyTuple_Check(out.ptr()) || PyTuple_GET_SIZE(out.ptr()) != 5) return false;
+  if (!aiter::is_tuple_of(aiter::kNumFusedOutputs, out)) return false;
   const auto output = [&](int index) { return py::handle(PyTuple_GET_ITEM(out.ptr(), index)); };
   if (!aiter::read_exchanged(output(0), "sorted_ids", sort.sorted_ids) ||
       !aiter::read_exchanged(output(1), "sorted_weights", sort.sorted_weights) ||
@@ -41,16 +41,15 @@ bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort)
 
 // An aiter.moe_buffers.Layouts of five tensors.
 void check_layouts(py::handle layouts) {
-  const auto is_tuple = [](py::handle value, Py_ssize_t size) {
-    return PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == size;
-  };
-  bool fits =
-      is_tuple(layouts, 2) && is_tuple(PyTuple_GET_ITEM(layouts.ptr(), 1), aiter::kNumFusedOutputs);
+  using aiter::is_tuple_of;
+  bool fits = is_tuple_of(2, layouts) &&
+              is_tuple_of(aiter::kNumFusedOutputs, PyTuple_GET_ITEM(layouts.ptr(), 1));
   for (int i = 0; fits && i < aiter::kNumFusedOutputs; ++i) {
-    fits = is_tuple(PyTuple_GET_ITEM(PyTuple_GET_ITEM(layouts.ptr(), 1), i), 3);
+    fits = is_tuple_of(3, PyTuple_GET_ITEM(PyTuple_GET_ITEM(layouts.ptr(), 1), i));
   }
   if (!fits) {
-    throw py::type_error("layouts: expected the Layouts of five tensors, got another object");
+    throw py::type_error("layouts: expected the Layouts of five tensors, got " +
+                         std::string(py::repr(layouts)));
   }
 }
 
@@ -73,11 +72,8 @@ py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& argumen
   aiter::FusedTopkMoeSortingArgs args{};
   if (!read_outputs(out, expected, args.sort)) return py::bool_(false);
   args.gating_output = aiter::input_arg(gating_output, "gating_output");
-  for (const aiter::TensorView* output :
-       {&args.sort.sorted_ids, &args.sort.sorted_weights, &args.sort.sorted_expert_ids,
-        &args.sort.num_valid_ids, &args.sort.moe_buf}) {
-    aiter::check_memory(*output);
-  }
+  const auto views = aiter::tensors_of(args);
+  for (int i = 0; i < aiter::kNumFusedOutputs; ++i) aiter::check_memory(*views[i]);
   args.sort.expert_mask = aiter::optional_tensor_arg(local_expert_mask, "local_expert_mask");
   args.sort.num_local_tokens = aiter::optional_tensor_arg(num_local_tokens, "num_local_tokens");
   args.num_experts = aiter::int_arg(num_experts, "num_experts");
@@ -101,10 +97,7 @@ py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& argumen
 // New outputs, as aiter.moe_buffers.allocate makes them; nothing where that takes another way than the
 // quick allocator.
 py::object allocate(const py::tuple& layouts, int device_index) {
-  // NOTE: kept for the life of the process; a static py::object would outlive the interpreter.
-  static const py::handle deterministic =
-      py::object(py::module_::import("torch").attr("_C").attr("_get_deterministic_algorithms"))
-          .release();
+  static const py::handle deterministic = aiter::kept_from_torch("_get_deterministic_algorithms");
   const auto fills = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(deterministic.ptr()));
   if (!fills) throw py::error_already_set();
   if (fills.ptr() != Py_False || !aiter::is_current_device(device_index)) return py::none();
