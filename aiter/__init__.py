@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiter import dtypes
-from aiter._version import __version__
-from aiter.moe_types import ActivationType, QuantType
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
-from aiter.torch_ops import fused_topk_moe_sorting_fwd, moe_sorting_opus_fwd, topk_softmax
+from . import dtypes
+from ._version import __version__
+from .layer.types import ActivationType, QuantType
+from .ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from .ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from .routing.graph import fused_topk_moe_sorting_fwd, moe_sorting_opus_fwd, topk_softmax
 
 if TYPE_CHECKING:
-    from aiter.jit.warmup import warmup
+    from .jit.warmup import warmup
 
 __all__ = [
     "ActivationType",
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # NOTE: imported when asked for, as `import aiter` should not pay for what a server calls once.
     if name == "warmup":
-        from aiter.jit.warmup import warmup
+        from .jit.warmup import warmup
 
         return warmup
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

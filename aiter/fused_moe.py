@@ -14,17 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aiter.moe_arguments import check_knobs, check_layer, check_routing, check_unsupported
-from aiter.moe_buffers import SortedBuffers
-from aiter.moe_experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
-from aiter.moe_routing import (
+from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
+from .layer.experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
+from .layer.types import ActivationType, QuantType
+from .routing.buffers import SortedBuffers
+from .routing.calls import (
     empty_sorted_buffers,
     fused_topk,
     last_path,
     moe_sorting,
     topk_softmax_sorting,
 )
-from aiter.moe_types import ActivationType, QuantType
 
 __all__ = [
     "ActivationType",

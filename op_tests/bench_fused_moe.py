@@ -5,7 +5,7 @@
 Every contestant does the same work with the same weights: hidden states [M, D] through the router's
 product, routing and experts to [M, D]. "chain" is ours with the routing in two launches.
 gpt-oss-20b's layer has biases, clamped Swiglu and transposed weights; Qwen3-30B-A3B's has none of
-these. Every contestant's output is compared with `aiter.reference_moe` before anything is timed. A
+these. Every contestant's output is compared with `aiter.reference.layer` before anything is timed. A
 shape of one's own is measured as `--layer` says.
 
 On a GPU the figure is the slope of graph replay, but for transformers' "eager" path: it reads back
@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiter import ActivationType, fused_moe, reference
 from aiter.cli.table import format_table
-from aiter.reference_moe import moe_layer
+from aiter.reference.layer import moe_layer
 
 NAMES = ("E", "K", "D", "inter")
 FULL = {"gpt-oss": "32,4,2880,2880", "qwen3": "128,8,2048,768"}

@@ -7,7 +7,7 @@
 Every contestant does the same work: bf16 logits to weights, ids, the sorted buffers and a zeroed
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
 with `aiter.reference` before anything is timed. On a GPU the first table is the slope of graph
-replay (see `aiter.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
+replay (see `aiter.cli.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
 the device time behind an empty kernel, that with a cold L2, and the host time. torch.compile is among
 the contestants there. On the CPU a figure is wall time, and says how fast the execution layer is, not
 how fast the kernel is.
@@ -30,11 +30,13 @@ import torch
 from bench_report import Record
 from torch import Tensor
 
-from aiter import dispatch, fused_moe, reference, routing_plan
+from aiter import fused_moe, reference
 from aiter.jit import envs
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from aiter.torch_ops import fused_topk_moe_sorting_fwd
+from aiter.routing import dispatch
+from aiter.routing import plan as routing_plan
+from aiter.routing.graph import fused_topk_moe_sorting_fwd
 
 SHAPES = ("128,4,2880", "256,8,7168", "512,10,4096", "896,16,3584")
 BLOCK_SIZE = 32

@@ -30,12 +30,15 @@ import bench_timing
 import torch
 
 import aiter
-from aiter import fused_moe, moe_buffers, moe_routing, reference, routing_plan
+from aiter import fused_moe, reference
 from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import FusedCalls, fused_calls
+from aiter.routing import buffers as moe_buffers
+from aiter.routing import calls as moe_routing
+from aiter.routing import plan as routing_plan
 
 ROUNDS = 9
 PIECE_CALLS = 100  # of a piece that launches nothing, per repeat

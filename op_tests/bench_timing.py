@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 
-from aiter.timing import (
+from aiter.cli.timing import (
     Call,
     Timing,
     affordable,

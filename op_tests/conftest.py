@@ -16,7 +16,7 @@ import pytest
 import torch
 from targets import CPU_WAVES, select_targets
 
-from aiter import routing_plan
+from aiter.routing import plan as routing_plan
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)

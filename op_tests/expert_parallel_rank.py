@@ -1,4 +1,4 @@
-"""One rank of `test_expert_parallel.py`: python expert_parallel_rank.py RANK WORLD STORE DEVICE
+"""One rank of `layer/test_parallel.py`: python expert_parallel_rank.py RANK WORLD STORE DEVICE
 
 Every rank holds its slice of a layer's experts; all of them know the whole layer, too, and compare.
 STORE is a file that the ranks meet at. The exit status is 1 if anything differs.

@@ -15,8 +15,9 @@ from targets import Target
 from torch import Tensor
 
 import aiter.fused_moe
-from aiter import moe_routing, reference
-from aiter.moe_buffers import SortedBuffers
+from aiter import reference
+from aiter.routing import calls as moe_routing
+from aiter.routing.buffers import SortedBuffers
 
 TOKENS, EXPERTS, TOPK, WIDTH, BLOCK = 6, 24, 3, 300, 8
 

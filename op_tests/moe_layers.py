@@ -1,6 +1,6 @@
 """How is a whole MoE layer run and judged? Cases, random inputs, both entries, the tolerance.
 
-The expected output is `aiter.reference_moe.moe_layer`, a float64 loop over (token, slot) pairs. Both
+The expected output is `aiter.reference.layer.moe_layer`, a float64 loop over (token, slot) pairs. Both
 entries run on every case: `fused_moe` with ready ids and `fused_moe_from_logits` with logits.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aiter import ActivationType
 from aiter import fused_moe as layer
-from aiter.reference_moe import moe_layer
+from aiter.reference.layer import moe_layer
 
 # Largest error over the largest value of the output. float32: sums of some hundred terms in another
 # order. 16-bit: the two products, the activation's steps and the output are rounded once each.

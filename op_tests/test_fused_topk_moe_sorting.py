@@ -31,7 +31,7 @@ from cases import (
     make_inputs,
 )
 from checks import check_equal, check_sorted
-from routing import PATH_OF_POLICY, has_clusters, max_tokens, route
+from route_calls import PATH_OF_POLICY, has_clusters, max_tokens, route
 from runners import SortedOutputs, expected_sorted, fused_arguments, reporting, run_fused
 from targets import Target
 from torch import Tensor

@@ -13,7 +13,7 @@ import pytest
 import torch
 from buffers import GuardedBuffer
 from cases import Case, Inputs, make_inputs
-from routing import PATHS, check_allocated, route
+from route_calls import PATHS, check_allocated, route
 from runners import Op, SortedOutputs, expected_sorted, reporting
 from targets import Target
 from torch import Tensor

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import INF, Case, make_inputs
 from checks import check_equal, check_same_bits
-from routing import route
+from route_calls import route
 from runners import expected_sorted, reporting, run_fused, run_topk_softmax
 from targets import Target
 from torch import Tensor

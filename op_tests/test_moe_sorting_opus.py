@@ -17,7 +17,7 @@ from runners import Op, SortedOutputs, reporting, run_moe_sorting
 from targets import Target
 
 import aiter
-from aiter.dispatch import MOST_ONESHOT_ENTRIES
+from aiter.routing.dispatch import MOST_ONESHOT_ENTRIES
 
 POLICIES = {0: "auto", 1: "oneshot", 2: "multiphase"}
 BLOCK_SIZES = (1, 16, 32, 33, 64, 128)
@@ -146,7 +146,7 @@ def test_workspace_size(target: Target) -> None:
 
 @pytest.mark.parametrize("topk", [1, 4])
 def test_the_oneshot_limit_is_that_of_the_dispatch(target: Target, topk: int) -> None:
-    """What `aiter.dispatch` and the launcher's own rule say is the same: oneshot has no workspace."""
+    """What `routing.dispatch` and the launcher's own rule say is the same: oneshot has no workspace."""
     tokens = MOST_ONESHOT_ENTRIES // topk
     with target.active():
         assert aiter.moe_sorting_opus_get_workspace_size(tokens, 8, topk) == 0

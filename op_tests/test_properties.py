@@ -11,7 +11,7 @@ import torch
 from cases import GATING_DTYPES, LAYOUTS, LOGITS, MASKS, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from routing import max_tokens, run_routing
+from route_calls import max_tokens, run_routing
 from runners import run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import MASKS, Case
 from checks import check_same_bits
-from routing import has_clusters
+from route_calls import has_clusters
 from runners import run_fused
 from targets import Target
 

@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from aiter.cli.table import format_table
-from aiter.jit import paths
-from aiter.jit.builders import remove_leftovers
-from aiter.jit.cache import (
+from ..jit import paths
+from ..jit.builders import remove_leftovers
+from ..jit.cache import (
     BROKEN_DIR,
     COMPILER_DIR,
     FAILED_DIR,
@@ -22,13 +21,14 @@ from aiter.jit.cache import (
     changed_input,
     shown_path,
 )
-from aiter.jit.device_code import DEVICE_CODE_DIR
-from aiter.jit.errors import CacheError, JitError
-from aiter.jit.load import Loader, default_loader
-from aiter.jit.plan import abi_tag
-from aiter.jit.prebuilt import single_targets, tidy_prebuilt
-from aiter.jit.spec import load_spec
-from aiter.jit.target import Target, cpu_level, cpu_target, named_target
+from ..jit.device_code import DEVICE_CODE_DIR
+from ..jit.errors import CacheError, JitError
+from ..jit.load import Loader, default_loader
+from ..jit.plan import abi_tag
+from ..jit.prebuilt import single_targets, tidy_prebuilt
+from ..jit.spec import load_spec
+from ..jit.target import Target, cpu_level, cpu_target, named_target
+from .table import format_table
 
 STALE = "stale"
 DAMAGED = "damaged"
@@ -74,12 +74,12 @@ def run_build(options: argparse.Namespace) -> int:
             )
             return 2
         # NOTE: imported late, as no other command needs it.
-        from aiter.cli import device_code
+        from . import device_code
 
         return device_code.run(modules, archs, options.mix)
     target = named_target(options.target, archs)
     if options.compile_commands is not None:
-        from aiter.cli import compile_commands
+        from . import compile_commands
 
         return compile_commands.run(loader, modules, target, Path(options.compile_commands))
     if not options.package:

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from aiter.jit.errors import TargetError
-from aiter.jit.load import Loader
-from aiter.jit.target import Target
+from ..jit.errors import TargetError
+from ..jit.load import Loader
+from ..jit.target import Target
 
 
 def run(loader: Loader, modules: Iterable[str], target: Target, output: Path) -> int:

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 import aiter
-from aiter import fused_moe, reference
-from aiter.cli.table import format_table
-from aiter.jit import cpu_wave
-from aiter.ops.device import current_device
+
+from .. import fused_moe, reference
+from ..jit import cpu_wave
+from ..ops.device import current_device
+from ..routing.buffers import TOKEN_MASK
+from .table import format_table
 
 _WEIGHT_TOLERANCE = 1e-6  # relative; exp and the sum may round differently in the reference
 _OUTPUT_TOLERANCE = 2e-2  # relative to the output's norm; bf16 GEMMs in two orders
@@ -62,7 +64,7 @@ class Mismatch(Exception):
 def main(argv: Sequence[str]) -> int:
     """Runs the demo; 0 if every routing was right, 1 if not."""
     if any(word == "--model" or word.startswith("--model=") for word in argv):
-        from aiter.cli import demo_model
+        from . import demo_model
 
         return demo_model.main(argv)
     options = _parse(argv)
@@ -200,7 +202,7 @@ def _experts(
     """The expert GEMMs, block by block as a grouped GEMM would take them; returns moe_buf."""
     sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = buffers
     slots, num_tokens = num_valid_ids.tolist()
-    ids = (sorted_ids[:slots] & reference.TOKEN_MASK).view(-1, block_size)
+    ids = (sorted_ids[:slots] & TOKEN_MASK).view(-1, block_size)
     weights = sorted_weights[:slots].view(-1, block_size, 1)
     for block, expert in enumerate(sorted_expert_ids[: slots // block_size].tolist()):
         used = int((ids[block] < num_tokens).sum())

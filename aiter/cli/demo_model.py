@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aiter.cli.table import format_table
-from aiter.integrations.transformers import Patched, use_aiter
-from aiter.jit import cpu_wave
-from aiter.ops.device import current_device
+from ..integrations.transformers import Patched, use_aiter
+from ..jit import cpu_wave
+from ..ops.device import current_device
+from .table import format_table
 
 VOCABULARY = 4096
 _QWEN_SIZES = ("num_experts", "moe_intermediate_size")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from aiter.cli.table import format_table
-from aiter.jit.device_code import compile_module, over_budget
-from aiter.jit.device_kernels import ARCHS, MIX_CLASSES, KernelCode
-from aiter.jit.load import Loader
+from ..jit.device_code import compile_module, over_budget
+from ..jit.device_kernels import ARCHS, MIX_CLASSES, KernelCode
+from ..jit.load import Loader
+from .table import format_table
 
 HEADERS = (
     "arch", "kernel", "VGPR", "SGPR", "spills V+S", "LDS", "scratch", "code", "waves/SIMD",

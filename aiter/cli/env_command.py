@@ -7,14 +7,14 @@ import importlib.metadata
 import platform
 import sys
 
-from aiter._version import __version__
-from aiter.cli.table import format_table
-from aiter.jit import envs, paths, plan
-from aiter.jit.cache import COMPILER_DIR, subfolders
-from aiter.jit.compilers import compiler_version, find_compiler
-from aiter.jit.errors import JitError
-from aiter.jit.target import KINDS, named_target
-from aiter.jit.toolchain import target_environment
+from .._version import __version__
+from ..jit import envs, paths, plan
+from ..jit.cache import COMPILER_DIR, subfolders
+from ..jit.compilers import compiler_version, find_compiler
+from ..jit.errors import JitError
+from ..jit.target import KINDS, named_target
+from ..jit.toolchain import target_environment
+from .table import format_table
 
 _PACKAGES = ("torch", "pybind11", "jinja2", "filelock", "ziglang")
 

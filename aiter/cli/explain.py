@@ -13,14 +13,16 @@ from collections.abc import Sequence
 
 import torch
 
-from aiter import dispatch, fused_moe, routing_plan
-from aiter.cli.table import format_table
-from aiter.jit import envs
-from aiter.ops.device import current_device
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
-from aiter.reference import TOKEN_BITS, TOKEN_MASK
-from aiter.torch_ops import sorted_sizes
+from .. import fused_moe
+from ..jit import envs
+from ..ops.device import current_device
+from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from ..routing import dispatch
+from ..routing import plan as routing_plan
+from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
+from ..routing.graph import sorted_sizes
+from .table import format_table
 
 _SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
 _MOST_DRAWN = 512  # slots

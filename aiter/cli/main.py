@@ -11,9 +11,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from aiter.cli import cache_commands, env_command
-from aiter.jit.errors import JitError
-from aiter.jit.target import KINDS
+from ..jit.errors import JitError
+from ..jit.target import KINDS
+from . import cache_commands, env_command
 
 _EPILOG = "Environment variables: see `python -m aiter env`."
 

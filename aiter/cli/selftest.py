@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 import aiter
-from aiter import fused_moe, reference, timing
-from aiter.cli import env_command
-from aiter.cli.selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
-from aiter.cli.table import format_table
-from aiter.jit import JitError, cpu_wave
-from aiter.ops.device import current_device
+
+from .. import fused_moe, reference
+from ..jit import JitError, cpu_wave
+from ..ops.device import current_device
+from . import env_command, timing
+from .selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
+from .table import format_table
 
 # (M, E, K): models' shapes, experts that are no power of two, tails.
 SHAPES = (

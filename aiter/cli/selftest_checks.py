@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 import aiter
-from aiter import fused_moe, reference, reference_moe
-from aiter.ops.expert_load import expert_load
+
+from .. import fused_moe, reference
+from ..ops.expert_load import expert_load
+from ..reference import layer as reference_moe
 
 WEIGHT_TOLERANCE = 1e-6  # relative: the reference's exp may round differently
 SMALLEST_NORMAL = 2.0**-126  # absolute: a device may flush subnormal weights

@@ -21,13 +21,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aiter import dispatch, fused_moe, routing_plan, timing, tuned
-from aiter.cli.table import format_table
-from aiter.dispatch import Crossover
-from aiter.jit import cpu_wave
-from aiter.ops.device import current_device
-from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from aiter.torch_ops import fused_topk_moe_sorting_fwd
+from .. import fused_moe
+from ..jit import cpu_wave
+from ..ops.device import current_device
+from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from ..routing import dispatch, tuned
+from ..routing import plan as routing_plan
+from ..routing.dispatch import Crossover
+from ..routing.graph import fused_topk_moe_sorting_fwd
+from . import timing
+from .table import format_table
 
 SHAPES = (
     "8,2,4096", "16,1,5120", "32,4,2880", "128,1,5120", "128,4,2880", "128,8,2048", "128,8,4096",

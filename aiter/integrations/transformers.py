@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aiter.dispatch import Path
-from aiter.fused_moe import fused_moe_from_logits, last_path
-from aiter.moe_arguments import DTYPES
-from aiter.moe_experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Backend, expert_backend
-from aiter.moe_types import ActivationType
+from ..fused_moe import fused_moe_from_logits, last_path
+from ..layer.arguments import DTYPES
+from ..layer.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Backend, expert_backend
+from ..layer.types import ActivationType
+from ..routing.dispatch import Path
 
 
 @dataclass(frozen=True)

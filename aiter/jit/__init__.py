@@ -21,8 +21,8 @@ the errors; the first call on a device loads the rest up to `load`; only a miss 
 filelock and, where templates call for it, jinja2. `aiter.jit.load.Loader` loads other configs.
 """
 
-from aiter.jit.core import compile_ops, module_for
-from aiter.jit.errors import (
+from .core import compile_ops, module_for
+from .errors import (
     BuildError,
     CacheError,
     ConfigError,
@@ -32,7 +32,7 @@ from aiter.jit.errors import (
     TargetError,
     ToolchainError,
 )
-from aiter.jit.target import cpu_wave
+from .target import cpu_wave
 
 __all__ = [
     "BuildError",

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiter.jit import envs, toolchain
-from aiter.jit.builders import UNWRITABLE, plan_lock, private_folder
-from aiter.jit.cache import (
+from . import envs, toolchain
+from .builders import UNWRITABLE, plan_lock, private_folder
+from .cache import (
     BUILD_LOG,
     FAILED_DIR,
     TOOL_DIR,
@@ -34,11 +34,11 @@ from aiter.jit.cache import (
     file_sha256,
     stat_of,
 )
-from aiter.jit.driver import Job, JobFailed, first_error, parse_depfile, run_jobs
-from aiter.jit.errors import BuildError
-from aiter.jit.log import get_logger
-from aiter.jit.plan import Plan
-from aiter.jit.progress import Progress
+from .driver import Job, JobFailed, first_error, parse_depfile, run_jobs
+from .errors import BuildError
+from .log import get_logger
+from .plan import Plan
+from .progress import Progress
 
 MAX_ATTEMPTS = 4
 _TICK_SECONDS = 0.05

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from aiter.jit import envs
-from aiter.jit.cache import LOCK_DIR, WORK_DIR, Cache
-from aiter.jit.errors import CacheError
-from aiter.jit.log import get_logger
-from aiter.jit.plan import Plan
-from aiter.jit.trust import check_trusted
+from . import envs
+from .cache import LOCK_DIR, WORK_DIR, Cache
+from .errors import CacheError
+from .log import get_logger
+from .plan import Plan
+from .trust import check_trusted
 
 UNWRITABLE = (
     errno.EACCES,

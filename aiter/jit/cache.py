@@ -29,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiter.jit import envs
-from aiter.jit.errors import CacheError, TargetError
-from aiter.jit.log import get_logger
-from aiter.jit.paths import make_private_folder
-from aiter.jit.plan import Plan, Roots
-from aiter.jit.target import Target
-from aiter.jit.trust import check_trusted
+from . import envs
+from .errors import CacheError, TargetError
+from .log import get_logger
+from .paths import make_private_folder
+from .plan import Plan, Roots
+from .target import Target
+from .trust import check_trusted
 
 MANIFEST = "manifest.json"
 BUILD_LOG = "build.log"

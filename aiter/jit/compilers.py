@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiter.jit import envs
-from aiter.jit.errors import ToolchainError
-from aiter.jit.paths import make_private_folder
+from . import envs
+from .errors import ToolchainError
+from .paths import make_private_folder
 
 
 @dataclass(frozen=True)

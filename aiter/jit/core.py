@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from aiter.jit.errors import LoadError
-from aiter.jit.target import cpu_wave_override, target_for
+from .errors import LoadError
+from .target import cpu_wave_override, target_for
 
 if TYPE_CHECKING:
-    from aiter.jit.load import Loader
+    from .load import Loader
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,7 +100,7 @@ def compile_ops(
 
 def _default_loader() -> Loader:
     # NOTE: imported late, as `import aiter` should not pay for what only a first call needs.
-    from aiter.jit.load import default_loader
+    from .load import default_loader
 
     return default_loader()
 

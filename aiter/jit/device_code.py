@@ -24,17 +24,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiter.jit import envs
-from aiter.jit.cache import FAILED_DIR, TOOL_DIR, write_atomically
-from aiter.jit.device_kernels import KernelCode, arch_of, parse_kernels
-from aiter.jit.driver import Job, JobFailed, first_error, run_jobs
-from aiter.jit.errors import BuildError, CacheError, ConfigError, ToolchainError
-from aiter.jit.load import Loader, default_loader
-from aiter.jit.log import get_logger
-from aiter.jit.progress import Progress
-from aiter.jit.rocm_flags import ROCM_FLAGS, rocm_flags
-from aiter.jit.spec import load_spec
-from aiter.jit.target import Target
+from . import envs
+from .cache import FAILED_DIR, TOOL_DIR, write_atomically
+from .device_kernels import KernelCode, arch_of, parse_kernels
+from .driver import Job, JobFailed, first_error, run_jobs
+from .errors import BuildError, CacheError, ConfigError, ToolchainError
+from .load import Loader, default_loader
+from .log import get_logger
+from .progress import Progress
+from .rocm_flags import ROCM_FLAGS, rocm_flags
+from .spec import load_spec
+from .target import Target
 
 DEVICE_CODE_DIR = ".device_code"
 

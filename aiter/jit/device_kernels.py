@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from aiter.jit.errors import ToolchainError
+from .errors import ToolchainError
 
 MIX_CLASSES = (
     "VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "nop", "other",

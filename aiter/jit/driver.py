@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiter.jit.progress import Progress
+from .progress import Progress
 
 _POLL_SECONDS = 0.01
 _MAX_LINE = 500

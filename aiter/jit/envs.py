@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from aiter.jit.errors import EnvError
+from .errors import EnvError
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def _dispatch(text: str) -> int | None:
     if text == "measured":
         return None
     if text == "capacity":
-        return -1  # NOTE: what aiter.dispatch calls CAPACITY.
+        return -1  # NOTE: what aiter.routing.dispatch calls CAPACITY.
     if not text.isdecimal():
         raise ValueError("measured, capacity or the largest M of the fused launch")
     return int(text)

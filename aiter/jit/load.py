@@ -22,14 +22,14 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from aiter.jit import envs, paths
-from aiter.jit.cache import COMPILER_DIR, Cache, Entry
-from aiter.jit.errors import CacheError, LoadError
-from aiter.jit.log import get_logger
-from aiter.jit.plan import Plan, make_plan
-from aiter.jit.prebuilt import find_prebuilt
-from aiter.jit.spec import module_names
-from aiter.jit.target import Target
+from . import envs, paths
+from .cache import COMPILER_DIR, Cache, Entry
+from .errors import CacheError, LoadError
+from .log import get_logger
+from .plan import Plan, make_plan
+from .prebuilt import find_prebuilt
+from .spec import module_names
+from .target import Target
 
 _LOAD_ATTEMPTS = 3
 
@@ -104,7 +104,7 @@ class Loader:
                 f" AITER_NO_BUILD forbids building, got none ({reason}); build it ahead with"
                 f" `{ahead_command(module, target)}`"
             )
-        from aiter.jit.build import build
+        from .build import build
 
         return build(lambda: self.plan(module, target), self.cache, reason, force), True
 

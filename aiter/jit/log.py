@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from aiter.jit import envs
+from . import envs
 
 
 class _StderrHandler(logging.Handler):

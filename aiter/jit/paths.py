@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from aiter.jit import envs
+from . import envs
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 PREBUILT_DIR = PACKAGE_DIR / "_prebuilt"  # there only where modules were built ahead

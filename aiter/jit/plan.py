@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiter.jit import compilers, envs, toolchain
-from aiter.jit.compilers import Compiler
-from aiter.jit.errors import ConfigError, TargetError
-from aiter.jit.spec import load_spec, render, template_variables
-from aiter.jit.target import Target
+from . import compilers, envs, toolchain
+from .compilers import Compiler
+from .errors import ConfigError, TargetError
+from .spec import load_spec, render, template_variables
+from .target import Target
 
 FORMAT = 3  # NOTE: raise it when the layout of the cache or the meaning of the key changes.
 

@@ -16,8 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from aiter.jit import paths
-from aiter.jit.cache import (
+from . import paths
+from .cache import (
     BROKEN_DIR,
     COMPILER_DIR,
     FAILED_DIR,
@@ -31,10 +31,10 @@ from aiter.jit.cache import (
     read_manifest,
     subfolders,
 )
-from aiter.jit.errors import TargetError
-from aiter.jit.log import get_logger
-from aiter.jit.plan import Plan, abi_tag, make_plan
-from aiter.jit.target import Target
+from .errors import TargetError
+from .log import get_logger
+from .plan import Plan, abi_tag, make_plan
+from .target import Target
 
 _OWN_HEADERS = "<csrc>/"
 

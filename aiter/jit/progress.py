@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 
-from aiter.jit.log import get_logger
+from .log import get_logger
 
 _FRAMES = "|/-\\"
 _INTERVAL = 0.1

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from aiter.jit.errors import ConfigError
-from aiter.jit.target import KINDS, Target
+from .errors import ConfigError
+from .target import KINDS, Target
 
 TemplateValue = str | int | float | bool
 

@@ -29,8 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aiter.jit import envs
-from aiter.jit.errors import TargetError
+from . import envs
+from .errors import TargetError
 
 if TYPE_CHECKING:
     import torch

@@ -28,11 +28,11 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiter.jit.compilers import Compiler
-from aiter.jit.errors import ToolchainError
-from aiter.jit.rocm_flags import hip_version, rocm_flags
-from aiter.jit.spec import ModuleSpec
-from aiter.jit.target import Target
+from .compilers import Compiler
+from .errors import ToolchainError
+from .rocm_flags import hip_version, rocm_flags
+from .spec import ModuleSpec
+from .target import Target
 
 _EXACT_MATH = ("-ffp-contract=off",)
 _HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden")

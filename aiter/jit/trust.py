@@ -21,8 +21,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from aiter.jit import envs
-from aiter.jit.errors import CacheError
+from . import envs
+from .errors import CacheError
 
 
 def check_trusted(root: Path, paths: Iterable[Path]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from aiter.jit.load import Loader
+    from .load import Loader
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def warmup(
     Raises:
         JitError: the first module that could not be built or loaded, as in `Loader.load`.
     """
-    from aiter.jit.core import indexed
-    from aiter.jit.load import default_loader
-    from aiter.jit.spec import load_spec
-    from aiter.jit.target import target_for
+    from .core import indexed
+    from .load import default_loader
+    from .spec import load_spec
+    from .target import target_for
 
     loader = loader or default_loader()
     names = loader.modules() if modules is None else list(modules)

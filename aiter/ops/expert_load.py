@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from aiter.jit import compile_ops
+from ..jit import compile_ops
 
 
 @compile_ops("module_expert_load")

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aiter.jit import compile_ops, module_for
-from aiter.jit.target import cpu_wave_override
-from aiter.moe_buffers import SortedBuffers
-from aiter.ops.device import current_device
+from ..jit import compile_ops, module_for
+from ..jit.target import cpu_wave_override
+from ..routing.buffers import SortedBuffers
+from .device import current_device
 
 FusedAgain = Callable[..., SortedBuffers | None]
 
@@ -24,10 +24,10 @@ class FusedCalls(NamedTuple):
         into: called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
             local_expert_mask, num_local_tokens, plain, layouts), does what
             `fused_topk_moe_sorting_fwd` does if `out` is a tuple of tensors of exactly the sizes in
-            `expected` (`aiter.moe_buffers.Buffers`), else nothing, and returns which. `plain`, if not
+            `expected` (`routing.buffers.Buffers`), else nothing, and returns which. `plain`, if not
             None, makes the call one that `again` knows: its (topk, num_experts, model_dim,
             moebuf_dtype, need_renorm, block_size, dispatch_policy, cpu wave override). `layouts`, if
-            not None, are the `aiter.moe_buffers.Layouts` that `out` was allocated by for this call.
+            not None, are the `routing.buffers.Layouts` that `out` was allocated by for this call.
         again: called as (gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm,
             block_size, expert_mask, num_local_tokens, dispatch_policy, out, cpu wave override), makes
             the launch of an earlier call that agrees in all plain arguments, in having outputs or

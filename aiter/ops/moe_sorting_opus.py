@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aiter.jit import compile_ops, module_for
-from aiter.ops.device import current_device
+from ..jit import compile_ops, module_for
+from .device import current_device
 
 _MODULE = "module_moe_sorting_opus"
 

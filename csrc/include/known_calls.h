@@ -126,7 +126,7 @@ struct KnownCall {
   py::tuple plain;         // keeps alive what the key knows by its address
   py::object gating_type;  // of Python; a tracer's tensors are of types of their own
   std::array<KnownTensor, kNumFusedTensors> tensors;
-  py::tuple layouts;  // an aiter.moe_buffers.Layouts, of a call that allocates
+  py::tuple layouts;  // an aiter.routing.buffers.Layouts, of a call that allocates
   std::shared_ptr<const FusedLaunch> launch;
 
   // The outputs of this call, if they are like those of the one that is known; sets where they lie.

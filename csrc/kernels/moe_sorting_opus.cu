@@ -9,7 +9,7 @@ namespace aiter {
 namespace {
 
 // Up to this many entries (tokens x slots) one workgroup is faster than three launches.
-// NOTE: aiter/dispatch.py has the same number; test_moe_sorting_opus.py compares.
+// NOTE: aiter/routing/dispatch.py has the same number; test_moe_sorting_opus.py compares.
 constexpr int64_t kMaxOneshotEntries = 8192;
 
 struct Tiling {

@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace {
 
 // Reads `out` if it is a tuple of tensors of exactly the sizes in `expected`, an
-// aiter.moe_buffers.Buffers.
+// aiter.routing.buffers.Buffers.
 bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort) {
   if (!aiter::is_tuple_of(aiter::kNumFusedOutputs, expected)) {
     throw py::type_error("expected: expected a tuple of 5, got " +
@@ -39,7 +39,7 @@ bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort)
          dtype.ptr() == PyTuple_GET_ITEM(expected.ptr(), 4);
 }
 
-// An aiter.moe_buffers.Layouts of five tensors.
+// An aiter.routing.buffers.Layouts of five tensors.
 void check_layouts(py::handle layouts) {
   using aiter::is_tuple_of;
   bool fits = is_tuple_of(2, layouts) &&
@@ -65,7 +65,7 @@ aiter::KnownCalls& known_calls() {
 // Arguments: gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
 // local_expert_mask, num_local_tokens, plain, layouts. `plain`, if not None, is the tuple of what
 // fused_topk_moe_sorting_again is to know the call by, besides its tensors; `layouts`, if not None, the
-// aiter.moe_buffers.Layouts that `out` was allocated by for this call.
+// aiter.routing.buffers.Layouts that `out` was allocated by for this call.
 py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& arguments) {
   const auto [gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
               local_expert_mask, num_local_tokens, plain, layouts] = arguments;
@@ -94,7 +94,7 @@ py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& argumen
   return py::bool_(true);
 }
 
-// New outputs, as aiter.moe_buffers.allocate makes them; nothing where that takes another way than the
+// New outputs, as aiter.routing.buffers.allocate makes them; nothing where that takes another way than the
 // quick allocator.
 py::object allocate(const py::tuple& layouts, int device_index) {
   static const py::handle deterministic = aiter::kept_from_torch("_get_deterministic_algorithms");

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from cases import GATING_DTYPES, LOGITS, MASKS, Case
-from routing import run_routing
+from route_calls import run_routing
 from runners import run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 

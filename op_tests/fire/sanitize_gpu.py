@@ -29,12 +29,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import _checkout  # noqa: E402, F401
 import torch  # noqa: E402
 
-from aiter import dispatch, fused_moe, reference  # noqa: E402
+from aiter import fused_moe, reference  # noqa: E402
 from aiter.cli.table import format_table  # noqa: E402
 from aiter.jit import module_for  # noqa: E402
 from aiter.jit.compilers import find_compiler  # noqa: E402
 from aiter.ops.device import current_device  # noqa: E402
-from aiter.tuned import MODULES  # noqa: E402
+from aiter.routing import dispatch  # noqa: E402
+from aiter.routing.tuned import MODULES  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TOOL_SECONDS = 300  # for the whole grid under one tool

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from buffers import Mismatch, require  # noqa: E402
 from cases import GATING_DTYPES, LAYOUTS, LOGITS, MASKS, Case, make_inputs  # noqa: E402
 from checked import REPOSITORY, python  # noqa: E402
-from routing import run_routing  # noqa: E402
+from route_calls import run_routing  # noqa: E402
 from runners import run_fused, run_moe_sorting, run_topk_softmax  # noqa: E402
 from targets import Target, default_device, select_targets  # noqa: E402
 

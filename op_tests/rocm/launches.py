@@ -31,9 +31,9 @@ from choices import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aiter.dispatch import MOST_ONESHOT_ENTRIES
 from aiter.jit.device_code import compile_module
 from aiter.jit.device_kernels import ARCHS
+from aiter.routing.dispatch import MOST_ONESHOT_ENTRIES
 
 _i32, _u32, _u64, _ptr = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64
 

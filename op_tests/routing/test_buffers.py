@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aiter import fused_moe, moe_buffers
-from aiter.moe_buffers import Buffers, Layouts
+from aiter import fused_moe
+from aiter.routing import buffers as moe_buffers
+from aiter.routing.buffers import Buffers, Layouts
 
 SHAPES = ((6, 5), (0, 5), (6, 0), (1, 1))
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.complex64)

@@ -17,8 +17,8 @@ from targets import Target
 from torch import Tensor
 
 import aiter.fused_moe
-from aiter import moe_buffers
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_forget
+from aiter.routing import buffers as moe_buffers
 
 pytestmark = pytest.mark.usefixtures("nothing_known")
 

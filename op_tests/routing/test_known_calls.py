@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aiter.fused_moe
-from aiter import moe_routing, routing_plan
+from aiter.routing import calls as moe_routing
+from aiter.routing import plan as routing_plan
 
 Change = Callable[[Arguments], object]  # changes them in place
 

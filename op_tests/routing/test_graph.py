@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import aiter
-from aiter import fused_moe, torch_ops
-from aiter.moe_routing import BUFFER_NAMES
+from aiter import fused_moe
+from aiter.routing import graph as torch_ops
+from aiter.routing.calls import BUFFER_NAMES
 
 M, E, K, D = 6, 4, 4, 16
 LAUNCHERS = (

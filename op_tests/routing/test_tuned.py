@@ -15,11 +15,13 @@ import pytest
 import torch
 from targets import Target
 
-from aiter import dispatch, fused_moe, routing_plan, tuned
+from aiter import fused_moe
 from aiter.cli import explain, tune
-from aiter.dispatch import Crossover
 from aiter.jit import CacheError, EnvError, envs
 from aiter.ops.device import current_device
+from aiter.routing import dispatch, tuned
+from aiter.routing import plan as routing_plan
+from aiter.routing.dispatch import Crossover
 
 CPU = torch.device("cpu")
 SHAPE = (16, 2, 8)

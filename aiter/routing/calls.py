@@ -1,9 +1,9 @@
 """From router logits, or ready top-k ids, to the buffers that the expert GEMMs read: which launches?
 
 Allocates the outputs unless the caller gives some, and calls the ops on the path that the call's
-plan names (`aiter.routing_plan`). `last_path()` tells which path the calling thread's last call
+plan names (`aiter.routing.plan`). `last_path()` tells which path the calling thread's last call
 took; a failure in a path is raised, never answered by another path. Under a tracer each function is
-one node, the registered op of its name (see `aiter.torch_ops`). `aiter.fused_moe` is where callers
+one node, the registered op of its name (see `aiter.routing.graph`). `aiter.fused_moe` is where callers
 find these functions.
 
 Host time is what a decode step pays per layer. A first eager call looks its plan up, allocates and
@@ -15,7 +15,7 @@ called last, knows one like it by its arguments and by what the tensors are like
 check. So nothing that only a first call needs stands before `_again`.
 
 `python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD EPYC (2026-11-23)
-they are 1.9 us for the five allocations (`aiter.moe_buffers`), 1.7 us for this module, 1.0 us for the
+they are 1.9 us for the five allocations (`routing.buffers`), 1.7 us for this module, 1.0 us for the
 binding and its checks; of a known call 0.4 us for this module and 0.4 us for finding it.
 """
 
@@ -29,9 +29,11 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
-from aiter import dispatch
-from aiter.jit.target import cpu_wave_override
-from aiter.moe_buffers import (
+from ..jit.target import cpu_wave_override
+from ..ops.device import current_device
+from ..ops.fused_topk_moe_sorting import FusedAgain
+from . import dispatch
+from .buffers import (
     BUFFER_NAMES,
     SortedBuffers,
     allocate,
@@ -40,16 +42,14 @@ from aiter.moe_buffers import (
     given,
     sorted_layouts,
 )
-from aiter.ops.device import current_device
-from aiter.ops.fused_topk_moe_sorting import FusedAgain
-from aiter.routing_plan import Chain, Plan, check_size, plan_routing, plan_sorting, sorted_buffers
-from aiter.torch_ops import (
+from .graph import (
     empty_topk,
     fused_topk_moe_sorting_fwd,
     moe_sorting_opus_fwd,
     topk_softmax,
     traced,
 )
+from .plan import Chain, Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper

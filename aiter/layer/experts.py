@@ -44,10 +44,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aiter.moe_buffers import SortedBuffers
-from aiter.moe_types import ActivationType
-from aiter.reference import TOKEN_BITS, TOKEN_MASK
-from aiter.torch_ops import traced
+from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
+from ..routing.graph import traced
+from .types import ActivationType
 
 Backend = Literal["grouped_mm", "block_bmm"]
 BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm")

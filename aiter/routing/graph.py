@@ -28,8 +28,8 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
-from aiter.ops import fused_topk_moe_sorting, moe_sorting_opus
-from aiter.ops import topk_softmax as topk_softmax_stub
+from ..ops import fused_topk_moe_sorting, moe_sorting_opus
+from ..ops import topk_softmax as topk_softmax_stub
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -187,10 +187,10 @@ def _fake_fused_topk(
 
 
 def _routing(name: str) -> Callable[..., Any]:
-    """The eager function `name` of `aiter.moe_routing`, which is imported at its first call."""
+    """The eager function `name` of `aiter.routing.calls`, which is imported at its first call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        from aiter import moe_routing
+        from . import calls as moe_routing
 
         return getattr(moe_routing, name)(*args, **kwargs)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import _checkout  # noqa: F401
 import pytest
 
-from aiter import dispatch
-from aiter.dispatch import CAPACITY, Crossover, Problem
+from aiter.routing import dispatch
+from aiter.routing.dispatch import CAPACITY, Crossover, Problem
 
 DATE = ("somewhere", "2026-11-23", "a command")
 ROW = Crossover(128, 4, 2880, 64, 500, *DATE)

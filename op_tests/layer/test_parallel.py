@@ -18,8 +18,8 @@ from moe_layers import BASE, make_layer
 
 from aiter.parallel import expert_shard, fused_moe_expert_parallel
 
-RANK = Path(__file__).with_name("expert_parallel_rank.py")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "expert_parallel.py"
+RANK = Path(__file__).parents[1] / "expert_parallel_rank.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "expert_parallel.py"
 WORLD = 2
 SECONDS = 600  # only a hang takes so long
 # NOTE: gloo asks for the machine's name otherwise, which a container may not resolve.

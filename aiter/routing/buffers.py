@@ -29,6 +29,11 @@ SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 Allocator = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
+TOKEN_BITS = 24
+"""`sorted_ids` holds the token in bits 0..23 and the slot in bits 24..31."""
+
+TOKEN_MASK = (1 << TOKEN_BITS) - 1
+
 BUFFER_NAMES = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf")
 
 _QUANTISED = frozenset(

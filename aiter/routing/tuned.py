@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from aiter.dispatch import Crossover
-from aiter.jit import envs
-from aiter.jit.target import cpu_target, target_for
+from ..jit import envs
+from ..jit.target import cpu_target, target_for
+from .dispatch import Crossover
 
 MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus")
 FOLDER = ".tuned"
@@ -76,8 +76,8 @@ def find(device: torch.device) -> Found:
     if not path.exists():
         return Found(path)
     # NOTE: imported late, as `import aiter` should not pay for what only tuned devices need.
-    from aiter.jit.log import get_logger
-    from aiter.jit.trust import check_trusted
+    from ..jit.log import get_logger
+    from ..jit.trust import check_trusted
 
     check_trusted(path.parent.parent, (path.parent, path))
     try:
@@ -109,9 +109,9 @@ def keep(device: torch.device, measured: Iterable[Measured]) -> Path:
         aiter.jit.CacheError: others may write to the cache.
         OSError: the file cannot be written.
     """
-    from aiter.jit.cache import write_atomically
-    from aiter.jit.paths import make_private_folder
-    from aiter.jit.trust import check_trusted
+    from ..jit.cache import write_atomically
+    from ..jit.paths import make_private_folder
+    from ..jit.trust import check_trusted
 
     found = find(device)
     shapes = {_shape(each.row): each for each in (*found.measured, *measured)}
@@ -129,8 +129,8 @@ def keep(device: torch.device, measured: Iterable[Measured]) -> Path:
 
 def builds_of(device: torch.device) -> dict[str, str]:
     """The build in use of every module that is measured, "" where there is none yet."""
-    from aiter.jit.cache import Entry
-    from aiter.jit.load import default_loader
+    from ..jit.cache import Entry
+    from ..jit.load import default_loader
 
     loader, target = default_loader(), target_for(device)
     builds = {}

@@ -19,18 +19,18 @@ from typing import NamedTuple
 
 import torch
 
-from aiter import dispatch
-from aiter.dispatch import Crossover
-from aiter.jit import envs, module_for
-from aiter.moe_buffers import Buffers, Layouts, chain_layouts, sorted_layouts
-from aiter.ops.fused_topk_moe_sorting import (
+from ..jit import envs, module_for
+from ..ops.fused_topk_moe_sorting import (
     FusedCalls,
     fused_calls,
     fused_topk_moe_sorting_forget,
     fused_topk_moe_sorting_max_tokens,
 )
-from aiter.ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
-from aiter.torch_ops import sorted_sizes
+from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from . import dispatch
+from .buffers import Buffers, Layouts, chain_layouts, sorted_layouts
+from .dispatch import Crossover
+from .graph import sorted_sizes
 
 MOST_PLANS = 4096  # a plan takes about 1 KiB; decode and prefill sizes of a few layers are hundreds
 
@@ -90,8 +90,8 @@ def basis_of(device: torch.device) -> Basis:
         aiter.jit.CacheError: others may write to the tuned file.
     """
     # NOTE: imported late, as `import aiter` should not pay for what a first call needs.
-    from aiter import tuned
-    from aiter.jit.target import device_arch, target_for
+    from ..jit.target import device_arch, target_for
+    from . import tuned
 
     target_for(device)
     override = envs.AITER_DISPATCH.get()

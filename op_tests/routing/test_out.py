@@ -16,8 +16,10 @@ from targets import Target
 from torch import Tensor
 
 import aiter.fused_moe
-from aiter import moe_routing, reference, routing_plan
+from aiter import reference
 from aiter.ops.fused_topk_moe_sorting import FusedCalls
+from aiter.routing import calls as moe_routing
+from aiter.routing import plan as routing_plan
 
 POLICIES = (0, 1, 2)
 CASE = Case(6, 24, 3, block_size=8, model_dim=5)

@@ -9,7 +9,7 @@ one launch and the sort in one or three more. Under `dispatch_policy` 0 the firs
 decides between them:
 
 1. override   AITER_DISPATCH names the largest M of the fused launch, or asks for capacity alone;
-2. measured   a `Crossover` of this device (`aiter.tuned`) or of its architecture (`MEASURED`) is
+2. measured   a `Crossover` of this device (`aiter.routing.tuned`) or of its architecture (`MEASURED`) is
               close enough: at most a factor of 2 away in E and K together;
 3. estimated  nothing is measured, but the architecture has an entry in `ESTIMATED`: the fused launch
               up to that M;

@@ -19,16 +19,19 @@ import torch
 from buffers import FrozenInputs, Mismatch
 from cases import GATING_DTYPES, LOGITS, MODEL_SHAPES, PARITY_SHAPES, Case, make_inputs
 from checks import check_equal, check_sorted, check_weights
-from routing import PATH_OF_POLICY, check_allocated, max_tokens, route, run_routing
+from route_calls import PATH_OF_POLICY, check_allocated, max_tokens, route, run_routing
 from runners import reporting
 from targets import Target
 from torch import Tensor
 
 import aiter
 import aiter.fused_moe
-from aiter import dispatch, moe_routing, reference, routing_plan
+from aiter import reference
 from aiter.jit import envs
 from aiter.ops.fused_topk_moe_sorting import FusedCalls
+from aiter.routing import calls as moe_routing
+from aiter.routing import dispatch
+from aiter.routing import plan as routing_plan
 
 POLICIES = (0, *PATH_OF_POLICY)
 DECODE = Case(8, 128, 4, torch.bfloat16, logits="ties")

@@ -23,10 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOKEN_BITS = 24
-"""``sorted_ids`` holds the token in bits 0..23 and the slot in bits 24..31."""
+from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
 
-TOKEN_MASK = (1 << TOKEN_BITS) - 1
 MAX_TOKENS = TOKEN_MASK
 MAX_TOPK = 255
 

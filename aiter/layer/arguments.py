@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aiter.moe_experts import BACKENDS, Experts
-from aiter.moe_types import ActivationType, QuantType
-from aiter.torch_ops import traced
+from ..routing.graph import traced
+from .experts import BACKENDS, Experts
+from .types import ActivationType, QuantType
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

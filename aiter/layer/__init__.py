@@ -1,0 +1,1 @@
+"""The whole MoE layer: experts applied to what the routing sorted."""

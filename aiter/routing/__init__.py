@@ -1,0 +1,1 @@
+"""Which launches route a call, and what do they write to?"""
