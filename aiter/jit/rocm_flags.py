@@ -58,8 +58,9 @@ ROCM_FLAGS = (
         (6, 2, 41133),
         ("-mllvm", "-amdgpu-kernarg-preload-count=16"),
         ("gfx942", "gfx950"),
-        "leading scalar arguments of a kernel arrive in scalar registers and need no load; structs"
-        " by value, which the routing kernels take, stay in memory",
+        "leading scalar arguments of a kernel, 14 words of them, arrive in scalar registers and need no"
+        " load; the fused kernel's are all that its first load of logits needs. Structs by value stay"
+        " in memory",
     ),
 )
 

@@ -72,15 +72,20 @@ struct SortShape {
   bool wide_stores;  // four slots may be stored at once: B % 4 == 0, buffers on 16-byte boundaries
 };
 
+// What the device says in num_local_tokens, as far as it makes sense.
+__device__ __forceinline__ int clamp_tokens(int said, int num_tokens) {
+  return said < 0 ? 0 : (said < num_tokens ? said : num_tokens);
+}
+
 // M, or what the device says in num_local_tokens.
 __device__ __forceinline__ int local_tokens(const int32_t* num_local_tokens, int num_tokens) {
   if (num_local_tokens == nullptr) return num_tokens;
-  const int n = num_local_tokens[0];
-  return n < 0 ? 0 : (n < num_tokens ? n : num_tokens);
+  return clamp_tokens(num_local_tokens[0], num_tokens);
 }
 
 __host__ __device__ constexpr int hit_words(int num_tokens) {
-  return (num_tokens + kTokensPerWord - 1) / kTokensPerWord;
+  return static_cast<int>((static_cast<uint32_t>(num_tokens) + kTokensPerWord - 1) /
+                          kTokensPerWord);
 }
 
 // The token x expert bitmask in LDS.
@@ -89,9 +94,9 @@ struct HitMask {
   int stride;       // E or more
   int num_words;
 
-  __device__ __forceinline__ void clear() const {
+  __device__ __forceinline__ void clear(int num_threads) const {
     AITER_LOOP
-    for (int i = threadIdx.x; i < stride * num_words; i += blockDim.x) words[i] = 0;
+    for (int i = threadIdx.x; i < stride * num_words; i += num_threads) words[i] = 0;
   }
   __device__ __forceinline__ void set(int token, uint32_t expert_idx) const {
     atomicOr(&words[(token / kTokensPerWord) * stride + expert_idx],

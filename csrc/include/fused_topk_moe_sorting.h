@@ -59,10 +59,13 @@
 
 namespace aiter {
 
-// Where a routing workgroup keeps what; the end of the last part is `total`.
+// Where a routing workgroup keeps what in LDS, as byte offsets. Those that the first instructions need are the
+// same in all launches.
 struct FusedLds {
-  uint32_t totals, inbox, hits, starts, tails, counts, weights, experts;  // byte offsets
-  size_t total;
+  static constexpr uint32_t kTotals = 0;
+  static constexpr uint32_t kInbox = kTotals + sizeof(uint32_t) * 2 * kMaxWavesPerBlock;
+  static constexpr uint32_t kHits = kInbox + 16;
+  uint32_t starts, counts, weights, experts;  // tails follow starts
 };
 
 // Everything the launch choice depends on, and the choice.
@@ -72,44 +75,64 @@ struct FusedConfig {
   LaunchShape launch;
 };
 
-struct FusedParams {
+// What a kernel needs before its logits are on their way. These are arguments of their own and the first ones, 14
+// words in all, so that they can be there when the kernel begins (aiter/jit/rocm_flags.py).
+struct FusedFirst {
   const void* gating;
-  int64_t row_stride;  // in items
+  int64_t row_stride;               // in items
+  const int32_t* num_local_tokens;  // as in SortParams, and so is
+  const int32_t* expert_mask;       // this one
+  int num_tokens, num_experts;      // as in SortShape, and so is
+  int topk;                         // this one
+  int tokens_per_block;             // of each routing workgroup
+  int num_threads;                  // of a workgroup
+  uint32_t flags;                   // kNeedRenorm, kWideRows, kOneToken; num_routing << 8
+
+  static constexpr uint32_t kNeedRenorm = 1;
+  static constexpr uint32_t kWideRows = 2;  // group_topk.h
+  static constexpr uint32_t kOneToken = 4;  // the case of one_token.h
+  static constexpr int kRoutingShift = 8;
+  __device__ __forceinline__ bool is(uint32_t flag) const { return (flags & flag) != 0; }
+  // Workgroups that route.
+  __device__ __forceinline__ int num_routing() const {
+    return static_cast<int>(flags >> kRoutingShift);
+  }
+};
+
+// The rest, which comes while logits do.
+struct FusedParams {
   SortShape shape;
   SortParams sort;
   FusedLds lds;
-  int cluster_size;      // workgroups that route
-  int tokens_per_block;  // of each of them
-  int one_token;         // 1 for the case of one_token.h
-  bool need_renorm;
-  bool wide_rows;  // group_topk.h
 };
 
 // E rounded up, so that four experts' words lie on a 16-byte boundary.
 __host__ __device__ constexpr int padded_experts(int num_experts) {
-  return (num_experts + 3) / 4 * 4;
+  return static_cast<int>((static_cast<uint32_t>(num_experts) + 3) / 4 * 4);
 }
 
-inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int cluster_size) {
+struct FusedLdsPlan {
+  FusedLds lds;
+  size_t total;  // bytes
+};
+
+inline FusedLdsPlan plan_fused_lds(int tokens_per_block, int num_experts, int topk,
+                                   int cluster_size) {
   const size_t num_entries = static_cast<size_t>(tokens_per_block) * topk;
   const size_t per_expert = sizeof(uint32_t) * padded_experts(num_experts);
-  size_t end = 0;
+  size_t end = FusedLds::kHits + per_expert * hit_words(tokens_per_block);
   const auto take = [&end](size_t bytes) {
     const size_t begin = end;
     end += bytes;
     return static_cast<uint32_t>(begin);
   };
-  FusedLds lds;
-  lds.totals = take(sizeof(uint32_t) * 2 * kMaxWavesPerBlock);
-  lds.inbox = take(16);
-  lds.hits = take(per_expert * hit_words(tokens_per_block));
-  lds.starts = take(per_expert);
-  lds.tails = take(per_expert);
-  lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
-  lds.weights = take(sizeof(float) * num_entries);
-  lds.experts = take(sizeof(uint16_t) * num_entries);
-  lds.total = (end + 15) / 16 * 16;
-  return lds;
+  FusedLdsPlan plan;
+  plan.lds.starts = take(2 * per_expert);
+  plan.lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
+  plan.lds.weights = take(sizeof(float) * num_entries);
+  plan.lds.experts = take(sizeof(uint16_t) * num_entries);
+  plan.total = (end + 15) / 16 * 16;
+  return plan;
 }
 
 // Where wave_topk leaves the winners of one row.
@@ -139,12 +162,6 @@ struct ClusterCounts {
   Inbox* inbox;
   int stride, rank, size;
 
-  __device__ __forceinline__ void open() const {
-    if (threadIdx.x == 0) open_inbox(inbox);
-  }
-  __device__ __forceinline__ void expect() const {
-    if (threadIdx.x == 0) expect_bytes(inbox, sizeof(uint32_t) * stride * size);
-  }
   // Every wave has its receivers, every lane its experts, four at a time.
   __device__ __forceinline__ void exchange(const HitMask& hits, int wave) const {
     const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
@@ -181,20 +198,15 @@ struct ClusterCounts {
   }
 };
 
-// A routing workgroup, and its LDS.
+// A routing workgroup, and what it clears in LDS.
 struct RoutingBlock {
   int rank, cluster_size;
   int wave;
   int first_token, num_rows;  // rows that count
   int num_local;
-  bool is_first_local;  // is_local() of the expert threadIdx.x
   HitMask hits;
   SingleBlocks sets;
-  float* lds_weights;
-  uint16_t* lds_experts;
-  uint32_t* lds_totals;
-  ClusterCounts counts;
-  uint32_t *lds_starts, *lds_tails;
+  Inbox* inbox;
 
   __device__ __forceinline__ bool is_alone() const {
     return kMaxClusterSize == 1 || cluster_size == 1;
@@ -202,14 +214,19 @@ struct RoutingBlock {
 };
 
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
-__device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block) {
+__device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block,
+                                 bool is_first_local, char* lds_base) {
+  const auto words = [&](uint32_t offset) {
+    return reinterpret_cast<uint32_t*>(lds_base + offset);
+  };
+  const float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
+  const uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
   const int topk = p.shape.topk;
   const int num_entries = block.num_rows * topk;
   const HitMask& hits = block.hits;
   const auto entry_at = [&](int i) {
     const int row = static_cast<int>(p.shape.by_topk.quotient(i));
-    return Entry{block.lds_experts[i], block.first_token + row, i - row * topk,
-                 block.lds_weights[i]};
+    return Entry{lds_experts[i], block.first_token + row, i - row * topk, lds_weights[i]};
   };
   const bool has_single_blocks = block.is_alone() && block.num_local <= p.shape.block_size &&
                                  p.shape.num_experts <= kMaxSetExperts;
@@ -219,14 +236,17 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   }
 
   const bool is_alone = block.is_alone();
+  const ClusterCounts counts{words(p.lds.counts), block.inbox, hits.stride, block.rank,
+                             block.cluster_size};
   if (!is_alone) {
     cluster_wait();  // all workgroups have started
-    block.counts.exchange(hits, block.wave);
+    counts.exchange(hits, block.wave);
   }
-  const SortLds sort_lds{block.lds_starts, block.lds_tails, block.lds_totals};
-  assign_blocks(
-      p.shape, block.num_local, block.is_first_local, block.rank == 0, block.wave, sort_lds, p.sort,
-      [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : block.counts.of(e); });
+  const SortLds sort_lds{words(p.lds.starts), words(p.lds.starts) + hits.stride,
+                         words(FusedLds::kTotals)};
+  assign_blocks(p.shape, block.num_local, is_first_local, block.rank == 0, block.wave, sort_lds,
+                p.sort,
+                [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e); });
   __syncthreads();
 
   AITER_LOOP
@@ -243,112 +263,122 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
                 block.cluster_size * blockDim.x);
 }
 
-// Everything that can be done without memory, while an earlier launch still runs.
-__device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base,
-                                            RoutingBlock& block) {
+__device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, char* lds_base) {
   const auto words = [&](uint32_t offset) {
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
-  block.cluster_size = kMaxClusterSize > 1 ? p.cluster_size : 1;
+  RoutingBlock block;
+  block.cluster_size = kMaxClusterSize > 1 ? first.num_routing() : 1;
   block.rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
   block.wave = uniform_wave_idx();
-  block.first_token = block.rank * p.tokens_per_block;
-  block.hits = {words(p.lds.hits), padded_experts(p.shape.num_experts),
-                hit_words(p.tokens_per_block)};
-  block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
-  block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
-  block.lds_totals = words(p.lds.totals);
-  block.sets = SingleBlocks::in(block.lds_totals, p.sort.expert_mask != nullptr);
-  block.lds_starts = words(p.lds.starts);
-  block.lds_tails = words(p.lds.tails);
-  block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
-                  block.hits.stride, block.rank, block.cluster_size};
+  block.first_token = block.rank * first.tokens_per_block;
+  block.hits = {words(FusedLds::kHits), padded_experts(first.num_experts),
+                hit_words(first.tokens_per_block)};
+  block.sets = SingleBlocks::in(words(FusedLds::kTotals), first.expert_mask != nullptr);
+  block.inbox = reinterpret_cast<Inbox*>(lds_base + FusedLds::kInbox);
+  return block;
+}
+
+// Clears what top-k sets in LDS, and opens the inbox: all that needs no memory.
+__device__ __forceinline__ void clear_lds(const FusedFirst& first, const RoutingBlock& block) {
   if (!block.is_alone()) {
-    block.counts.open();
+    if (threadIdx.x == 0) open_inbox(block.inbox);
     cluster_arrive();
   }
-  if (p.one_token == 0) {
-    block.hits.clear();
+  if (!first.is(FusedFirst::kOneToken)) {
+    block.hits.clear(first.num_threads);
     block.sets.hit.clear();
     __syncthreads();
   }
-  if (!block.is_alone()) block.counts.expect();
-}
-
-// What memory says beside the logits.
-__device__ __forceinline__ void read_locals(const FusedParams& p, RoutingBlock& block) {
-  const int num_experts = p.shape.num_experts;
-  block.is_first_local =
-      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
-  block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  const int rows_left =
-      block.num_local > block.first_token ? block.num_local - block.first_token : 0;
-  block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
-  block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
+  if (!block.is_alone() && threadIdx.x == 0) {
+    expect_bytes(block.inbox, sizeof(uint32_t) * block.hits.stride * block.cluster_size);
+  }
 }
 
 template <typename Rows>
-__device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
-  const int num_experts = p.shape.num_experts;
-  RoutingBlock block;
-  begin_block(p, lds_base, block);
-  const int last_row = p.shape.num_tokens - 1 - block.first_token;
+__device__ __forceinline__ void route(const FusedFirst& first, const FusedParams& p,
+                                      char* lds_base) {
+  RoutingBlock block = routing_block(first, lds_base);
+  const int rows_there = first.num_tokens - block.first_token;
+  const int last_row = rows_there - 1;
   const auto row_at = [&](int row) {
-    const int token = block.first_token + (row < last_row ? row : last_row);
-    return static_cast<const typename Rows::Item*>(p.gating) + token * p.row_stride;
+    const uint32_t token = block.first_token + (row < last_row ? row : last_row);
+    return static_cast<const typename Rows::Item*>(first.gating) + token * first.row_stride;
   };
   int first_row = block.wave * Rows::kRowsPerWave;
   const int own_row = Rows::row_in_wave();
+  if (kLaunchesOverlap) clear_lds(first, block);
   wait_for_earlier_launch();
   let_next_launch_begin();
 
-  // Rows that turn out not to count are loaded in vain.
+  // What memory says, of which nothing waits for another. Rows that turn out not to count are loaded in vain.
   Rows logits;
-  if (first_row < p.tokens_per_block && first_row <= last_row) {
-    logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+  if (first_row < (rows_there < first.tokens_per_block ? rows_there : first.tokens_per_block)) {
+    logits.load(row_at(first_row + own_row), first.num_experts, first.is(FusedFirst::kWideRows));
   }
-  read_locals(p, block);
-  const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
-                 0,       {}};
+  const int said_tokens =
+      first.num_local_tokens != nullptr ? scalar_load(first.num_local_tokens) : first.num_tokens;
+  const bool has_expert = static_cast<int>(threadIdx.x) < first.num_experts;
+  uint32_t first_mask = has_expert ? 1 : 0;
+  if (first.expert_mask != nullptr && has_expert) first_mask = first.expert_mask[threadIdx.x];
+  const FusedParams& early = loaded_anew(p, sizeof(FusedFirst));
+  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + early.lds.experts);
+  float* const lds_weights = reinterpret_cast<float*>(lds_base + early.lds.weights);
+  if (!kLaunchesOverlap) clear_lds(first, block);
+
+  block.num_local = clamp_tokens(anew(said_tokens), first.num_tokens);
+  const int rows_left =
+      block.num_local > block.first_token ? block.num_local - block.first_token : 0;
+  block.num_rows = rows_left < first.tokens_per_block ? rows_left : first.tokens_per_block;
+  const int rows_at_once = first.num_threads / kWaveSize * Rows::kRowsPerWave;
+  FusedSink sink{
+      nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, early.shape.block_size, 0, {}};
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
-    const int entry = row * p.shape.topk;
-    sink.experts = block.lds_experts + entry;
-    sink.weights = block.lds_weights + entry;
+    const int entry = row * first.topk;
+    sink.experts = lds_experts + entry;
+    sink.weights = lds_weights + entry;
     sink.row = row;
-    wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
+    wave_topk(logits, first.num_experts, first.topk, first.is(FusedFirst::kNeedRenorm),
+              row < block.num_rows, sink);
     first_row += rows_at_once;
     if (first_row < block.num_rows) {
-      logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+      logits.load(row_at(first_row + own_row), first.num_experts, first.is(FusedFirst::kWideRows));
     } else {
       drop(logits);
     }
   }
-  if (anew(p.one_token) != 0) {
-    write_one_token(p.shape, block.num_local, block.wave, p.sort, sink.last);
+  const bool is_first_local = awaited(first_mask) != 0;
+  const FusedParams& rest = loaded_anew(p, sizeof(FusedFirst));
+  if ((anew(static_cast<int>(first.flags)) & FusedFirst::kOneToken) != 0) {
+    write_one_token(rest.shape, block.num_local, block.wave, rest.sort, sink.last);
     return;
   }
+  block.sets.post_mask(first.num_experts, first.expert_mask, is_first_local);
   __syncthreads();
   // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
-  block.hits.stride = padded_experts(anew(p.shape.num_experts));
-  block.hits.num_words = hit_words(anew(p.tokens_per_block));
-  sort_rows(p, block);
+  block.hits.stride = padded_experts(anew(first.num_experts));
+  block.hits.num_words = hit_words(anew(first.tokens_per_block));
+  sort_rows(rest, block, is_first_local, lds_base);
 }
 
 template <typename Rows>
 __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
-    fused_topk_moe_sorting_kernel(FusedParams p) {
+    fused_topk_moe_sorting_kernel(const void* gating, int64_t row_stride,
+                                  const int32_t* num_local_tokens, const int32_t* expert_mask,
+                                  int num_tokens, int num_experts, int topk, int tokens_per_block,
+                                  int num_threads, uint32_t flags, FusedParams p) {
   AITER_DYNAMIC_LDS(lds_base);
-  const unsigned num_routing = kMaxClusterSize > 1 ? p.cluster_size : 1;
-  if (blockIdx.x < num_routing) {
-    if constexpr (Rows::kIsUsed) route<Rows>(p, lds_base);
-  } else {
+  const FusedFirst first{gating,      row_stride, num_local_tokens, expert_mask, num_tokens,
+                         num_experts, topk,       tokens_per_block, num_threads, flags};
+  if (AITER_UNLIKELY(blockIdx.x >= static_cast<unsigned>(first.num_routing()))) {
     wait_for_earlier_launch();
     let_next_launch_begin();
-    zero_moe_buf(p.sort, local_tokens(p.sort.num_local_tokens, p.shape.num_tokens), num_routing);
+    zero_moe_buf(p.sort, local_tokens(num_local_tokens, num_tokens), first.num_routing());
+    return;
   }
+  if constexpr (Rows::kIsUsed) route<Rows>(first, p, lds_base);
 }
 
 }  // namespace aiter

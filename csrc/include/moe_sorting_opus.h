@@ -152,7 +152,7 @@ __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_l
       }
     }
     __syncthreads();
-    lds.hits.clear();
+    lds.hits.clear(blockDim.x);
     __syncthreads();
     scatter_tile(p, tile_tokens(p, tile, num_local), lds.hits, lds.sort.starts);
     __syncthreads();
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusP
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     lds.sort.starts[e] = advanced(starts[e], offsets[e]);
   }
-  lds.hits.clear();
+  lds.hits.clear(blockDim.x);
   __syncthreads();
   scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds.hits, lds.sort.starts);
 }

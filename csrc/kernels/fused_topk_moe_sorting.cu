@@ -14,7 +14,7 @@ constexpr int kClusterSizes[] = {1, 8, 16};
 // Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
-  return fused_lds(num_rows, num_experts, topk, cluster_size).total <=
+  return plan_fused_lds(num_rows, num_experts, topk, cluster_size).total <=
          static_cast<size_t>(limits.lds_bytes);
 }
 
@@ -86,11 +86,13 @@ FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_
                           int size, bool one_token, const DeviceLimits& limits) {
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
+  const FusedLdsPlan plan =
+      plan_fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
+  config.lds = plan.lds;
   config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
                                                               size == 1, one_token, limits);
   config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
-  config.launch.lds_bytes = config.lds.total;
+  config.launch.lds_bytes = plan.total;
   config.launch.cluster_size = size;
   config.launch.waits_itself = true;
   return config;
@@ -131,7 +133,8 @@ int64_t fused_topk_moe_sorting_max_tokens(int64_t num_experts, int64_t topk, int
 }
 
 struct FusedLaunch {
-  void (*kernel)(FusedParams);
+  decltype(&fused_topk_moe_sorting_kernel<WaveRow<float, 2>>) kernel;
+  FusedFirst first;
   FusedParams params;
   LaunchShape shape;
   DeviceLimits limits;
@@ -156,19 +159,26 @@ FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
   const int cluster_size = check_cluster_size(args.cluster_size, shape, rows, limits);
 
   FusedParams params;
-  params.gating = args.gating_output.data;
-  params.row_stride = args.gating_output.stride[0];
   params.shape = shape;
   params.sort = sort_params(args.sort);
-  params.need_renorm = args.need_renorm;
-  params.wide_rows = rows.wide;
-  params.one_token = cluster_size == 1 && is_one_token(shape, params.sort);
+  const bool one_token = cluster_size == 1 && is_one_token(shape, params.sort);
   const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
-                                           cluster_size, params.one_token, limits);
-  params.cluster_size = cluster_size;
-  params.tokens_per_block = config.tokens_per_block;
+                                           cluster_size, one_token, limits);
   params.lds = config.lds;
-  FusedLaunch prepared{nullptr, params, config.launch, limits, device_index};
+  FusedFirst first;
+  first.gating = args.gating_output.data;
+  first.row_stride = args.gating_output.stride[0];
+  first.num_local_tokens = params.sort.num_local_tokens;
+  first.expert_mask = params.sort.expert_mask;
+  first.num_tokens = shape.num_tokens;
+  first.num_experts = shape.num_experts;
+  first.topk = shape.topk;
+  first.tokens_per_block = config.tokens_per_block;
+  first.num_threads = static_cast<int>(config.launch.num_threads);
+  first.flags = (args.need_renorm ? FusedFirst::kNeedRenorm : 0) |
+                (rows.wide ? FusedFirst::kWideRows : 0) | (one_token ? FusedFirst::kOneToken : 0) |
+                static_cast<uint32_t>(cluster_size) << FusedFirst::kRoutingShift;
+  FusedLaunch prepared{nullptr, first, params, config.launch, limits, device_index};
   dispatch_rows(args.gating_output.dtype, rows, [&](auto tag) {
     prepared.kernel = fused_topk_moe_sorting_kernel<typename decltype(tag)::type>;
   });
@@ -183,13 +193,15 @@ std::shared_ptr<const FusedLaunch> prepare_fused_launch(const FusedTopkMoeSortin
 
 void make_fused_launch(const FusedLaunch& prepared, void* stream) {
   const DeviceGuard guard(prepared.device_index);
+  const FusedFirst& first = prepared.first;
   launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
-         prepared.params);
+         first.gating, first.row_stride, first.num_local_tokens, first.expert_mask,
+         first.num_tokens, first.num_experts, first.topk, first.tokens_per_block, first.num_threads,
+         first.flags, prepared.params);
 }
 
 void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, void* stream) {
   FusedLaunch moved = prepared;
-  moved.params.gating = memory[kGatingOutput];
   SortParams& sort = moved.params.sort;
   sort.sorted_ids = static_cast<int32_t*>(memory[kSortedIds]);
   sort.sorted_weights = static_cast<float*>(memory[kSortedWeights]);
@@ -198,6 +210,9 @@ void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, v
   sort.moe_buf = static_cast<unsigned char*>(memory[kMoeBuf]);
   sort.expert_mask = static_cast<const int32_t*>(memory[kExpertMask]);
   sort.num_local_tokens = static_cast<const int32_t*>(memory[kNumLocalTokens]);
+  moved.first.gating = memory[kGatingOutput];
+  moved.first.num_local_tokens = sort.num_local_tokens;
+  moved.first.expert_mask = sort.expert_mask;
   make_fused_launch(moved, stream);
 }
 

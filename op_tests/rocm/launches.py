@@ -8,7 +8,6 @@ is an error there (`machine.kernel_arguments`, `memory.Lds`).
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -66,21 +65,29 @@ class SortParams(ctypes.Structure):
 class FusedLds(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
+    _fields_ = [("starts", _u32), ("counts", _u32), ("weights", _u32), ("experts", _u32)]
+
+
+class FusedFirst(ctypes.Structure):
+    """fused_topk_moe_sorting.h; the kernel takes its fields as arguments of their own."""
+
     _fields_ = [
-        ("totals", _u32), ("inbox", _u32), ("hits", _u32), ("starts", _u32), ("tails", _u32),
-        ("counts", _u32), ("weights", _u32), ("experts", _u32), ("total", _u64),
+        ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_local_tokens", _ptr),
+        ("expert_mask", _ptr), ("num_tokens", _i32), ("num_experts", _i32), ("topk", _i32),
+        ("tokens_per_block", _i32), ("num_threads", _i32), ("flags", _u32),
     ]  # fmt: skip
 
 
 class FusedParams(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
-    _fields_ = [
-        ("gating", _ptr), ("row_stride", ctypes.c_int64), ("shape", SortShape),
-        ("sort", SortParams), ("lds", FusedLds), ("cluster_size", _i32),
-        ("tokens_per_block", _i32), ("one_token", _i32), ("need_renorm", ctypes.c_bool),
-        ("wide_rows", ctypes.c_bool),
-    ]  # fmt: skip
+    _fields_ = [("shape", SortShape), ("sort", SortParams), ("lds", FusedLds)]
+
+
+class FusedArguments(ctypes.Structure):
+    """All arguments of the fused kernel."""
+
+    _fields_ = [("first", FusedFirst), ("params", FusedParams)]
 
 
 class TopkSoftmaxParams(ctypes.Structure):
@@ -127,6 +134,7 @@ class Device:
     Attributes:
         arch: such as `gfx942`.
         seed: of the noise in registers and LDS, and of the order of waves and workgroups.
+        preloads: whether the firmware fills registers with arguments, where kernels ask for it.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count LDS bank conflicts.
         statistics: of every launch so far, by kernel.
@@ -135,6 +143,7 @@ class Device:
     arch: str
     seed: int = 0
     rcp_rounding: int = 0
+    preloads: bool = True
     counts_banks: bool = False
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
@@ -194,31 +203,34 @@ class Device:
         num_tokens = gating_output.shape[0]
         outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
-        lds = fused_lds(num_tokens, num_experts, topk)
+        lds, lds_bytes = plan_fused_lds(num_tokens, num_experts, topk)
         rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
         one_token = is_one_token(num_tokens, topk, local_expert_mask is not None)
         shape = (num_tokens, num_experts, topk, unit_size)
-        params = FusedParams(
+        params = FusedParams(sort_shape(*shape, sort), sort, lds)
+        threads = fused_threads(
+            shape, rows, self.wave_size, one_token, bool(params.shape.wide_stores)
+        )
+        first = FusedFirst(
             gating=_map(memory, "gating_output", gating_output, writable=False),
             row_stride=gating_output.stride(0),
-            shape=sort_shape(*shape, sort),
-            sort=sort,
-            lds=lds,
-            cluster_size=1,
+            num_local_tokens=sort.num_local_tokens,
+            expert_mask=sort.expert_mask,
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            topk=topk,
             tokens_per_block=num_tokens,
-            need_renorm=need_renorm,
-            wide_rows=rows.wide,
-            one_token=one_token,
+            num_threads=threads,
+            flags=need_renorm | rows.wide << 1 | one_token << 2 | 1 << 8,
         )
-        wide_stores = bool(params.shape.wide_stores)
         self._launch(
             "module_fused_topk_moe_sorting",
             f"fused_topk_moe_sorting<{rows.name}>",
             memory,
-            params,
+            FusedArguments(first, params),
             1 + zeroing_blocks(sort.row_bytes * num_tokens),
-            fused_threads(shape, rows, self.wave_size, one_token, wide_stores),
-            lds.total,
+            threads,
+            lds_bytes,
         )
 
     def moe_sorting_opus_fwd(
@@ -282,27 +294,18 @@ class Device:
     ) -> None:
         kernel = kernels(module, self.arch)[name]
         launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
-                        self.counts_banks)  # fmt: skip
+                        self.preloads, self.counts_banks)  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 
-def fused_lds(num_tokens: int, num_experts: int, topk: int) -> FusedLds:
-    """Where the one routing workgroup keeps what (fused_topk_moe_sorting.h)."""
+def plan_fused_lds(num_tokens: int, num_experts: int, topk: int) -> tuple[FusedLds, int]:
+    """Where the one routing workgroup keeps what, and the bytes (fused_topk_moe_sorting.h)."""
     entries = num_tokens * topk
     per_expert = 4 * ((num_experts + 3) // 4 * 4)
-    parts = {
-        "totals": 4 * 2 * MAX_WAVES_PER_BLOCK,
-        "inbox": 16,
-        "hits": per_expert * ((num_tokens + 31) // 32),
-        "starts": per_expert,
-        "tails": per_expert,
-        "counts": 0,
-        "weights": 4 * entries,
-        "experts": 2 * entries,
-    }
-    ends = list(itertools.accumulate(parts.values()))
-    offsets = dict(zip(parts, (0, *ends), strict=False))
-    return FusedLds(**offsets, total=(ends[-1] + 15) // 16 * 16)
+    starts = 4 * 2 * MAX_WAVES_PER_BLOCK + 16 + per_expert * ((num_tokens + 31) // 32)
+    weights = starts + 2 * per_expert
+    experts = weights + 4 * entries
+    return FusedLds(starts, weights, weights, experts), (experts + 2 * entries + 15) // 16 * 16
 
 
 def divisor(number: int) -> Divisor:

@@ -10,6 +10,8 @@ results must depend on none of it.
 
 from __future__ import annotations
 
+import itertools
+import re
 import zlib
 from dataclasses import replace
 
@@ -26,11 +28,14 @@ import aiter
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
+from amdgcn.assembly import KernelText  # noqa: E402
 from choices import choose_rows  # noqa: E402
 from launches import Device, kernels  # noqa: E402
 
 ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201", "gfx1250")
 OLDEST = "gfx90a"
+PRELOADING = ("gfx942", "gfx950")  # whose kernels get their first arguments in registers
+MOST_BEFORE_LOGITS = 80  # instructions up to the first load of logits
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -76,9 +81,9 @@ SORTING = (
 
 
 def device_for(arch: str, case: Case) -> Device:
-    """An emulated GPU whose noise, wave order and reciprocal error follow from the case."""
+    """An emulated GPU whose noise, wave order, reciprocal error and firmware follow from the case."""
     seed = zlib.crc32(repr(case).encode())
-    return Device(arch, seed, seed % 3 - 1)
+    return Device(arch, seed, seed % 3 - 1, preloads=seed % 2 == 0)
 
 
 def require_same_bits(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], case: Case) -> None:
@@ -216,6 +221,41 @@ def test_oldest_arch() -> None:
         check_topk(OLDEST, case)
     for policy in (1, 2):
         check_sorting(OLDEST, SORTING[0], policy)
+
+
+def code_before_logits(kernel: KernelText, entry: int) -> list[str]:
+    """The instructions of a kernel from `entry` up to the first load from a buffer."""
+    texts = [instruction.text for instruction in kernel.instructions[entry:]]
+    return list(itertools.takewhile(lambda text: not text.startswith("global_load"), texts))
+
+
+@pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
+def test_arguments_take_one_round_trip(arch: str) -> None:
+    """Logits wait for one scalar load of arguments, or for none where these are preloaded."""
+    for name, kernel in kernels("module_fused_topk_moe_sorting", arch).items():
+        # NOTE: rows of V = 0 stay in memory, and of V = 32 a wave of 64 has no use.
+        if re.search(r"WaveRow<\w+, (0|32)>", name):
+            continue
+        is_preloaded = kernel.preloaded_entry != 0
+        assert is_preloaded == (arch in PRELOADING), name
+        for entry in {0, kernel.preloaded_entry}:
+            code = code_before_logits(kernel, entry)
+            waits = [text for text in code if text.startswith(("s_waitcnt", "s_wait_kmcnt"))]
+            assert len(waits) == int(entry == 0), (name, entry)
+            assert len(code) < MOST_BEFORE_LOGITS, (name, entry)
+
+
+@pytest.mark.parametrize("preloads", [True, False])
+@pytest.mark.parametrize("arch", PRELOADING)
+def test_both_entries(arch: str, preloads: bool) -> None:
+    """Firmware that fills registers enters behind the loads that do it for older firmware."""
+    for case in (ONE_TOKEN[1], *SORTING[::2], Case(9, 256, 8, BF16, block_size=8)):
+        device = Device(arch, preloads=preloads)
+        cpu = Target("cpu", device.wave_size)
+        got = run_fused(case, cpu, device.fused_topk_moe_sorting_fwd)
+        (statistics,) = device.statistics.values()
+        assert (statistics.executed()[0] == 0) == preloads
+        require_same_bits(got, run_fused(case, cpu, aiter.fused_topk_moe_sorting_fwd), case)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -1,6 +1,7 @@
 // What the workgroups of a launch, and the launches of a stream, have to do with each other.
 //
 //   kMaxClusterSize              workgroups that can form a cluster; 1: the target has none
+//   kLaunchesOverlap             a launch may start up while the one before it still runs
 //   cluster_arrive(), _wait()    a barrier over the cluster in two halves, for "all have started": what
 //                                was written before the first half need not be visible behind the second
 //   open_inbox(inbox)            by one thread before cluster_arrive(): the workgroup can be sent to
@@ -46,6 +47,7 @@ using Inbox = uint64_t;
 #if defined(AITER_TARGET_CPU)
 
 constexpr int kMaxClusterSize = hip_cpu::kMaxClusterSize;
+constexpr bool kLaunchesOverlap = false;
 
 inline void cluster_arrive() {}
 
@@ -73,6 +75,7 @@ inline void let_next_launch_begin() {}
 #elif defined(AITER_TARGET_CUDA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 
 constexpr int kMaxClusterSize = 16;
+constexpr bool kLaunchesOverlap = true;
 
 __device__ __forceinline__ uint32_t lds_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -140,6 +143,7 @@ __device__ __forceinline__ void let_next_launch_begin() {
 #else
 
 constexpr int kMaxClusterSize = 1;
+constexpr bool kLaunchesOverlap = false;
 
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}

@@ -63,6 +63,9 @@ using hipStream_t = void*;
 #define AITER_LOOP _Pragma("unroll 1")
 #endif
 
+// A condition that compilers shall keep out of the way straight on.
+#define AITER_UNLIKELY(condition) __builtin_expect(static_cast<bool>(condition), 0)
+
 namespace aiter {
 
 // What a lane loads or stores at once.

@@ -24,6 +24,14 @@
 //   anew(x)                         int x, an argument of the kernel, hidden from compilers on AMD GPUs, so
 //                                   that a loop computes what follows from it in every round; masks of
 //                                   lanes, kept for all rounds, took more scalar registers than exist
+//   awaited(x)                      uint32_t x, which a branch has loaded, hidden likewise, so that what follows
+//                                   from it is computed here and not in the branch, which would wait there
+//   scalar_load(address)            the int32_t there, the same address in all lanes, which nobody stores to while
+//                                   the kernel runs
+//   loaded_anew(p, offset)          the struct p, an argument of the kernel that lies `offset` bytes behind the
+//                                   first one, loaded at this place on AMD GPUs: not before, when its words
+//                                   would be in the way of the first loads, and not kept from before, for
+//                                   which there are no scalar registers
 //
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //

@@ -136,4 +136,13 @@ inline void drop(T&) {}
 
 inline int anew(int x) { return x; }
 
+inline uint32_t awaited(uint32_t x) { return x; }
+
+inline int32_t scalar_load(const int32_t* address) { return *address; }
+
+template <typename T>
+inline const T& loaded_anew(const T& argument, size_t) {
+  return argument;
+}
+
 }  // namespace aiter

@@ -82,4 +82,13 @@ __device__ __forceinline__ void drop(T&) {}
 
 __device__ __forceinline__ int anew(int x) { return x; }
 
+__device__ __forceinline__ uint32_t awaited(uint32_t x) { return x; }
+
+__device__ __forceinline__ int32_t scalar_load(const int32_t* address) { return *address; }
+
+template <typename T>
+__device__ __forceinline__ const T& loaded_anew(const T& argument, size_t) {
+  return argument;
+}
+
 }  // namespace aiter

@@ -58,6 +58,24 @@ __device__ __forceinline__ int anew(int x) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t awaited(uint32_t x) {
+  asm volatile("" : "+v"(x));
+  return x;
+}
+
+__device__ __forceinline__ int32_t scalar_load(const int32_t* address) {
+  return *(const __attribute__((address_space(4))) int32_t*)address;
+}
+
+template <typename T>
+__device__ __forceinline__ T loaded_anew(const T&, size_t offset) {
+  auto arguments = __builtin_amdgcn_kernarg_segment_ptr();
+  asm volatile("" : "+s"(arguments));
+  T copy;
+  __builtin_memcpy(&copy, (const T*)((const char*)arguments + offset), sizeof(T));
+  return copy;
+}
+
 __device__ __forceinline__ uint32_t max_of(uint32_t x, uint32_t y) { return x > y ? x : y; }
 
 __device__ __forceinline__ uint32_t wave_max(uint32_t x) {

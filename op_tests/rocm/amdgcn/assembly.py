@@ -74,6 +74,8 @@ class KernelText:
         labels: label to the index of the instruction that follows it.
         directives: the `.amdhsa_` values by name.
         arguments: (offset, size, kind) of every kernel argument, hidden ones included.
+        preloaded_entry: the instruction at byte 256, where a wave begins whose arguments are in
+            registers; 0 for a kernel that does not ask for that.
         decoded: where `machine` keeps what it made of the instructions.
     """
 
@@ -82,6 +84,7 @@ class KernelText:
     labels: dict[str, int]
     directives: dict[str, int]
     arguments: list[tuple[int, int, str]] = field(default_factory=list)
+    preloaded_entry: int = 0
     decoded: dict[int, Any] = field(default_factory=dict, compare=False)
 
 
@@ -94,22 +97,25 @@ def parse_kernel(text: str, code: KernelCode) -> KernelText:
     """One kernel of the assembly text."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
+    second_entry = 0
     for number, line in enumerate(kernel_body(text, code.symbol).splitlines(), 1):
         stripped = line.partition(";")[0].strip()
         label = re.match(r"(\S+):$", stripped)
         if label is not None:
             labels[label[1]] = len(instructions)
+        elif re.match(r"\.p2align\s+8\b", stripped):
+            second_entry = len(instructions)
         elif stripped and not stripped.startswith("."):
             instructions.append(parse_instruction(stripped, number))
     _, _, directives = text.partition(f".amdhsa_kernel {code.symbol}\n")
     directives = directives.partition(".end_amdhsa_kernel")[0]
-    values = re.findall(r"\.amdhsa_(\w+) (\d+)", directives)
+    values = {name: int(value) for name, value in re.findall(r"\.amdhsa_(\w+) (\d+)", directives)}
+    if (second_entry != 0) != (values.get("user_sgpr_kernarg_preload_length", 0) != 0):
+        raise ValueError(
+            f"{code.name}: expected an entry at byte 256 with preloaded arguments, and only then"
+        )
     return KernelText(
-        code,
-        instructions,
-        labels,
-        {name: int(value) for name, value in values},
-        _arguments(text, code.symbol),
+        code, instructions, labels, values, _arguments(text, code.symbol), second_entry
     )
 
 

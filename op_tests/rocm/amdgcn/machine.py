@@ -43,6 +43,9 @@ class Launch:
         lds_bytes: dynamic LDS.
         arguments: the bytes of the kernel's own arguments.
         seed: of the noise and of the order in which waves and workgroups run.
+        preloads: whether the firmware fills registers with arguments, where a kernel asks for it. Older
+            firmware does not know of that, and enters such a kernel at its first instruction, where it
+            loads them itself.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count the passes of LDS accesses over the banks.
     """
@@ -53,6 +56,7 @@ class Launch:
     arguments: bytes
     seed: int = 0
     rcp_rounding: int = 0
+    preloads: bool = True
     counts_banks: bool = False
 
 
@@ -91,7 +95,7 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
             memories.lds = Lds(lds_bytes, rng)
             memories.workgroup = int(workgroup)
             waves = [
-                _start_wave(kernel, index, int(workgroup), address, segment, rng)
+                _start_wave(kernel, launch, index, int(workgroup), address, segment, rng)
                 for index in range(num_waves)
             ]
             _run_workgroup(kernel, operations, waves, int(workgroup), rng, statistics)
@@ -152,6 +156,7 @@ def _decode_one(
 
 def _start_wave(
     kernel: KernelText,
+    launch: Launch,
     index: int,
     workgroup: int,
     arguments: int,
@@ -170,8 +175,10 @@ def _start_wave(
     )
     preload = want.get("user_sgpr_kernarg_preload_length", 0)
     first = want.get("user_sgpr_kernarg_preload_offset", 0)
-    words = segment[4 * first : 4 * (first + preload)].view(np.uint32)
-    wave.s[next_sgpr : next_sgpr + preload] = [int(word) for word in words]
+    if preload and launch.preloads:
+        words = segment[4 * first : 4 * (first + preload)].view(np.uint32)
+        wave.s[next_sgpr : next_sgpr + preload] = [int(word) for word in words]
+        wave.pc = kernel.preloaded_entry
     if kernel.code.arch.startswith("gfx12"):
         wave.s[TTMP + 9] = workgroup
     else:
