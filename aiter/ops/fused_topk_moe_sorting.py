@@ -60,6 +60,7 @@ def fused_topk_moe_sorting_fwd(
     local_expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
     cluster_size: int | None = None,
+    handover_size: int | None = None,
 ) -> None:
     """Routes M tokens to `topk` of `num_experts` experts and sorts them into blocks, in one launch.
 
@@ -85,8 +86,11 @@ def fused_topk_moe_sorting_fwd(
         cluster_size: workgroups that share the routing: 1, 2, 4, 8 or 16 as far as the device has
             clusters (compute capability 9.0 and above, and the cpu target), else 1. None to choose.
             The result is the same.
+        handover_size: workgroups, 1 to 64, that share the selection and leave it in memory for the
+            last of them to sort, on any device. None to choose, which does so on AMD GPUs. The
+            result is the same.
 
-    What lies behind slot `num_valid_ids[0]` is not written. Runs on PyTorch's current stream of the
+    What lies behind slot `num_valid_ids[0]` is undefined: a hand-over leaves some of it there. Runs on PyTorch's current stream of the
     tensors' device, allocates nothing and does not synchronise.
 
     Raises:

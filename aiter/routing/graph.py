@@ -59,7 +59,7 @@ SCHEMAS = {
     "fused_topk_moe_sorting_fwd": (
         f"(Tensor gating_output, Tensor(a!) sorted_ids, {_SORT_OUTPUTS}, int topk, int unit_size,"
         " bool need_renorm, *, Tensor? local_expert_mask=None, Tensor? num_local_tokens=None,"
-        " int? cluster_size=None) -> ()"
+        " int? cluster_size=None, int? handover_size=None) -> ()"
     ),
     "topk_softmax_sorting": (
         f"(Tensor gating_output, int topk, {_ROUTING.format('bool need_renorm=True, ')})"

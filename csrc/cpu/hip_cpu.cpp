@@ -484,6 +484,23 @@ void fail(const Site& site, const char* what) {
        ", an earlier one at " + describe(at_barrier ? lane.wave->barrier_site : lane.wave->site));
 }
 
+void fence(Fence kind, Scope scope) {
+  if (observer != nullptr) observer->fence(kind, scope);
+  if (scope == Scope::workgroup) return;  // which one OS thread runs
+  std::atomic_thread_fence(kind == Fence::release ? std::memory_order_release
+                                                  : std::memory_order_acquire);
+}
+
+bool arrive(uint32_t* ticket, uint32_t num_workgroups) {
+  if (observer != nullptr) observer->arrives(ticket);
+  const uint32_t last = num_workgroups - 1;
+  uint32_t old = __atomic_load_n(ticket, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(ticket, &old, old >= last ? 0 : old + 1, true,
+                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old == last;
+}
+
 unsigned num_cores() {
   cpu_set_t cores;
   if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return CPU_COUNT(&cores);
@@ -508,6 +525,10 @@ void launch(unsigned grid, unsigned block, size_t lds_bytes, unsigned cluster, B
     Helpers::run_here(state);
   } else {
     the_helpers().run(state, workers - 1);
+  }
+  if (!state.failed && observer != nullptr) {
+    const std::string error = observer->launch_ends();
+    if (!error.empty()) state.record_error(error);
   }
   if (state.failed) throw std::runtime_error("hip_cpu: " + state.error);
 }

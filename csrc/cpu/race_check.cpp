@@ -5,7 +5,10 @@
 // have to know about lanes, waves and workgroups. Two accesses to one byte by different lanes, one
 // of them a write, at most one of them atomic, are a race unless they are ordered:
 //
-//   lanes of different clusters     never, within a launch
+//   lanes of different clusters     by a hand-over (device/handover.h): a release fence of the device's scope behind
+//                                   the first access, an arrival at a ticket behind that, a later arrival at
+//                                   the same one, an acquire fence behind that, and the second access; a
+//                                   barrier where the next step is another lane's
 //   workgroups of one cluster       by a barrier of the cluster between them
 //   waves of one workgroup          by a barrier between them
 //   lanes of one wave               by a barrier or a wave operation between them
@@ -13,7 +16,8 @@
 // The check does not depend on the order in which the scheduler happens to run the lanes: what a
 // real GPU may do in any order is reported in every run that gets there. For every byte the last
 // write and the last two reads of different lanes are remembered; a third reader could hide a race
-// of a lane with itself only. Releases and acquires across workgroups are not modelled.
+// of a lane with itself only. A ticket that is not zero behind a launch is reported, too: the next launch would
+// find it so.
 //
 // LDS holds garbage when a workgroup starts, so a read of a byte that nobody wrote is reported too.
 //
@@ -27,6 +31,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "device/hip_cpu.h"
 
@@ -39,6 +44,7 @@ struct Access {
   Kind kind = Kind::none;
   uint16_t thread = 0;
   unsigned block = 0, cluster = 0, barriers = 0, cluster_barriers = 0, wave_operations = 0;
+  unsigned releases = 0;  // that the lane had made before
   const void* pc = nullptr;
 };
 static_assert(kMaxThreadsPerBlock <= 1 << 16, "a thread index fits");
@@ -84,13 +90,76 @@ class GlobalShadow {
 
 GlobalShadow global_shadow;
 
+// By block: of each thread, the number of releases that made its earlier accesses known.
+using Known = std::unordered_map<unsigned, std::vector<unsigned>>;
+
+// How far a running workgroup is with handing over and taking over.
+struct Handover {
+  std::vector<unsigned> releases,
+      released_at;  // by thread: how many, and barriers passed at the last
+  Known offered;    // what its arrival found at the ticket
+  unsigned arrived_thread = 0, arrived_at = 0;
+  std::vector<bool> has_acquired;  // by thread
+  unsigned acquired_at = ~0u;      // barriers passed at the first acquisition
+};
+Handover handovers[kMaxClusterSize];
+std::unordered_map<const uint32_t*, Known> tickets;
+
+void note_fence(Fence kind, Scope scope) {
+  if (scope != Scope::device) return;
+  Handover& handover = handovers[current_workgroup->rank];
+  const unsigned thread = current_lane->thread_idx, barriers = current_workgroup->barriers_passed;
+  if (kind == Fence::release) {
+    ++handover.releases[thread];
+    handover.released_at[thread] = barriers;
+  } else if (!handover.offered.empty() &&
+             (thread == handover.arrived_thread || handover.arrived_at < barriers)) {
+    handover.has_acquired[thread] = true;
+    handover.acquired_at = std::min(handover.acquired_at, barriers);
+  }
+}
+
+void note_arrival(const uint32_t* ticket) {
+  Handover& handover = handovers[current_workgroup->rank];
+  const unsigned thread = current_lane->thread_idx, barriers = current_workgroup->barriers_passed;
+  std::vector<unsigned> known = handover.releases;
+  for (unsigned t = 0; t < known.size(); ++t) {
+    if (t != thread && known[t] > 0 && handover.released_at[t] == barriers) --known[t];
+  }
+  tickets[ticket][current_workgroup->block_idx] = std::move(known);
+  handover.offered = tickets[ticket];
+  handover.arrived_thread = thread;
+  handover.arrived_at = barriers;
+}
+
+std::string check_tickets() {
+  for (const auto& entry : tickets) {
+    if (*entry.first != 0) {
+      return "a ticket is left at " + std::to_string(*entry.first) +
+             " behind a launch: expected 0, which the next one starts from";
+    }
+  }
+  return "";
+}
+
+// Whether the running lane has taken over what lies before an access of another cluster.
+bool is_handed_over(const Access& earlier) {
+  const Handover& handover = handovers[current_workgroup->rank];
+  if (!handover.has_acquired[current_lane->thread_idx] &&
+      handover.acquired_at >= current_workgroup->barriers_passed) {
+    return false;
+  }
+  const auto known = handover.offered.find(earlier.block);
+  return known != handover.offered.end() && known->second[earlier.thread] > earlier.releases;
+}
+
 bool same_lane(const Access& a, const Access& b) {
   return a.block == b.block && a.thread == b.thread;
 }
 
 bool ordered(const Access& earlier, const Access& later) {
   if (same_lane(earlier, later)) return true;
-  if (earlier.cluster != later.cluster) return false;
+  if (earlier.cluster != later.cluster) return is_handed_over(earlier);
   if (earlier.cluster_barriers != later.cluster_barriers) return true;
   if (earlier.block != later.block) return false;
   if (earlier.barriers != later.barriers) return true;
@@ -150,6 +219,7 @@ void check(const void* pointer, size_t size, bool is_write, Kind kind, const voi
                       workgroup.barriers_passed,
                       workgroup.cluster_barriers_passed,
                       lane.wave->generation,
+                      handovers[workgroup.rank].releases[lane.thread_idx],
                       pc};
   const uintptr_t first = reinterpret_cast<uintptr_t>(pointer);
   const Workgroup* const owner = owner_of_lds(pointer);
@@ -182,11 +252,22 @@ void check(const void* pointer, size_t size, bool is_write, Kind kind, const voi
 }
 
 const Observer kObserver = {
-    [] { global_shadow.forget(); },
+    [] {
+      global_shadow.forget();
+      tickets.clear();
+    },
     [](const Workgroup& workgroup) {
       Shadow* const shadow = lds_shadow[workgroup.rank];
       std::fill(shadow, shadow + workgroup.lds_bytes, Shadow{});
+      Handover& handover = handovers[workgroup.rank];
+      handover = Handover{};
+      handover.releases.resize(workgroup.block_dim);
+      handover.released_at.resize(workgroup.block_dim);
+      handover.has_acquired.resize(workgroup.block_dim);
     },
+    note_fence,
+    note_arrival,
+    check_tickets,
 };
 
 const bool registered = [] {

@@ -52,6 +52,7 @@
 #pragma once
 
 #include "device/cluster.h"
+#include "device/handover.h"
 #include "expert_sort.h"
 #include "group_topk.h"
 #include "one_token.h"
@@ -59,13 +60,13 @@
 
 namespace aiter {
 
-// Where a routing workgroup keeps what in LDS, as byte offsets. Those that the first instructions need are the
-// same in all launches.
+// Where a routing workgroup keeps what in LDS, as byte offsets; the rest follows from the number of rows. Those that
+// the first instructions need are the same in all launches.
 struct FusedLds {
   static constexpr uint32_t kTotals = 0;
   static constexpr uint32_t kInbox = kTotals + sizeof(uint32_t) * 2 * kMaxWavesPerBlock;
   static constexpr uint32_t kHits = kInbox + 16;
-  uint32_t starts, counts, weights, experts;  // tails follow starts
+  uint32_t counts, weights;
 };
 
 // Everything the launch choice depends on, and the choice.
@@ -86,16 +87,21 @@ struct FusedFirst {
   int topk;                         // this one
   int tokens_per_block;             // of each routing workgroup
   int num_threads;                  // of a workgroup
-  uint32_t flags;                   // kNeedRenorm, kWideRows, kOneToken; num_routing << 8
+  uint32_t flags;                   // kNeedRenorm ... kHandsOver; num_routing << 8
 
   static constexpr uint32_t kNeedRenorm = 1;
-  static constexpr uint32_t kWideRows = 2;  // group_topk.h
-  static constexpr uint32_t kOneToken = 4;  // the case of one_token.h
+  static constexpr uint32_t kWideRows = 2;   // group_topk.h
+  static constexpr uint32_t kOneToken = 4;   // the case of one_token.h
+  static constexpr uint32_t kHandsOver = 8;  // workgroups hand over through memory
   static constexpr int kRoutingShift = 8;
   __device__ __forceinline__ bool is(uint32_t flag) const { return (flags & flag) != 0; }
   // Workgroups that route.
   __device__ __forceinline__ int num_routing() const {
     return static_cast<int>(flags >> kRoutingShift);
+  }
+  // Rows that a routing workgroup keeps in LDS: its own, or all, of which any may be the last.
+  __device__ __forceinline__ int lds_rows() const {
+    return is(kHandsOver) ? num_tokens : tokens_per_block;
   }
 };
 
@@ -104,6 +110,7 @@ struct FusedParams {
   SortShape shape;
   SortParams sort;
   FusedLds lds;
+  uint32_t* ticket;  // for kHandsOver
 };
 
 // E rounded up, so that four experts' words lie on a 16-byte boundary.
@@ -116,21 +123,20 @@ struct FusedLdsPlan {
   size_t total;  // bytes
 };
 
-inline FusedLdsPlan plan_fused_lds(int tokens_per_block, int num_experts, int topk,
-                                   int cluster_size) {
-  const size_t num_entries = static_cast<size_t>(tokens_per_block) * topk;
+inline FusedLdsPlan plan_fused_lds(int num_rows, int num_experts, int topk, int cluster_size) {
+  const size_t num_entries = static_cast<size_t>(num_rows) * topk;
   const size_t per_expert = sizeof(uint32_t) * padded_experts(num_experts);
-  size_t end = FusedLds::kHits + per_expert * hit_words(tokens_per_block);
+  // Behind the bitmask the starts and the tails.
+  size_t end = FusedLds::kHits + per_expert * (hit_words(num_rows) + 2);
   const auto take = [&end](size_t bytes) {
     const size_t begin = end;
     end += bytes;
     return static_cast<uint32_t>(begin);
   };
   FusedLdsPlan plan;
-  plan.lds.starts = take(2 * per_expert);
   plan.lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
   plan.lds.weights = take(sizeof(float) * num_entries);
-  plan.lds.experts = take(sizeof(uint16_t) * num_entries);
+  take(sizeof(uint16_t) * num_entries);  // experts
   plan.total = (end + 15) / 16 * 16;
   return plan;
 }
@@ -144,16 +150,30 @@ struct FusedSink {
   int num_rows, block_size;
   int row;     // of the workgroup's num_rows
   Entry last;  // that this lane put
+  bool hands_over;
+  int32_t* handed_experts;  // of this row, in memory
+  float* handed_weights;
 
   __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
     last = {expert_idx, row, k, weight};
+    if (hands_over) {
+      handed_experts[k] = static_cast<int32_t>(expert_idx);
+      handed_weights[k] = weight;
+      return;
+    }
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
     // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
     if (num_rows <= anew(block_size)) hit_experts.add(expert_idx);
   }
-  __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
+  __device__ __forceinline__ void divide(int k, float denominator) {
+    if (hands_over) {
+      handed_weights[k] /= denominator;
+    } else {
+      weights[k] /= denominator;
+    }
+  }
 };
 
 // The counts [C][E] of a cluster's workgroups, which each sends to all.
@@ -203,6 +223,7 @@ struct RoutingBlock {
   int rank, cluster_size;
   int wave;
   int first_token, num_rows;  // rows that count
+  int lds_rows;               // that LDS has a place for
   int num_local;
   HitMask hits;
   SingleBlocks sets;
@@ -210,6 +231,10 @@ struct RoutingBlock {
 
   __device__ __forceinline__ bool is_alone() const {
     return kMaxClusterSize == 1 || cluster_size == 1;
+  }
+  template <typename Weight>
+  __device__ __forceinline__ uint16_t* experts_behind(Weight* lds_weights, int topk) const {
+    return reinterpret_cast<uint16_t*>(const_cast<float*>(lds_weights + lds_rows * topk));
   }
 };
 
@@ -220,7 +245,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
   const float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
-  const uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
+  const uint16_t* const lds_experts = block.experts_behind(lds_weights, p.shape.topk);
   const int topk = p.shape.topk;
   const int num_entries = block.num_rows * topk;
   const HitMask& hits = block.hits;
@@ -242,8 +267,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     cluster_wait();  // all workgroups have started
     counts.exchange(hits, block.wave);
   }
-  const SortLds sort_lds{words(p.lds.starts), words(p.lds.starts) + hits.stride,
-                         words(FusedLds::kTotals)};
+  uint32_t* const lds_starts = hits.words + hits.stride * hits.num_words;
+  const SortLds sort_lds{lds_starts, lds_starts + hits.stride, words(FusedLds::kTotals)};
   assign_blocks(p.shape, block.num_local, is_first_local, block.rank == 0, block.wave, sort_lds,
                 p.sort,
                 [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e); });
@@ -268,12 +293,14 @@ __device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, c
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
   RoutingBlock block;
-  block.cluster_size = kMaxClusterSize > 1 ? first.num_routing() : 1;
-  block.rank = kMaxClusterSize > 1 ? static_cast<int>(blockIdx.x) : 0;
+  const bool is_clustered = kMaxClusterSize > 1 && !first.is(FusedFirst::kHandsOver);
+  block.cluster_size = is_clustered ? first.num_routing() : 1;
+  block.rank = is_clustered ? static_cast<int>(blockIdx.x) : 0;
   block.wave = uniform_wave_idx();
-  block.first_token = block.rank * first.tokens_per_block;
+  block.first_token = static_cast<int>(blockIdx.x) * first.tokens_per_block;
+  block.lds_rows = first.lds_rows();
   block.hits = {words(FusedLds::kHits), padded_experts(first.num_experts),
-                hit_words(first.tokens_per_block)};
+                hit_words(block.lds_rows)};
   block.sets = SingleBlocks::in(words(FusedLds::kTotals), first.expert_mask != nullptr);
   block.inbox = reinterpret_cast<Inbox*>(lds_base + FusedLds::kInbox);
   return block;
@@ -293,6 +320,50 @@ __device__ __forceinline__ void clear_lds(const FusedFirst& first, const Routing
   if (!block.is_alone() && threadIdx.x == 0) {
     expect_bytes(block.inbox, sizeof(uint32_t) * block.hits.stride * block.cluster_size);
   }
+}
+
+// Hands over what top-k has left in memory. True in the last workgroup, which has all rows in LDS then.
+__device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& block,
+                                          int num_routing, char* lds_base, FusedSink& sink) {
+  uint32_t* const lds_is_last = reinterpret_cast<uint32_t*>(lds_base + FusedLds::kInbox);
+  release_to_device();
+  __syncthreads();
+  if (threadIdx.x == 0) *lds_is_last = arrive(p.ticket, num_routing) ? 1 : 0;
+  __syncthreads();
+  if (*lds_is_last == 0) return false;
+  acquire_from_device();
+
+  block.first_token = 0;
+  block.num_rows = block.num_local;
+  const uint32_t topk = p.shape.topk;
+  float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
+  uint16_t* const lds_experts = block.experts_behind(lds_weights, topk);
+  sink.num_rows = block.num_rows;
+  sink.hands_over = false;
+  constexpr uint32_t kAtOnce = 4;
+  const uint32_t num_entries = block.num_rows * topk;
+  AITER_LOOP
+  for (uint32_t first = threadIdx.x; first < num_entries; first += kAtOnce * blockDim.x) {
+    uint32_t experts[kAtOnce];
+    float weights[kAtOnce];
+    AITER_UNROLL
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      const uint32_t i = first + j * blockDim.x;
+      const uint32_t there = i < num_entries ? i : first;
+      experts[j] = static_cast<uint32_t>(p.sort.sorted_ids[there]);
+      weights[j] = p.sort.sorted_weights[there];
+    }
+    AITER_UNROLL
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      const uint32_t i = first + j * blockDim.x;
+      if (i >= num_entries) break;
+      sink.row = static_cast<int>(p.shape.by_topk.quotient(i));
+      sink.experts = lds_experts + i;
+      sink.weights = lds_weights + i;
+      sink.put(0, experts[j], weights[j]);
+    }
+  }
+  return true;
 }
 
 template <typename Rows>
@@ -322,8 +393,8 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   uint32_t first_mask = has_expert ? 1 : 0;
   if (first.expert_mask != nullptr && has_expert) first_mask = first.expert_mask[threadIdx.x];
   const FusedParams& early = loaded_anew(p, sizeof(FusedFirst));
-  uint16_t* const lds_experts = reinterpret_cast<uint16_t*>(lds_base + early.lds.experts);
   float* const lds_weights = reinterpret_cast<float*>(lds_base + early.lds.weights);
+  uint16_t* const lds_experts = block.experts_behind(lds_weights, first.topk);
   if (!kLaunchesOverlap) clear_lds(first, block);
 
   block.num_local = clamp_tokens(anew(said_tokens), first.num_tokens);
@@ -331,8 +402,17 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < first.tokens_per_block ? rows_left : first.tokens_per_block;
   const int rows_at_once = first.num_threads / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{
-      nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, early.shape.block_size, 0, {}};
+  FusedSink sink{nullptr,
+                 nullptr,
+                 block.hits,
+                 block.sets.hit,
+                 block.num_rows,
+                 early.shape.block_size,
+                 0,
+                 {},
+                 first.is(FusedFirst::kHandsOver),
+                 nullptr,
+                 nullptr};
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
@@ -340,6 +420,11 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
     sink.experts = lds_experts + entry;
     sink.weights = lds_weights + entry;
     sink.row = row;
+    if (sink.hands_over) {
+      const int handed = (block.first_token + row) * first.topk;
+      sink.handed_experts = early.sort.sorted_ids + handed;
+      sink.handed_weights = early.sort.sorted_weights + handed;
+    }
     wave_topk(logits, first.num_experts, first.topk, first.is(FusedFirst::kNeedRenorm),
               row < block.num_rows, sink);
     first_row += rows_at_once;
@@ -355,11 +440,15 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
     write_one_token(rest.shape, block.num_local, block.wave, rest.sort, sink.last);
     return;
   }
+  if (first.is(FusedFirst::kHandsOver)) {
+    block.hits.num_words = hit_words(anew(block.lds_rows));
+    if (!take_over(rest, block, first.num_routing(), lds_base, sink)) return;
+  }
   block.sets.post_mask(first.num_experts, first.expert_mask, is_first_local);
   __syncthreads();
   // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
   block.hits.stride = padded_experts(anew(first.num_experts));
-  block.hits.num_words = hit_words(anew(first.tokens_per_block));
+  block.hits.num_words = hit_words(anew(block.lds_rows));
   sort_rows(rest, block, is_first_local, lds_base);
 }
 

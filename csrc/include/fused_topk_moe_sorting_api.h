@@ -13,7 +13,8 @@ struct FusedTopkMoeSortingArgs {
   SortTensors sort;
   int64_t num_experts, topk, unit_size;
   bool need_renorm;
-  int64_t cluster_size;  // workgroups that route; 0 to choose
+  int64_t cluster_size;   // workgroups that route as a cluster; 0 to choose
+  int64_t handover_size;  // that route and hand over through memory; 0 to choose
 };
 
 // Throws std::invalid_argument before anything is launched.

@@ -10,6 +10,7 @@ namespace {
 
 // The numbers of routing workgroups that are chosen from, unasked, as far as the device has clusters.
 constexpr int kClusterSizes[] = {1, 8, 16};
+constexpr int kMaxHandoverSize = 64;
 
 // Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
@@ -56,6 +57,23 @@ int choose_cluster_size(const SortShape& shape, const RowChoice& rows, const Dev
   return chosen;
 }
 
+// Workgroups that route, and whether they hand over through memory.
+struct RoutingChoice {
+  int size;
+  bool hands_over;
+};
+
+// The number of workgroups that hand over, where there are no clusters; 1: not worth it. Each gets so many rows that
+// its waves have a SIMD for themselves, and what the hand-over takes, about 2,300 cycles, has to be less than
+// what a single workgroup would take longer, 2 us at kUnhurriedRounds (docs/rocm.md).
+int choose_handover_size(const SortShape& shape, const RowChoice& rows) {
+  constexpr int kWavesAtOnce = 4;
+  constexpr int kUnhurriedRounds = 4;
+  const int row_waves = (shape.num_tokens + rows.rows_per_wave - 1) / rows.rows_per_wave;
+  if (row_waves < kUnhurriedRounds * kWavesAtOnce) return 1;
+  return std::min((row_waves + kWavesAtOnce - 1) / kWavesAtOnce, kMaxHandoverSize);
+}
+
 // Waves of a workgroup for `num_rows` rows: all rows at once, a thread per entry, and one per expert where counts
 // decide (not so in single_blocks.h); for one token, a thread per store of padding.
 int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bool is_alone,
@@ -83,22 +101,27 @@ int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bo
 }
 
 FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_t zero_bytes,
-                          int size, bool one_token, const DeviceLimits& limits) {
+                          const RoutingChoice& routing, bool one_token,
+                          const DeviceLimits& limits) {
+  const int size = routing.size;
+  const int cluster_size = routing.hands_over ? 1 : size;
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
   const FusedLdsPlan plan =
-      plan_fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
+      plan_fused_lds(routing.hands_over ? shape.num_tokens : config.tokens_per_block,
+                     shape.num_experts, shape.topk, cluster_size);
   config.lds = plan.lds;
   config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
-                                                              size == 1, one_token, limits);
-  config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
+                                                              cluster_size == 1, one_token, limits);
+  config.launch.num_blocks =
+      (size + zeroing_blocks(zero_bytes, limits) + cluster_size - 1) / cluster_size * cluster_size;
   config.launch.lds_bytes = plan.total;
-  config.launch.cluster_size = size;
+  config.launch.cluster_size = cluster_size;
   config.launch.waits_itself = true;
   return config;
 }
 
-// The number of routing workgroups, `asked` or, for 0, chosen; an error if rows do not fit in them.
+// The number of routing workgroups of a cluster, `asked` or, for 0, chosen; an error if rows do not fit in them.
 int check_cluster_size(int64_t asked, const SortShape& shape, const RowChoice& rows,
                        const DeviceLimits& limits) {
   int size = 0;
@@ -122,6 +145,26 @@ int check_cluster_size(int64_t asked, const SortShape& shape, const RowChoice& r
                     "for num_experts " + std::to_string(shape.num_experts) + " and topk " +
                     std::to_string(shape.topk),
                 std::to_string(shape.num_tokens));
+}
+
+RoutingChoice check_routing(const FusedTopkMoeSortingArgs& args, const SortShape& shape,
+                            const RowChoice& rows, const DeviceLimits& limits) {
+  if (args.handover_size != 0) {
+    check_range("handover_size", args.handover_size, 1, kMaxHandoverSize);
+    if (args.cluster_size > 1) {
+      fail_argument("cluster_size", "1 or None beside handover_size",
+                    std::to_string(args.cluster_size));
+    }
+  }
+  const bool may_hand_over =
+      args.handover_size != 0 || (limits.hands_over && args.cluster_size == 0);
+  const int64_t asked = args.handover_size != 0 ? 1 : args.cluster_size;
+  const int cluster_size = check_cluster_size(asked, shape, rows, limits);
+  if (!may_hand_over) return {cluster_size, false};
+  int size = args.handover_size != 0 ? static_cast<int>(args.handover_size)
+                                     : choose_handover_size(shape, rows);
+  size = std::max(1, std::min(size, shape.num_tokens));
+  return {size, size > 1};
 }
 
 }  // namespace
@@ -156,14 +199,15 @@ FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
       sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
   const RowChoice rows = choose_rows(args.gating_output, shape.num_experts, shape.topk,
                                      args.need_renorm, limits.wave_size);
-  const int cluster_size = check_cluster_size(args.cluster_size, shape, rows, limits);
+  const RoutingChoice routing = check_routing(args, shape, rows, limits);
 
   FusedParams params;
   params.shape = shape;
   params.sort = sort_params(args.sort);
-  const bool one_token = cluster_size == 1 && is_one_token(shape, params.sort);
+  params.ticket = nullptr;
+  const bool one_token = routing.size == 1 && is_one_token(shape, params.sort);
   const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
-                                           cluster_size, one_token, limits);
+                                           routing, one_token, limits);
   params.lds = config.lds;
   FusedFirst first;
   first.gating = args.gating_output.data;
@@ -177,7 +221,8 @@ FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
   first.num_threads = static_cast<int>(config.launch.num_threads);
   first.flags = (args.need_renorm ? FusedFirst::kNeedRenorm : 0) |
                 (rows.wide ? FusedFirst::kWideRows : 0) | (one_token ? FusedFirst::kOneToken : 0) |
-                static_cast<uint32_t>(cluster_size) << FusedFirst::kRoutingShift;
+                (routing.hands_over ? FusedFirst::kHandsOver : 0) |
+                static_cast<uint32_t>(routing.size) << FusedFirst::kRoutingShift;
   FusedLaunch prepared{nullptr, first, params, config.launch, limits, device_index};
   dispatch_rows(args.gating_output.dtype, rows, [&](auto tag) {
     prepared.kernel = fused_topk_moe_sorting_kernel<typename decltype(tag)::type>;
@@ -194,10 +239,19 @@ std::shared_ptr<const FusedLaunch> prepare_fused_launch(const FusedTopkMoeSortin
 void make_fused_launch(const FusedLaunch& prepared, void* stream) {
   const DeviceGuard guard(prepared.device_index);
   const FusedFirst& first = prepared.first;
-  launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
-         first.gating, first.row_stride, first.num_local_tokens, first.expert_mask,
-         first.num_tokens, first.num_experts, first.topk, first.tokens_per_block, first.num_threads,
-         first.flags, prepared.params);
+  FusedParams params = prepared.params;
+  if ((first.flags & FusedFirst::kHandsOver) != 0) {
+    params.ticket = ticket_for(prepared.device_index, static_cast<hipStream_t>(stream));
+  }
+  try {
+    launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
+           first.gating, first.row_stride, first.num_local_tokens, first.expert_mask,
+           first.num_tokens, first.num_experts, first.topk, first.tokens_per_block,
+           first.num_threads, first.flags, params);
+  } catch (...) {
+    if (params.ticket != nullptr) forget_arrivals(params.ticket);
+    throw;
+  }
 }
 
 void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, void* stream) {

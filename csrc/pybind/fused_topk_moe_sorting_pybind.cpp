@@ -153,7 +153,8 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       [](py::handle gating_output, py::handle sorted_ids, py::handle sorted_weights,
          py::handle sorted_expert_ids, py::handle num_valid_ids, py::handle moe_buf,
          py::handle num_experts, py::handle topk, py::handle unit_size, py::handle need_renorm,
-         py::handle local_expert_mask, py::handle num_local_tokens, py::handle cluster_size) {
+         py::handle local_expert_mask, py::handle num_local_tokens, py::handle cluster_size,
+         py::handle handover_size) {
         const aiter::FusedTopkMoeSortingArgs args{
             aiter::input_arg(gating_output, "gating_output"),
             {aiter::tensor_arg(sorted_ids, "sorted_ids"),
@@ -167,7 +168,8 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
             aiter::int_arg(topk, "topk"),
             aiter::int_arg(unit_size, "unit_size"),
             aiter::bool_arg(need_renorm, "need_renorm"),
-            cluster_size.is_none() ? 0 : aiter::int_arg(cluster_size, "cluster_size")};
+            cluster_size.is_none() ? 0 : aiter::int_arg(cluster_size, "cluster_size"),
+            handover_size.is_none() ? 0 : aiter::int_arg(handover_size, "handover_size")};
         void* stream = aiter::current_stream(gating_output, args.gating_output);
         const aiter::ReleaseGilOnCpu release(args.gating_output);
         aiter::fused_topk_moe_sorting_fwd(args, stream);
@@ -176,7 +178,8 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       py::arg("sorted_expert_ids"), py::arg("num_valid_ids"), py::arg("moe_buf"),
       py::arg("num_experts"), py::arg("topk"), py::arg("unit_size"), py::arg("need_renorm"),
       py::kw_only(), py::arg("local_expert_mask") = py::none(),
-      py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none());
+      py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none(),
+      py::arg("handover_size") = py::none());
   aiter::def_positional<&fused_topk_moe_sorting_into>(m, "fused_topk_moe_sorting_into");
   aiter::def_positional<&fused_topk_moe_sorting_again>(m, "fused_topk_moe_sorting_again");
   m.def("fused_topk_moe_sorting_forget", [] { known_calls().forget(); });

@@ -34,6 +34,10 @@ RACE = {
     "unordered_lanes": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
     "unordered_workgroups": r"data race on LDS offset 0x10: read by thread 0 of workgroup 1 at",
     "shared_address": r"data race on address 0x[0-9a-f]+: write by thread 0 of workgroup 1 at",
+    "missing_release": r"data race on address 0x[0-9a-f]+: read by thread \d+ of workgroup 1 at",
+    "early_release": r"data race on address 0x[0-9a-f]+: read by thread \d+ of workgroup 1 at",
+    "missing_acquire": r"data race on address 0x[0-9a-f]+: read by thread \d+ of workgroup 1 at",
+    "narrow_release": r"data race on address 0x[0-9a-f]+: read by thread \d+ of workgroup 1 at",
     "unwritten_lds": "read of LDS that nobody wrote: offset 12, read by thread 3 of workgroup 0",
     "behind_lds": "access behind the 512 bytes of LDS: offset 512, write by thread 127",
 }
@@ -101,11 +105,12 @@ def check_report(bug: str, words: str, report: str) -> None:
 
 @pytest.mark.parametrize("wave", [64, 32])
 def test_race_check(wave: int) -> None:
-    done = run("race", wave, ["sound", "sound_cluster", *RACE])
+    sound = ("sound", "sound_cluster", "sound_handover")
+    done = run("race", wave, [*sound, "lost_arrival", *RACE])
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout)
-    assert reports.pop("sound") is None
-    assert reports.pop("sound_cluster") is None
+    assert [reports.pop(name) for name in sound] == [None] * 3
+    assert "a ticket is left at 2 behind a launch: expected 0" in reports.pop("lost_arrival")
     for bug, report in reports.items():
         assert report is not None, f"{bug}: expected a report, got none"
         check_report(bug, RACE[bug], report)

@@ -28,6 +28,8 @@ enum hipDeviceAttribute_t {
   hipDeviceAttributeMultiprocessorCount,
   hipDeviceAttributeMaxSharedMemoryPerBlock,
 };
+enum hipStreamCaptureStatus { hipStreamCaptureStatusNone = 0 };
+#define HIP_SYMBOL(symbol) (const void*)(&symbol)
 struct dim3 {
   uint32_t x, y, z;
   constexpr dim3(uint32_t x_ = 1, uint32_t y_ = 1, uint32_t z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -38,6 +40,8 @@ hipError_t hipGetLastError();
 hipError_t hipGetDeviceCount(int* count);
 hipError_t hipGetDevice(int* device);
 hipError_t hipSetDevice(int device);
+hipError_t hipStreamIsCapturing(hipStream_t stream, hipStreamCaptureStatus* status);
+hipError_t hipGetSymbolAddress(void** address, const void* symbol);
 hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t attribute, int device);
 const char* hipGetErrorName(hipError_t error);
 const char* hipGetErrorString(hipError_t error);

@@ -186,11 +186,18 @@ using BodyFn = void (*)(const void* closure);
 void launch(unsigned grid, unsigned block, size_t lds_bytes, unsigned cluster, BodyFn body,
             const void* closure);
 
+// What a fence orders, and for whom.
+enum class Fence { release, acquire };
+enum class Scope { workgroup, device };
+
 // What a checker of memory accesses is told; see cpu/race_check.cpp. With one, a launch stays on the
 // calling thread.
 struct Observer {
   void (*launch_begins)();
   void (*workgroup_begins)(const Workgroup& workgroup);
+  void (*fence)(Fence kind, Scope scope);
+  void (*arrives)(const uint32_t* ticket);
+  std::string (*launch_ends)();  // what is wrong; empty for nothing
 };
 extern const Observer* observer;  // null, or set before the first launch
 
@@ -199,6 +206,10 @@ bool is_internal(const void* address);
 // The workgroup of the running cluster whose LDS the address lies in; null for other memory.
 const Workgroup* owner_of_lds(const void* address);
 [[noreturn]] void fail(const std::string& error);
+
+void fence(Fence kind, Scope scope);
+// Adds one to a ticket, or sets it from num_workgroups - 1 to 0: whether it did that.
+bool arrive(uint32_t* ticket, uint32_t num_workgroups);
 
 // Number of OS threads that a launch may use: the cores this process may run on.
 unsigned num_cores();

@@ -33,6 +33,13 @@ inline const char* hipGetErrorString(hipError_t error) { return cudaGetErrorStri
 inline hipError_t hipGetDeviceCount(int* count) { return cudaGetDeviceCount(count); }
 inline hipError_t hipGetDevice(int* device) { return cudaGetDevice(device); }
 inline hipError_t hipSetDevice(int device) { return cudaSetDevice(device); }
+using hipStreamCaptureStatus = cudaStreamCaptureStatus;
+constexpr auto hipStreamCaptureStatusNone = cudaStreamCaptureStatusNone;
+inline hipError_t hipStreamIsCapturing(hipStream_t stream, hipStreamCaptureStatus* status) {
+  return cudaStreamIsCapturing(stream, status);
+}
+#define HIP_SYMBOL(symbol) symbol
+#define hipGetSymbolAddress cudaGetSymbolAddress
 #elif defined(AITER_TARGET_CPU)
 #include "device/hip_cpu.h"
 using hipStream_t = void*;
@@ -81,6 +88,7 @@ struct DeviceLimits {
   int max_threads_per_block;  // of the launches that this project makes
   int max_cluster_size;       // workgroups; 1: no clusters
   int default_cluster_size;   // the most that launchers choose unasked
+  bool hands_over;            // launchers choose to hand over through memory (handover.h) unasked
   bool overlaps_launches;     // a launch may start up while the one before it ends (cluster.h)
 };
 
@@ -102,6 +110,7 @@ inline DeviceLimits query_device_limits(int) {
           256,  // fewer lanes, fewer switches at a barrier; a wave's lanes share a core anyway
           hip_cpu::kMaxClusterSize,
           1,
+          false,
           false};
 }
 
@@ -218,6 +227,7 @@ inline DeviceLimits query_device_limits(int device) {
           1024,
           cluster_size,
           cluster_size,
+          cluster_size == 1,
           cluster_size > 1};
 }
 

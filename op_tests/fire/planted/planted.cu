@@ -4,6 +4,7 @@
 #include <string>
 
 #include "device/cluster.h"
+#include "device/handover.h"
 #include "device/wave.h"
 
 namespace {
@@ -176,6 +177,84 @@ __global__ void divergent_cluster(int* data, int n) {
   if (blockIdx.x == 0 && t < n) data[t] = t;
 }
 
+// Those below run as two workgroups, of which the last one reads what both have stored.
+uint32_t planted_ticket = 0;
+
+__device__ __forceinline__ void store_half(int* data) {
+  const int half = blockDim.x / 2;
+  const int t = threadIdx.x;
+  if (t < half) data[static_cast<int>(blockIdx.x) * half + t] = t;
+}
+
+// Whether this is the last of `num_workgroups` that arrive.
+__device__ __forceinline__ bool arrives_last(char* lds_base, uint32_t num_workgroups) {
+  bool* const is_last = reinterpret_cast<bool*>(lds_base);
+  __syncthreads();
+  if (threadIdx.x == 0) *is_last = aiter::arrive(&planted_ticket, num_workgroups);
+  __syncthreads();
+  return *is_last;
+}
+
+__global__ void sound_handover(int* data, int) {
+  AITER_DYNAMIC_LDS(lds_base);
+  store_half(data);
+  aiter::release_to_device();
+  if (!arrives_last(lds_base, gridDim.x)) return;
+  aiter::acquire_from_device();
+  const int other = data[blockDim.x - 1 - threadIdx.x];
+  __syncthreads();
+  data[threadIdx.x] = other;
+}
+
+__global__ void missing_release(int* data, int) {
+  AITER_DYNAMIC_LDS(lds_base);
+  store_half(data);
+  if (!arrives_last(lds_base, gridDim.x)) return;
+  aiter::acquire_from_device();
+  const int other = data[blockDim.x - 1 - threadIdx.x];  // BUG: missing_release
+  __syncthreads();
+  data[threadIdx.x] = other;
+}
+
+__global__ void early_release(int* data, int) {
+  AITER_DYNAMIC_LDS(lds_base);
+  aiter::release_to_device();
+  store_half(data);
+  if (!arrives_last(lds_base, gridDim.x)) return;
+  aiter::acquire_from_device();
+  const int other = data[blockDim.x - 1 - threadIdx.x];  // BUG: early_release
+  __syncthreads();
+  data[threadIdx.x] = other;
+}
+
+__global__ void missing_acquire(int* data, int) {
+  AITER_DYNAMIC_LDS(lds_base);
+  store_half(data);
+  aiter::release_to_device();
+  if (!arrives_last(lds_base, gridDim.x)) return;
+  const int other = data[blockDim.x - 1 - threadIdx.x];  // BUG: missing_acquire
+  __syncthreads();
+  data[threadIdx.x] = other;
+}
+
+__global__ void narrow_release(int* data, int) {
+  AITER_DYNAMIC_LDS(lds_base);
+  store_half(data);
+  hip_cpu::fence(hip_cpu::Fence::release, hip_cpu::Scope::workgroup);
+  if (!arrives_last(lds_base, gridDim.x)) return;
+  aiter::acquire_from_device();
+  const int other = data[blockDim.x - 1 - threadIdx.x];  // BUG: narrow_release
+  __syncthreads();
+  data[threadIdx.x] = other;
+}
+
+__global__ void lost_arrival(int* data, int) {
+  AITER_DYNAMIC_LDS(lds_base);
+  store_half(data);
+  aiter::release_to_device();
+  arrives_last(lds_base, gridDim.x + 1);
+}
+
 }  // namespace
 
 // Runs the kernel `name` on 2 workgroups (1 where a second would be a bug of its own) of 128 lanes.
@@ -205,9 +284,16 @@ void run_planted(const std::string& name, int* data, int n) {
       {"unordered_workgroups", unordered_workgroups, 2, 2},
       {"early_workgroup", early_workgroup, 2, 2},
       {"divergent_cluster", divergent_cluster, 2, 2},
+      {"sound_handover", sound_handover, 2},
+      {"missing_release", missing_release, 2},
+      {"early_release", early_release, 2},
+      {"missing_acquire", missing_acquire, 2},
+      {"narrow_release", narrow_release, 2},
+      {"lost_arrival", lost_arrival, 2},
   };
   for (const auto& entry : kernels) {
     if (name != entry.name) continue;
+    planted_ticket = 0;
     aiter::launch(
         entry.kernel, aiter::device_limits(0),
         {entry.num_blocks, kThreads,
