@@ -90,8 +90,8 @@ def fused_topk_moe_sorting_fwd(
             last of them to sort, on any device. None to choose, which does so on AMD GPUs. The
             result is the same.
 
-    What lies behind slot `num_valid_ids[0]` is undefined: a hand-over leaves some of it there. Runs on PyTorch's current stream of the
-    tensors' device, allocates nothing and does not synchronise.
+    What lies behind slot `num_valid_ids[0]` is undefined: a hand-over leaves some of it there. Runs
+    on PyTorch's current stream of the tensors' device, allocates nothing and does not synchronise.
 
     Raises:
         ValueError: an argument does not fit, or M is above `fused_topk_moe_sorting_max_tokens`.

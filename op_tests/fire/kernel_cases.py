@@ -33,6 +33,11 @@ def _fused_cluster(case: Case, target: Target) -> object:
     return run_fused(case, target, fused)
 
 
+def _fused_handover(case: Case, target: Target) -> object:
+    fused = partial(aiter.fused_topk_moe_sorting_fwd, handover_size=5)
+    return run_fused(case, target, fused, hands_over=True)
+
+
 def _topk_softmax(case: Case, target: Target) -> object:
     return run_topk_softmax(case, target, aiter.topk_softmax)
 
@@ -56,6 +61,7 @@ MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_s
 RUNS: dict[str, Run] = {
     "fused": _fused,
     "fused, several workgroups": _fused_cluster,
+    "fused, handed over": _fused_handover,
     "topk_softmax": _topk_softmax,
     "sorting oneshot": _sorting(1),
     "sorting multiphase": _sorting(2),

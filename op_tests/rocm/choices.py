@@ -20,10 +20,15 @@ INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
 def constant(header: str, name: str) -> int:
     """The value of a constexpr of a header that is a number or a product of numbers."""
     text = (INCLUDE / header).read_text()
-    match = re.search(rf"^constexpr \w+ {name} =\s*([0-9* ]+);", text, re.MULTILINE)
+    match = re.search(rf"^ *constexpr \w+ {name} =\s*([0-9* ]+);", text, re.MULTILINE)
     if match is None:
         raise ValueError(f"{header}: expected constexpr {name} = a product of numbers, got none")
     return math.prod(int(factor) for factor in match[1].split("*"))
+
+
+def launcher_constant(name: str) -> int:
+    """The value of a constexpr of the fused launcher."""
+    return constant("../kernels/fused_topk_moe_sorting.cu", name)
 
 
 COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and little to emulate.
@@ -37,6 +42,9 @@ FEW_TOKENS = constant("group_topk.h", "kFewTokens")
 MAX_ROW_EXPERTS = constant("row_topk.h", "kMaxRowExperts")
 ZERO_BYTES_PER_BLOCK = constant("sort_launch.h", "kZeroBytesPerBlock")
 SORT_LDS_WORDS = constant("moe_sorting_opus.h", "kSortLdsWords")
+MAX_HANDOVER_SIZE = launcher_constant("kMaxHandoverSize")
+UNHURRIED_ROUNDS = launcher_constant("kUnhurriedRounds")
+WAVES_AT_ONCE = launcher_constant("kWavesAtOnce")
 TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
 
 Shape = tuple[int, int, int, int]
@@ -114,10 +122,25 @@ def is_one_token(num_tokens: int, topk: int, has_mask: bool) -> bool:
     return num_tokens == 1 and topk <= MIN_WAVE_SIZE and not has_mask
 
 
+def choose_handover_size(shape: Shape, rows: RowChoice) -> int:
+    """Workgroups that share the selection (choose_handover_size of fused_topk_moe_sorting.cu)."""
+    row_waves = -(-shape[0] // rows.rows_per_wave)
+    if row_waves < UNHURRIED_ROUNDS * WAVES_AT_ONCE:
+        return 1
+    return min(-(-row_waves // WAVES_AT_ONCE), MAX_HANDOVER_SIZE)
+
+
 def fused_threads(
-    shape: Shape, rows: RowChoice, wave_size: int, one_token: bool, wide_stores: bool
+    shape: Shape,
+    num_rows: int,
+    rows: RowChoice,
+    wave_size: int,
+    one_token: bool,
+    wide_stores: bool,
 ) -> int:
-    """Threads of the fused launch of M, E, K and B (choose_waves of fused_topk_moe_sorting.cu)."""
+    """Threads of the fused launch of M, E, K and B, `num_rows` to a workgroup (choose_waves of
+    fused_topk_moe_sorting.cu).
+    """
     num_tokens, num_experts, topk, block_size = shape
 
     def waves_for(threads: int) -> int:
@@ -126,8 +149,8 @@ def fused_threads(
     if one_token:
         wanted = 1 + waves_for(topk * block_size // (4 if wide_stores else 1))
     else:
-        row_waves = (num_tokens + rows.rows_per_wave - 1) // rows.rows_per_wave
-        entry_waves = waves_for(min(num_tokens, block_size) * topk)
+        row_waves = (num_rows + rows.rows_per_wave - 1) // rows.rows_per_wave
+        entry_waves = waves_for(min(num_rows, block_size) * topk)
         counted_waves = waves_for(num_experts) + min(entry_waves, 4)
         wanted = max(row_waves, entry_waves if num_tokens <= block_size else counted_waves)
     max_threads = 512 if rows.values > 16 else MAX_THREADS

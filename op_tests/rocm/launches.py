@@ -16,12 +16,14 @@ from amdgcn.assembly import KernelText, parse
 from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
+from amdgcn.wave import Fault
 from choices import (
     MAX_THREADS,
     MAX_WAVES_PER_BLOCK,
     SORT_LDS_WORDS,
     TARGET_TILES,
     WAVES_PER_BLOCK,
+    choose_handover_size,
     choose_rows,
     fused_threads,
     is_one_token,
@@ -65,7 +67,7 @@ class SortParams(ctypes.Structure):
 class FusedLds(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
-    _fields_ = [("starts", _u32), ("counts", _u32), ("weights", _u32), ("experts", _u32)]
+    _fields_ = [("counts", _u32), ("weights", _u32)]
 
 
 class FusedFirst(ctypes.Structure):
@@ -81,7 +83,7 @@ class FusedFirst(ctypes.Structure):
 class FusedParams(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
-    _fields_ = [("shape", SortShape), ("sort", SortParams), ("lds", FusedLds)]
+    _fields_ = [("shape", SortShape), ("sort", SortParams), ("lds", FusedLds), ("ticket", _ptr)]
 
 
 class FusedArguments(ctypes.Structure):
@@ -136,6 +138,7 @@ class Device:
         seed: of the noise in registers and LDS, and of the order of waves and workgroups.
         preloads: whether the firmware fills registers with arguments, where kernels ask for it.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
+        takes_turns: whether workgroups run by turns; else one after the other.
         counts_banks: whether to count LDS bank conflicts.
         statistics: of every launch so far, by kernel.
     """
@@ -144,6 +147,7 @@ class Device:
     seed: int = 0
     rcp_rounding: int = 0
     preloads: bool = True
+    takes_turns: bool = False
     counts_banks: bool = False
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
@@ -197,6 +201,7 @@ class Device:
         *,
         local_expert_mask: Tensor | None = None,
         num_local_tokens: Tensor | None = None,
+        handover_size: int | None = None,
     ) -> None:
         """`aiter.fused_topk_moe_sorting_fwd`."""
         memory = GlobalMemory()
@@ -205,12 +210,17 @@ class Device:
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
         lds, lds_bytes = plan_fused_lds(num_tokens, num_experts, topk)
         rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
-        one_token = is_one_token(num_tokens, topk, local_expert_mask is not None)
         shape = (num_tokens, num_experts, topk, unit_size)
-        params = FusedParams(sort_shape(*shape, sort), sort, lds)
+        size = choose_handover_size(shape, rows) if handover_size is None else handover_size
+        size = max(1, min(size, num_tokens))
+        one_token = size == 1 and is_one_token(num_tokens, topk, local_expert_mask is not None)
+        tokens_per_block = (num_tokens + size - 1) // size
+        ticket = np.zeros(1, np.uint32)
+        params = FusedParams(sort_shape(*shape, sort), sort, lds, memory.add("ticket", ticket))
         threads = fused_threads(
-            shape, rows, self.wave_size, one_token, bool(params.shape.wide_stores)
-        )
+            shape, tokens_per_block, rows, self.wave_size, one_token,
+            bool(params.shape.wide_stores),
+        )  # fmt: skip
         first = FusedFirst(
             gating=_map(memory, "gating_output", gating_output, writable=False),
             row_stride=gating_output.stride(0),
@@ -219,19 +229,21 @@ class Device:
             num_tokens=num_tokens,
             num_experts=num_experts,
             topk=topk,
-            tokens_per_block=num_tokens,
+            tokens_per_block=tokens_per_block,
             num_threads=threads,
-            flags=need_renorm | rows.wide << 1 | one_token << 2 | 1 << 8,
+            flags=need_renorm | rows.wide << 1 | one_token << 2 | (size > 1) << 3 | size << 8,
         )
         self._launch(
             "module_fused_topk_moe_sorting",
             f"fused_topk_moe_sorting<{rows.name}>",
             memory,
             FusedArguments(first, params),
-            1 + zeroing_blocks(sort.row_bytes * num_tokens),
+            size + zeroing_blocks(sort.row_bytes * num_tokens),
             threads,
             lds_bytes,
         )
+        if ticket[0] != 0:
+            raise Fault(f"ticket: expected 0 behind a launch, got {ticket[0]}")
 
     def moe_sorting_opus_fwd(
         self,
@@ -294,18 +306,16 @@ class Device:
     ) -> None:
         kernel = kernels(module, self.arch)[name]
         launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
-                        self.preloads, self.counts_banks)  # fmt: skip
+                        self.preloads, self.counts_banks, self.takes_turns)  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 
 def plan_fused_lds(num_tokens: int, num_experts: int, topk: int) -> tuple[FusedLds, int]:
-    """Where the one routing workgroup keeps what, and the bytes (fused_topk_moe_sorting.h)."""
+    """Where the workgroup that has all rows keeps what, and the bytes (fused_topk_moe_sorting.h)."""
     entries = num_tokens * topk
     per_expert = 4 * ((num_experts + 3) // 4 * 4)
-    starts = 4 * 2 * MAX_WAVES_PER_BLOCK + 16 + per_expert * ((num_tokens + 31) // 32)
-    weights = starts + 2 * per_expert
-    experts = weights + 4 * entries
-    return FusedLds(starts, weights, weights, experts), (experts + 2 * entries + 15) // 16 * 16
+    weights = 4 * 2 * MAX_WAVES_PER_BLOCK + 16 + per_expert * ((num_tokens + 31) // 32 + 2)
+    return FusedLds(weights, weights), (weights + 6 * entries + 15) // 16 * 16
 
 
 def divisor(number: int) -> Divisor:

@@ -1,8 +1,9 @@
 """Runs a kernel's machine code: all workgroups and waves of a launch, on emulated memory.
 
 Each instruction is decoded once, to a Python function of a wave; a wave is then a loop over these.
-Waves of a workgroup run one after the other up to the next barrier, in a random order that a seed
-fixes, and workgroups too. Registers, SGPRs and LDS start as noise; the kernel gets what its
+Waves of a workgroup run one after the other up to the next barrier, or an instruction by which
+workgroups hand over, in a random order that a seed fixes. So do workgroups, or they take turns at
+random. Registers, SGPRs and LDS start as noise; the kernel gets what its
 `.amdhsa_` directives say: the address of its arguments, preloaded arguments, workgroup ids and
 work-item ids. Compiled code is taken as it is: waits, hazards and scheduling hints have no effect on
 what it computes, they are the compiler's business. Waits are counted where a load was in flight.
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from aiter.jit.device_kernels import ARCHS
 from amdgcn.assembly import Instruction, KernelText
 from amdgcn.memory import GlobalMemory, Lds
-from amdgcn.memory_ops import Memories, decode_memory
-from amdgcn.scalar import BARRIER, END, Operation, decode_scalar
+from amdgcn.memory_ops import Memories, decode_memory, decode_step
+from amdgcn.scalar import BARRIER, END, PAUSE, Operation, decode_scalar
 from amdgcn.statistics import Statistics
 from amdgcn.vector import decode_vector
 from amdgcn.wave import TTMP, Fault, Wave
@@ -48,6 +49,7 @@ class Launch:
             loads them itself.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count the passes of LDS accesses over the banks.
+        takes_turns: whether workgroups run by turns; else one after the other.
     """
 
     grid: int
@@ -58,6 +60,7 @@ class Launch:
     rcp_rounding: int = 0
     preloads: bool = True
     counts_banks: bool = False
+    takes_turns: bool = False
 
 
 def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
@@ -86,21 +89,35 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
     address = memory.add("kernel arguments", segment, writable=False)
     memories, operations = _decode(kernel, launch.rcp_rounding)
     memories.memory = memory
-    memory.begin_launch()
+    memory.begin_launch(arch)
     num_waves = launch.threads // kernel.code.wave_size
     statistics = Statistics(kernel.instructions, num_waves * launch.grid)
     memories.banks = statistics.banks if launch.counts_banks else None
     with np.errstate(all="ignore"):
-        for workgroup in rng.permutation(launch.grid):
-            memories.lds = Lds(lds_bytes, rng)
-            memories.workgroup = int(workgroup)
+        running: list[tuple[int, Lds, Iterator[None]]] = []
+        for workgroup in map(int, rng.permutation(launch.grid)):
+            lds = Lds(lds_bytes, rng)
             waves = [
-                _start_wave(kernel, launch, index, int(workgroup), address, segment, rng)
+                _start_wave(kernel, launch, index, workgroup, address, segment, rng)
                 for index in range(num_waves)
             ]
-            _run_workgroup(kernel, operations, waves, int(workgroup), rng, statistics)
+            turns = _run_workgroup(kernel, operations, waves, workgroup, rng, statistics)
+            running.append((workgroup, lds, turns))
+            while running and not launch.takes_turns:
+                _take_turn(memories, running, 0)
+        while running:
+            _take_turn(memories, running, int(rng.integers(len(running))))
     memory.buffers.pop()
     return statistics
+
+
+def _take_turn(
+    memories: Memories, running: list[tuple[int, Lds, Iterator[None]]], position: int
+) -> None:
+    """Lets one of the workgroups go on until one of its waves stops; takes it out if it has ended."""
+    memories.workgroup, memories.lds, turns = running[position]
+    if next(turns, turns) is turns:
+        del running[position]
 
 
 def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
@@ -149,7 +166,8 @@ def _decode_one(
                 return decode_memory(instruction, memories)
             if name.startswith("v_") and name not in ("v_s_rcp_f32", "v_nop"):
                 return decode_vector(instruction, kernel.code.wave_size, rcp_rounding)
-            return decode_scalar(instruction, kernel.labels, rcp_rounding)
+            scalar = decode_scalar(instruction, kernel.labels, rcp_rounding)
+            return decode_step(instruction, memories, scalar)
         except (IndexError, KeyError, ValueError) as error:
             raise Fault(f"operands not understood: {error!r}") from error
 
@@ -194,17 +212,23 @@ def _run_workgroup(
     workgroup: int,
     rng: np.random.Generator,
     statistics: Statistics,
-) -> None:
-    """Runs the waves from barrier to barrier until all have ended."""
+) -> Iterator[None]:
+    """Runs the waves from barrier to barrier until all have ended; a turn ends where a wave stops."""
     running = waves
     while running:
         counts = statistics.counts[workgroup, running[0].epoch] = [0] * len(operations)
-        trips = statistics.round_trips[workgroup, running[0].epoch] = {}
-        for position in rng.permutation(len(running)):
-            wave = running[position]
+        trips = statistics.round_trips[workgroup, running[0].epoch] = dict.fromkeys(
+            (wave.index for wave in running), 0
+        )
+        left = list(running)
+        while left:
+            position = int(rng.integers(len(left)))
+            wave = left[position]
             before = wave.round_trips
-            _run_wave(kernel, operations, wave, workgroup, counts)
-            trips[wave.index] = wave.round_trips - before
+            if _run_wave(kernel, operations, wave, workgroup, counts) != PAUSE:
+                del left[position]
+            trips[wave.index] += wave.round_trips - before
+            yield
         running = [wave for wave in running if not wave.done]
         for wave in running:
             wave.epoch += 1
@@ -212,8 +236,8 @@ def _run_workgroup(
 
 def _run_wave(
     kernel: KernelText, operations: list[Operation], w: Wave, workgroup: int, counts: list[int]
-) -> None:
-    """Runs a wave to its next barrier or to its end."""
+) -> int:
+    """Runs a wave to its next barrier, a pause or its end; returns which."""
     pc = w.pc
     for _ in range(MAX_STEPS):
         counts[pc] += 1
@@ -231,9 +255,9 @@ def _run_wave(
         w.pc = pc
         if result == END:
             w.done = True
-        elif result != BARRIER:
-            raise AssertionError(f"expected an instruction index, END or BARRIER, got {result}")
-        return
+        elif result not in (BARRIER, PAUSE):
+            raise AssertionError(f"expected an index, END, BARRIER or PAUSE, got {result}")
+        return result
     raise Fault(f"{kernel.code.name}: expected an end or a barrier within {MAX_STEPS} instructions")
 
 

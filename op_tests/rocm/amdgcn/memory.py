@@ -5,8 +5,9 @@ a buffer that may be written. LDS: it must lie within what was asked for at the 
 and a load must not read what nobody wrote; an atomic that returns nothing may change it, which leaves
 it noise. Both notice races. LDS: two waves that touch the same byte between the same two barriers, at
 least one of them writing (atomics among themselves are fine). Buffers: two waves that store to the
-same byte with no barrier between them, which waves of two workgroups never have. So a missing barrier
-is found whatever the order in which the waves happen to run.
+same byte with no barrier between them, and a workgroup that loads or stores over what another one
+has stored, unless that was handed over (`orders`). So a missing barrier or fence is found whatever the
+order in which waves and workgroups happen to run.
 
 Buffers end shortly after a 4 GiB boundary where they are long enough, so that address arithmetic
 that loses a carry leaves its buffer.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from amdgcn.orders import Orders
 from amdgcn.wave import Fault
 
 Bytes = NDArray[np.uint8]
@@ -45,15 +47,15 @@ class Buffer:
 
     def forget_stores(self) -> None:
         """Lets anybody store."""
-        # Per byte: who stored to it last; -1 for nobody.
-        self._writer = np.full((len(self.data), 3), -1, np.int32)
+        # Per byte: who stored to it last, and the number of the store; -1 for nobody.
+        self._writer = np.full((len(self.data), 4), -1, np.int32)
 
-    def note_store(self, where: Addresses, writer: Writer) -> None:
+    def note_store(self, where: Addresses, writer: Writer, orders: Orders) -> None:
         """Notes a store to the bytes `where`; raises Fault if another wave's has no order to it."""
         last = self._writer[where]
         workgroup, wave, epoch = writer
-        apart = (last[..., 0] != workgroup) | ((last[..., 1] != wave) & (last[..., 2] == epoch))
-        race = (last[..., 0] >= 0) & apart
+        beside = (last[..., 0] == workgroup) & (last[..., 1] != wave) & (last[..., 2] == epoch)
+        race = beside | self._unseen(last, writer, orders)
         if race.any():
             at = int(where[race][0])
             raise Fault(
@@ -61,7 +63,33 @@ class Buffer:
                 f" {self._writer[at, 1]} of workgroup {self._writer[at, 0]} store to it with no"
                 " barrier between them"
             )
-        self._writer[where] = writer
+        self._writer[where] = (*writer, orders.store(writer[:2]))
+
+    def check_load(self, where: Addresses, reader: Writer, orders: Orders) -> None:
+        """Raises Fault if a byte was stored by another workgroup and not handed over."""
+        race = self._unseen(self._writer[where], reader, orders)
+        if race.any():
+            at = int(where[race][0])
+            raise Fault(
+                f"race on {self.name}, byte {at}: wave {reader[1]} of workgroup {reader[0]} loads what"
+                f" wave {self._writer[at, 1]} of workgroup {self._writer[at, 0]} has stored and not"
+                " handed over"
+            )
+
+    @staticmethod
+    def _unseen(last: NDArray[np.int32], place: Writer, orders: Orders) -> NDArray[np.bool_]:
+        """Which of the last stores are another workgroup's that a wave may not touch."""
+        workgroup, wave, epoch = place
+        race = (last[..., 0] >= 0) & (last[..., 0] != workgroup)
+        if race.any():
+            for row in np.unique(last[race][:, [0, 1, 3]], axis=0):
+                by, its_wave, store = (int(x) for x in row)
+                if orders.sees((workgroup, wave), epoch, (by, its_wave), store):
+                    same = (
+                        (last[..., 0] == by) & (last[..., 1] == its_wave) & (last[..., 3] == store)
+                    )
+                    race &= ~same
+        return race
 
 
 class GlobalMemory:
@@ -69,9 +97,11 @@ class GlobalMemory:
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+        self.orders = Orders()
 
-    def begin_launch(self) -> None:
+    def begin_launch(self, arch: str = "") -> None:
         """Forgets who stored: all that came before a launch is ordered."""
+        self.orders = Orders(arch)
         for buffer in self.buffers:
             buffer.forget_stores()
 
@@ -88,12 +118,16 @@ class GlobalMemory:
         self.buffers.append(Buffer(name, base, raw, writable))
         return base
 
-    def load(self, addresses: Addresses, size: int, align: int) -> Bytes:
-        """`size` bytes at each address, as rows."""
+    def load(
+        self, addresses: Addresses, size: int, align: int, reader: Writer | None = None
+    ) -> Bytes:
+        """`size` bytes at each address, as rows, for `reader`; None for an atomic."""
         buffer, offsets = self._find(addresses, size, align)
         if buffer is not None:
+            if reader is not None and buffer.writable:
+                buffer.check_load(offsets[:, None] + np.arange(size), reader, self.orders)
             return _gather(buffer.data, offsets, size)
-        rows = [self.load(addresses[i : i + 1], size, align) for i in range(len(addresses))]
+        rows = [self.load(addresses[i : i + 1], size, align, reader) for i in range(len(addresses))]
         return np.concatenate(rows)
 
     def store(
@@ -110,7 +144,7 @@ class GlobalMemory:
             raise Fault(f"store to {buffer.name}, which is read-only, at {_shown(addresses[0])}")
         where = offsets[:, None] + np.arange(size)
         if writer is not None:
-            buffer.note_store(where, writer)
+            buffer.note_store(where, writer, self.orders)
         buffer.data[where] = values
 
     def _find(self, addresses: Addresses, size: int, align: int) -> tuple[Buffer | None, Addresses]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from amdgcn.assembly import Instruction
 from amdgcn.banks import BankTally, passes
 from amdgcn.memory import GlobalMemory, Lds
-from amdgcn.scalar import Operation
+from amdgcn.orders import step_of
+from amdgcn.scalar import PAUSE, Operation
 from amdgcn.wave import (
     Fault,
     Wave,
@@ -64,6 +65,20 @@ class Memories:
         if self.lds is None:
             raise Fault("LDS access: expected a running workgroup, got none")
         return self.lds
+
+
+def decode_step(instruction: Instruction, memories: Memories, operation: Operation) -> Operation:
+    """An operation that may be a step of a hand-over (`orders`), noted as such."""
+    kind = step_of(instruction.text)
+    if not kind:
+        return operation
+
+    def run(w: Wave) -> int | None:
+        operation(w)
+        memories.memory.orders.step(kind, (memories.workgroup, w.index), w.epoch)
+        return None if kind == "wait" else PAUSE
+
+    return run
 
 
 def decode_memory(instruction: Instruction, memories: Memories) -> Operation:
@@ -200,7 +215,8 @@ def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Ope
     def run(w: Wave) -> None:
         if w.mask.any():
             w.in_flight.append(True)
-            write(w, memories.memory.load(addresses(w), size, align))
+            reader = (memories.workgroup, w.index, w.epoch)
+            write(w, memories.memory.load(addresses(w), size, align, reader))
 
     return run
 
@@ -298,12 +314,15 @@ _ATOMICS: dict[str, Any] = {
 }  # fmt: skip
 
 
-_GLOBAL_ATOMICS = {**_ATOMICS, "swap": lambda old, new: new}
+_GLOBAL_ATOMICS = {
+    **_ATOMICS, "swap": lambda old, new: new,
+    "inc": lambda old, limit: np.where(old >= limit, 0, old + 1),
+}  # fmt: skip
 
 
 def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
     """32-bit atomics, with or without the old value as a result; lanes go one after the other."""
-    match = re.fullmatch(r"(add|sub|or|and|xor|u?max|u?min|swap)(?:_[ub]32)?", kind)
+    match = re.fullmatch(r"(add|sub|or|and|xor|u?max|u?min|swap|inc)(?:_[ub]32)?", kind)
     if match is None:
         raise Fault(f"unknown instruction {instruction.mnemonic}")
     function = _GLOBAL_ATOMICS[match[1].removeprefix("u")]
@@ -314,9 +333,9 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
     value = read_lanes(instruction.operands[first + 1])
     write = _writer(instruction.operands[0], "b32") if returns else None
 
-    def run(w: Wave) -> None:
+    def run(w: Wave) -> int:
         if not w.mask.any():
-            return
+            return PAUSE
         if returns or memories.waits_for_stores:
             w.in_flight.append(returns)
         before = []
@@ -326,8 +345,10 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
             now = np.asarray(function(old, np.uint32(new)), np.uint32).reshape(-1)
             memories.memory.store(where, now.view(np.uint8).reshape(1, 4), 4)
             before.append(old.view(np.uint8))
+            memories.memory.orders.atomic(int(address), (memories.workgroup, w.index), w.epoch)
         if write is not None:
             write(w, np.stack(before))
+        return PAUSE
 
     return run
 

@@ -20,7 +20,7 @@ from amdgcn.wave import ALL_ONES, EXEC, VCC, Fault, Wave, constant, read_scalar,
 Operation = Callable[[Wave], "int | None"]
 Result = tuple[int, "bool | None"]
 
-END, BARRIER = -1, -2
+END, BARRIER, PAUSE = -1, -2, -3  # PAUSE: other waves may run before the next instruction
 U64 = (1 << 64) - 1
 
 # NOTE: hazards and waits are the compiler's duty; memory operations complete at once here.
