@@ -43,7 +43,7 @@ CASES = (
 
 
 def check_handover(case: Case, target: Target, size: int) -> None:
-    """``case`` with `size` workgroups, against the checks of every case and the bits of one workgroup."""
+    """``case`` with `size` workgroups, against the checks of every case and one workgroup's bits."""
     got = run_fused(case, target, partial(FUSED, handover_size=size), hands_over=True)
     check_same_bits(got, run_fused(case, target, partial(FUSED, cluster_size=1)), case.block_size)
 

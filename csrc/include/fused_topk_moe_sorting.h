@@ -150,30 +150,16 @@ struct FusedSink {
   int num_rows, block_size;
   int row;     // of the workgroup's num_rows
   Entry last;  // that this lane put
-  bool hands_over;
-  int32_t* handed_experts;  // of this row, in memory
-  float* handed_weights;
 
   __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
     last = {expert_idx, row, k, weight};
-    if (hands_over) {
-      handed_experts[k] = static_cast<int32_t>(expert_idx);
-      handed_weights[k] = weight;
-      return;
-    }
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
     // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
     if (num_rows <= anew(block_size)) hit_experts.add(expert_idx);
   }
-  __device__ __forceinline__ void divide(int k, float denominator) {
-    if (hands_over) {
-      handed_weights[k] /= denominator;
-    } else {
-      weights[k] /= denominator;
-    }
-  }
+  __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };
 
 // The counts [C][E] of a cluster's workgroups, which each sends to all.
@@ -322,12 +308,24 @@ __device__ __forceinline__ void clear_lds(const FusedFirst& first, const Routing
   }
 }
 
-// Hands over what top-k has left in memory. True in the last workgroup, which has all rows in LDS then.
+// Leaves what top-k has found in memory, in the slots of the outputs that nobody has written yet. True in the
+// last workgroup, which then has the rows of all in LDS, where its own ones are.
 __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& block,
-                                          int num_routing, char* lds_base, FusedSink& sink) {
-  uint32_t* const lds_is_last = reinterpret_cast<uint32_t*>(lds_base + FusedLds::kInbox);
+                                          int num_routing, char* lds_base) {
+  const uint32_t topk = p.shape.topk;
+  float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
+  uint16_t* const lds_experts = block.experts_behind(lds_weights, topk);
+  const uint32_t first_own = block.first_token * topk;
+  const uint32_t behind_own = first_own + block.num_rows * topk;
+  __syncthreads();
+  AITER_LOOP
+  for (uint32_t i = first_own + threadIdx.x; i < behind_own; i += blockDim.x) {
+    p.sort.sorted_ids[i] = lds_experts[i];
+    p.sort.sorted_weights[i] = lds_weights[i];
+  }
   release_to_device();
   __syncthreads();
+  uint32_t* const lds_is_last = reinterpret_cast<uint32_t*>(lds_base + FusedLds::kInbox);
   if (threadIdx.x == 0) *lds_is_last = arrive(p.ticket, num_routing) ? 1 : 0;
   __syncthreads();
   if (*lds_is_last == 0) return false;
@@ -335,32 +333,31 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
 
   block.first_token = 0;
   block.num_rows = block.num_local;
-  const uint32_t topk = p.shape.topk;
-  float* const lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
-  uint16_t* const lds_experts = block.experts_behind(lds_weights, topk);
-  sink.num_rows = block.num_rows;
-  sink.hands_over = false;
   constexpr uint32_t kAtOnce = 4;
   const uint32_t num_entries = block.num_rows * topk;
   AITER_LOOP
   for (uint32_t first = threadIdx.x; first < num_entries; first += kAtOnce * blockDim.x) {
-    uint32_t experts[kAtOnce];
-    float weights[kAtOnce];
+    uint32_t experts[kAtOnce], weights[kAtOnce];
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
       const uint32_t i = first + j * blockDim.x;
       const uint32_t there = i < num_entries ? i : first;
       experts[j] = static_cast<uint32_t>(p.sort.sorted_ids[there]);
-      weights[j] = p.sort.sorted_weights[there];
+      weights[j] = bit_cast<uint32_t>(p.sort.sorted_weights[there]);
     }
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
+      // NOTE: also where they are not used: what leaves this loop in flight is waited for by workgroups
+      // that never come here, together with their stores.
+      const uint32_t expert_idx = awaited(experts[j]);
+      const float weight = bit_cast<float>(awaited(weights[j]));
       const uint32_t i = first + j * blockDim.x;
-      if (i >= num_entries) break;
-      sink.row = static_cast<int>(p.shape.by_topk.quotient(i));
-      sink.experts = lds_experts + i;
-      sink.weights = lds_weights + i;
-      sink.put(0, experts[j], weights[j]);
+      if (i < num_entries) {
+        lds_experts[i] = static_cast<uint16_t>(expert_idx);
+        lds_weights[i] = weight;
+        block.hits.set(static_cast<int>(p.shape.by_topk.quotient(i)), expert_idx);
+        if (block.num_rows <= p.shape.block_size) block.sets.hit.add(expert_idx);
+      }
     }
   }
   return true;
@@ -402,29 +399,19 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < first.tokens_per_block ? rows_left : first.tokens_per_block;
   const int rows_at_once = first.num_threads / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{nullptr,
-                 nullptr,
-                 block.hits,
-                 block.sets.hit,
-                 block.num_rows,
-                 early.shape.block_size,
-                 0,
-                 {},
-                 first.is(FusedFirst::kHandsOver),
-                 nullptr,
-                 nullptr};
+  // A row's place in LDS: among the workgroup's own, or, as it may be the last, among all.
+  const bool hands_over = first.is(FusedFirst::kHandsOver);
+  const int first_place = hands_over ? block.first_token : 0;
+  const int num_kept = hands_over ? block.num_local : block.num_rows;
+  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, num_kept, early.shape.block_size,
+                 0,       {}};
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
-    const int entry = row * first.topk;
+    sink.row = first_place + row;
+    const int entry = sink.row * first.topk;
     sink.experts = lds_experts + entry;
     sink.weights = lds_weights + entry;
-    sink.row = row;
-    if (sink.hands_over) {
-      const int handed = (block.first_token + row) * first.topk;
-      sink.handed_experts = early.sort.sorted_ids + handed;
-      sink.handed_weights = early.sort.sorted_weights + handed;
-    }
     wave_topk(logits, first.num_experts, first.topk, first.is(FusedFirst::kNeedRenorm),
               row < block.num_rows, sink);
     first_row += rows_at_once;
@@ -441,8 +428,7 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
     return;
   }
   if (first.is(FusedFirst::kHandsOver)) {
-    block.hits.num_words = hit_words(anew(block.lds_rows));
-    if (!take_over(rest, block, first.num_routing(), lds_base, sink)) return;
+    if (!take_over(rest, block, first.num_routing(), lds_base)) return;
   }
   block.sets.post_mask(first.num_experts, first.expert_mask, is_first_local);
   __syncthreads();

@@ -88,11 +88,17 @@ int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bo
     wanted = 1 + waves_for(shape.wide_stores ? num_slots / 4 : num_slots);
   } else {
     const int row_waves = (num_rows + rows.rows_per_wave - 1) / rows.rows_per_wave;
-    const int entry_waves = waves_for(int64_t{std::min(num_rows, shape.block_size)} * shape.topk);
-    const bool has_single_blocks = is_alone && shape.num_tokens <= shape.block_size;
-    wanted = std::max(row_waves, has_single_blocks
-                                     ? entry_waves
-                                     : waves_for(shape.num_experts) + std::min(entry_waves, 4));
+    const bool hands_over = is_alone && num_rows < shape.num_tokens;
+    const int64_t entry_rows = hands_over ? shape.num_tokens : std::min(num_rows, shape.block_size);
+    const int entry_waves = waves_for(entry_rows * shape.topk);
+    const int expert_waves = waves_for(shape.num_experts);
+    if (hands_over) {
+      wanted = std::max({row_waves, entry_waves, expert_waves});
+    } else if (is_alone && shape.num_tokens <= shape.block_size) {  // has single blocks
+      wanted = std::max(row_waves, entry_waves);
+    } else {
+      wanted = std::max(row_waves, expert_waves + std::min(entry_waves, 4));
+    }
   }
   const int most =
       std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;

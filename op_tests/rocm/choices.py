@@ -150,8 +150,14 @@ def fused_threads(
         wanted = 1 + waves_for(topk * block_size // (4 if wide_stores else 1))
     else:
         row_waves = (num_rows + rows.rows_per_wave - 1) // rows.rows_per_wave
-        entry_waves = waves_for(min(num_rows, block_size) * topk)
-        counted_waves = waves_for(num_experts) + min(entry_waves, 4)
-        wanted = max(row_waves, entry_waves if num_tokens <= block_size else counted_waves)
+        hands_over = num_rows < num_tokens
+        entries = num_tokens if hands_over else min(num_rows, block_size)
+        entry_waves = waves_for(entries * topk)
+        if hands_over:
+            wanted = max(row_waves, entry_waves, waves_for(num_experts))
+        elif num_tokens <= block_size:
+            wanted = max(row_waves, entry_waves)
+        else:
+            wanted = max(row_waves, waves_for(num_experts) + min(entry_waves, 4))
     max_threads = 512 if rows.values > 16 else MAX_THREADS
     return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from amdgcn.banks import BankTally
@@ -44,10 +44,11 @@ PROBLEMS = {
 
 @cache
 def launch(arch: str, problem: str) -> Statistics:
-    """The statistics of the fused launch of a problem, its result checked."""
+    """The statistics of the fused launch of a problem by one workgroup, its result checked."""
     device = Device(arch, counts_banks=True)
     case = PROBLEMS[problem]
-    run_fused(case, Target("cpu", device.wave_size), device.fused_topk_moe_sorting_fwd)
+    alone = partial(device.fused_topk_moe_sorting_fwd, handover_size=1)
+    run_fused(case, Target("cpu", device.wave_size), alone)
     (statistics,) = device.statistics.values()
     return statistics
 

@@ -14,12 +14,14 @@ import itertools
 import re
 import zlib
 from dataclasses import replace
+from functools import partial
 
 import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import require
 from cases import GATING_DTYPES, LOGITS, Case
+from checks import check_same_bits
 from runners import run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 from torch import Tensor
@@ -62,6 +64,16 @@ ONE_TOKEN = (
     Case(1, 70, 64, F32, num_local=1), Case(1, 64, 8, BF16, mask="random"),
     Case(1, 1100, 5, F16, logits="all_nan", slots_offset=8),
 )  # fmt: skip
+# Workgroups that hand over through memory, and how many.
+HANDOVER = (
+    (Case(21, 128, 4, BF16, block_size=8), 3),
+    (Case(12, 256, 8, BF16, block_size=16, mask="random", num_local=9), 2),
+    (Case(7, 385, 9, F32, block_size=4, logits="ties"), 7),
+    (Case(5, 896, 16, F32, False, num_local=3), 2),
+    (Case(6, 80, 70, F32, block_size=4), 4),
+    (Case(9, 16, 2, F16, num_local=0, mask="zeros"), 5),
+    (Case(2, 1100, 5, BF16, logits="all_nan"), 2),
+)
 MANY_ROWS = ((513, 136, 2, BF16), (513, 131, 2, F16))
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
@@ -102,6 +114,17 @@ def check_fused(arch: str, case: Case) -> None:
     got = run_fused(case, cpu, device.fused_topk_moe_sorting_fwd)
     require(bool(device.statistics), f"{arch}: expected a launch, got none")
     require_same_bits(got, run_fused(case, cpu, aiter.fused_topk_moe_sorting_fwd), case)
+
+
+def check_handover(arch: str, case: Case, size: int, seed: int) -> None:
+    """The fused launch by `size` workgroups that take turns, against contract and one workgroup on the
+    CPU, but for what a hand-over leaves behind the slots in use.
+    """
+    device = Device(arch, seed, seed % 3 - 1, preloads=seed % 2 == 0, takes_turns=seed % 4 != 0)
+    cpu = Target("cpu", device.wave_size)
+    op = partial(device.fused_topk_moe_sorting_fwd, handover_size=size)
+    expected = run_fused(case, cpu, aiter.fused_topk_moe_sorting_fwd)
+    check_same_bits(run_fused(case, cpu, op, hands_over=True), expected, case.block_size)
 
 
 def check_topk(arch: str, case: Case) -> None:
@@ -184,6 +207,18 @@ def test_one_token(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_fused_sorting(arch: str, case: Case) -> None:
     check_fused(arch, case)
+
+
+@pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
+def test_handover(arch: str) -> None:
+    for seed, (case, size) in enumerate(HANDOVER):
+        check_handover(arch, case, size, seed)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_who_comes_last_does_not_matter(arch: str) -> None:
+    for seed in range(8):
+        check_handover(arch, Case(9, 33, 4, F32, block_size=4, model_dim=3), 3, seed)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -90,6 +90,22 @@ def test_kernels_that_talk_are_ordered(arch: str, module: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_fused_kernels_hand_over(arch: str) -> None:
+    """Each that routes talks, by one atomic, behind a release and before an acquisition."""
+    order = ORDERS[arch]
+    for name, kernel in kernels("module_fused_topk_moe_sorting", arch).items():
+        code = texts(kernel)
+        if not any(text.startswith("ds_") for text in code):
+            continue  # compiled empty but for zeroing
+        (atomic,) = (i for i, text in enumerate(code) if text.startswith("global_atomic"))
+        for kind, words, part in (
+            ("release", order.release, code[:atomic]), ("acquire", order.acquire, code[atomic:])
+        ):  # fmt: skip
+            for word in words:
+                assert any(text.startswith(word) for text in part), (name, kind, word)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_order_is_what_the_compiler_makes_of_it(arch: str) -> None:
     code = texts(primitives(arch)["count_arrivals_in_order"])
     order = ORDERS[arch]

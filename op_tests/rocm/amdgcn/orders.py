@@ -8,8 +8,8 @@ Those that were handed over (csrc/include/device/handover.h), step by step:
     a barrier, unless the same wave goes on
     an invalidation of the caches, and a barrier or not; the load
 
-Any other load of what another workgroup has stored in this launch, and any other store over it, is an error
-whatever the order in which workgroups happen to run.
+Any other load of what another workgroup has stored in this launch, and any other store over it, is an
+error whatever the order in which workgroups happen to run.
 """
 
 from __future__ import annotations
