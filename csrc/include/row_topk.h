@@ -18,7 +18,8 @@
 // E, slowly.
 //
 // Z over all E is summed by halves of the index range (wave_sum_by_halves, and the same over the
-// registers), so that its last bit does not depend on the wave width nor on kValues > 0.
+// registers), so that its last bit does not depend on the wave width nor on kValues > 0; in memory, by as many
+// lanes as the narrowest wave has.
 //
 // Rejected: 64-bit (key, index) candidates for f32 in registers: with kValues = 32 they spilled 94
 // VGPRs on gfx942, and all kValues >= 16 instances spilled scalar registers. Rejected: unsorted
@@ -255,7 +256,8 @@ class WaveRow<T, 0> {
 
   __device__ __forceinline__ float sum_numerators(float max) const {
     float sum = 0.0f;
-    for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
+    const int first = lane_idx() < kMinWaveSize ? lane_idx() : num_experts_;
+    for (int e = first; e < num_experts_; e += kMinWaveSize) {
       sum += softmax_numerator(Logit<T>::value(Logit<T>::key(stored(e))), max);
     }
     return wave_sum_by_halves(sum);
