@@ -64,7 +64,7 @@ __host__ __device__ constexpr int rule_row_values(int num_candidates, int num_gr
   return values;
 }
 
-constexpr int log2_of(int power_of_two) {
+__host__ __device__ constexpr int log2_of(int power_of_two) {
   int exponent = 0;
   while ((1 << exponent) < power_of_two) ++exponent;
   return exponent;
@@ -123,7 +123,7 @@ class RuleRow {
   __device__ __forceinline__ explicit RuleRow(const RowRule& rule)
       : rule_(&rule), log2_lanes_(log2_of(kWaveSize) - rule.log2_groups) {}
 
-  const RowRule& rule() const { return *rule_; }
+  __device__ __forceinline__ const RowRule& rule() const { return *rule_; }
 
   __device__ __forceinline__ void load(const Item* row, int, bool) {
     const RowRule& r = *rule_;
@@ -349,7 +349,7 @@ class RuleRow<0> {
 
   __device__ __forceinline__ explicit RuleRow(const RowRule& rule) : rule_(&rule) {}
 
-  const RowRule& rule() const { return *rule_; }
+  __device__ __forceinline__ const RowRule& rule() const { return *rule_; }
 
   __device__ __forceinline__ void load(const Item* row, int, bool) { row_ = row; }
 
@@ -372,23 +372,19 @@ class RuleRow<0> {
     return softmax_;
   }
 
+  // A lane takes whole groups, or single candidates where there is one group.
   __device__ __forceinline__ Winner next() {
     const RowRule& r = *rule_;
+    const bool in_groups = r.rule.num_expert_group > 1;
+    const int width = in_groups ? r.group_width : 1;
     uint64_t best = 0;
-    const auto consider = [&](int candidate, bool stays) {
-      const uint32_t stored = stays ? stored_at(candidate) : kNotEligible;
-      const uint64_t ordered = ordered_pair(stored, candidate);
-      if (ordered < last_ && ordered > best) best = ordered;
-    };
-    if (r.rule.num_expert_group == 1) {
+    AITER_LOOP
+    for (int first = lane_idx() * width; first < r.num_candidates; first += kWaveSize * width) {
+      const bool stays = !in_groups || ordered_group(first / width) >= last_group_;
       AITER_LOOP
-      for (int c = lane_idx(); c < r.num_candidates; c += kWaveSize) consider(c, true);
-    } else {
-      AITER_LOOP
-      for (int g = lane_idx(); g < r.rule.num_expert_group; g += kWaveSize) {
-        const bool stays = ordered_group(g) >= last_group_;
-        AITER_LOOP
-        for (int i = 0; i < r.group_width; ++i) consider(g * r.group_width + i, stays);
+      for (int c = first; c < first + width; ++c) {
+        const uint64_t ordered = ordered_pair(stays ? stored_at(c) : kNotEligible, c);
+        if (ordered < last_ && ordered > best) best = ordered;
       }
     }
     last_ = wave_max(best);
