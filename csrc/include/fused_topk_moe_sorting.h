@@ -8,7 +8,7 @@
 // to 16 workgroups route, each a range of rows of its own; elsewhere it is one. Phases of a routing
 // workgroup, with a barrier between them:
 //   1 clear    all threads     the bitmask; before memory is touched, as an earlier launch may still run
-//   2 top-k    a wave per row or a few (group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
+//   2 top-k    a wave per row or a few (key_topk.h, group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
 // then, in a workgroup that routes alone while n <= B (single_blocks.h),
 //   3 padding  all threads     all blocks, whole
 //   4 entries  a thread each   over the padding; expert ids
@@ -24,7 +24,7 @@
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
-// multiple of 4. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
+// multiple of 4, and 24 bytes a thread where top-k is by keys. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
 //
 // What steps brought, in us per call on an H100 (graph slope, bf16, 2026-11-23), by the best number of
 // workgroups:
@@ -53,7 +53,7 @@
 
 #include "device/cluster.h"
 #include "expert_sort.h"
-#include "group_topk.h"
+#include "key_topk.h"
 #include "one_token.h"
 #include "single_blocks.h"
 
@@ -61,7 +61,7 @@ namespace aiter {
 
 // Where a routing workgroup keeps what; the end of the last part is `total`.
 struct FusedLds {
-  uint32_t totals, inbox, hits, starts, tails, counts, weights, experts;  // byte offsets
+  uint32_t totals, inbox, hits, starts, tails, counts, rows, weights, experts;  // byte offsets
   size_t total;
 };
 
@@ -74,7 +74,7 @@ struct FusedConfig {
 
 struct FusedParams {
   const void* gating;
-  int64_t row_stride;  // in items
+  int64_t row_stride;  // in items of the class of rows
   SortShape shape;
   SortParams sort;
   FusedLds lds;
@@ -82,7 +82,7 @@ struct FusedParams {
   int tokens_per_block;  // of each of them
   int one_token;         // 1 for the case of one_token.h
   bool need_renorm;
-  bool wide_rows;  // group_topk.h
+  RowFormat row_format;
 };
 
 // E rounded up, so that four experts' words lie on a 16-byte boundary.
@@ -90,7 +90,9 @@ __host__ __device__ constexpr int padded_experts(int num_experts) {
   return (num_experts + 3) / 4 * 4;
 }
 
-inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int cluster_size) {
+// `row_bytes`: of all waves, for what top-k keeps of rows.
+inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int cluster_size,
+                          int row_bytes) {
   const size_t num_entries = static_cast<size_t>(tokens_per_block) * topk;
   const size_t per_expert = sizeof(uint32_t) * padded_experts(num_experts);
   size_t end = 0;
@@ -106,6 +108,8 @@ inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int c
   lds.starts = take(per_expert);
   lds.tails = take(per_expert);
   lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
+  end = (end + 15) / 16 * 16;
+  lds.rows = take(row_bytes);
   lds.weights = take(sizeof(float) * num_entries);
   lds.experts = take(sizeof(uint16_t) * num_entries);
   lds.total = (end + 15) / 16 * 16;
@@ -304,8 +308,11 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
 
   // Rows that turn out not to count are loaded in vain.
   Rows logits;
+  if constexpr (kUsesLds<Rows>) {
+    logits.use(lds_base + p.lds.rows + block.wave * best_keys_lds_bytes(kWaveSize));
+  }
   if (first_row < p.tokens_per_block && first_row <= last_row) {
-    logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+    logits.load(row_at(first_row + own_row), num_experts, p.row_format);
   }
   read_locals(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
@@ -321,7 +328,7 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
     wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
     first_row += rows_at_once;
     if (first_row < block.num_rows) {
-      logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+      logits.load(row_at(first_row + own_row), num_experts, p.row_format);
     } else {
       drop(logits);
     }

@@ -67,6 +67,13 @@ __device__ __forceinline__ void sort_four(uint32_t (&values)[kCount], int first)
   order(values, first + 1, first + 2);
 }
 
+// What load() has to know of rows.
+enum class LogitType : uint8_t { f32, f16, bf16 };
+struct RowFormat {
+  bool wide;       // rows begin, and end, on 16-byte boundaries
+  LogitType type;  // for classes of rows that are not instances for one
+};
+
 struct Winner {
   uint32_t stored;      // as Logit<T> stores it
   uint32_t expert_idx;  // where `stored` does not tell
@@ -99,7 +106,7 @@ class WaveRow {
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
-  __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
+  __device__ __forceinline__ void load(const T* row, int num_experts, RowFormat) {
     num_experts = anew(num_experts);
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
@@ -221,7 +228,7 @@ class WaveRow<T, 0> {
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
-  __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
+  __device__ __forceinline__ void load(const T* row, int num_experts, RowFormat) {
     row_ = row;
     num_experts_ = num_experts;
   }

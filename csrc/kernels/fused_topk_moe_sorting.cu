@@ -11,10 +11,15 @@ namespace {
 // The numbers of routing workgroups that are chosen from, unasked, as far as the device has clusters.
 constexpr int kClusterSizes[] = {1, 8, 16};
 
+// LDS that top-k needs if it is by keys, whatever the number of waves.
+int most_row_bytes(const DeviceLimits& limits) {
+  return best_keys_lds_bytes(limits.max_threads_per_block);
+}
+
 // Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
-  return fused_lds(num_rows, num_experts, topk, cluster_size).total <=
+  return fused_lds(num_rows, num_experts, topk, cluster_size, most_row_bytes(limits)).total <=
          static_cast<size_t>(limits.lds_bytes);
 }
 
@@ -86,9 +91,11 @@ FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_
                           int size, bool one_token, const DeviceLimits& limits) {
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
-  config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
-                                                              size == 1, one_token, limits);
+  const int num_waves =
+      choose_waves(shape, rows, config.tokens_per_block, size == 1, one_token, limits);
+  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size,
+                         num_waves * rows.lds_bytes);
+  config.launch.num_threads = limits.wave_size * num_waves;
   config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
   config.launch.lds_bytes = config.lds.total;
   config.launch.cluster_size = size;
@@ -157,11 +164,11 @@ FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
 
   FusedParams params;
   params.gating = args.gating_output.data;
-  params.row_stride = args.gating_output.stride[0];
+  params.row_stride = rows.row_stride;
   params.shape = shape;
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
-  params.wide_rows = rows.wide;
+  params.row_format = rows.format;
   params.one_token = cluster_size == 1 && is_one_token(shape, params.sort);
   const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
                                            cluster_size, params.one_token, limits);

@@ -72,6 +72,15 @@ __device__ __forceinline__ uint32_t bits_of_key(uint32_t key) {
   return key ^ (all_ones_if_negative(~key) | 0x80000000u);
 }
 
+// The larger of two floats, neither a NaN unless both are.
+__device__ __forceinline__ float max_but_nan(float x, float y) {
+#if defined(AITER_TARGET_CPU)
+  return x > y || y != y ? x : y;  // NOTE: fmaxf is a call there.
+#else
+  return fmaxf(x, y);
+#endif
+}
+
 // How a lane stores a logit of type T; 0 stands for no logit.
 template <typename T>
 struct Logit;
