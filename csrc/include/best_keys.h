@@ -55,6 +55,14 @@ class BestKeys {
   template <typename KeyAt>
   static __device__ __forceinline__ Winner select(float (&keys)[kValues], int num_experts, int topk,
                                                   void* lds, KeyAt key_at) {
+    return select_of(
+        keys, [&](int expert_idx) { return expert_idx < num_experts; }, topk, lds, key_at);
+  }
+
+  // As select(), of the experts for which exists(e); keys of others are NaN.
+  template <typename Exists, typename KeyAt>
+  static __device__ __forceinline__ Winner select_of(float (&keys)[kValues], Exists exists,
+                                                     int topk, void* lds, KeyAt key_at) {
     uint64_t* const found = of_group(lds);
     const float least = threshold(keys);
     uint32_t own = 0;  // bit i: keys[i] is a candidate
@@ -63,7 +71,7 @@ class BestKeys {
     const int num_found = collect(own, found);
     const bool fails = num_found < topk || num_found > kRoom;
     order_candidates(found, fails ? 0 : num_found, topk, key_at);
-    if (wave_ballot(fails) != 0) select_by_steps(keys, num_experts, topk, fails, found);
+    if (wave_ballot(fails) != 0) select_by_steps(keys, exists, topk, fails, found);
     wave_sync();
     const int k = lane_in_group() < topk ? lane_in_group() : 0;
     const uint64_t mine = found[k];
@@ -244,12 +252,13 @@ class BestKeys {
   }
 
   // Finds the winners of the groups with `fails` one by one, and puts them where order_candidates() does.
-  static __device__ __forceinline__ void select_by_steps(float (&keys)[kValues], int num_experts,
+  template <typename Exists>
+  static __device__ __forceinline__ void select_by_steps(float (&keys)[kValues], Exists exists,
                                                          int topk, bool fails, uint64_t* found) {
     uint32_t left[kValues];
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      left[i] = expert_of_register(i) < num_experts ? key_of(keys[i]) : 0;
+      left[i] = exists(expert_of_register(i)) ? key_of(keys[i]) : 0;
     }
     AITER_LOOP
     for (int k = 0; k < topk; ++k) {

@@ -30,31 +30,43 @@ inline RowRule row_rule(const RoutingRule& rule, const std::optional<TensorView>
   row.num_experts = row.num_candidates - rule.num_zero_experts;
   row.topk = static_cast<int>(num_slots) - rule.num_shared_experts;
   row.group_width = row.num_candidates / rule.num_expert_group;
-  row.log2_groups = log2_of(rule.num_expert_group);
+  row.log2_group_places = log2_ceil(std::max(row.group_width, kKeysPerChunk));
+  const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
+  const bool whole = row.group_width % kKeysPerChunk == 0;
+  row.wide_logits = whole && on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
+                    on_boundary(gating.stride[0] * gating.itemsize);
+  row.wide_bias = whole && on_boundary(reinterpret_cast<uintptr_t>(row.bias));
   row.top2 = rule.group_score == kByBias ? has_bias : rule.group_score == kTop2;
   row.key_is_logit = is_plain || rule.select_on == kLogit;
   row.shares_chosen = is_plain && rule.need_renorm && rule.renorm_eps <= kNegligibleEps &&
                       rule.renorm_min <= kNegligibleMin;
-  row.counts_infinite = is_plain;
+  row.shares_none = is_plain;
   return row;
 }
 
-// Calls f(RowsTag<RuleRow>{}).
+inline RuleRowShape rule_row_shape(const RowRule& row) {
+  const int num_groups = row.rule.num_expert_group;
+  const int group_places = num_groups > 1 ? 1 << row.log2_group_places : row.num_candidates;
+  return rule_row_shape(num_groups * group_places, group_places, num_groups, row.topk);
+}
+
+// Calls f(RowsTag<RuleRows or MemoryRuleRow>{}).
 template <typename F>
-void dispatch_rule_rows(const RowRule& row, int wave_size, F f) {
-  static_assert(kMaxRowValues == 32, "one case per power of two from 4 on");
-  switch (rule_row_values(row.num_candidates, row.rule.num_expert_group, wave_size)) {
-    case 4:
-      return f(RowsTag<RuleRow<4>>{});
-    case 8:
-      return f(RowsTag<RuleRow<8>>{});
-    case 16:
-      return f(RowsTag<RuleRow<16>>{});
-    case 32:
-      return f(RowsTag<RuleRow<32>>{});
-    default:
-      return f(RowsTag<RuleRow<0>>{});
-  }
+void dispatch_rule_rows(const RowRule& row, F f) {
+  const RuleRowShape shape = rule_row_shape(row);
+  if (shape.values == 0) return f(RowsTag<MemoryRuleRow>{});
+  if (shape.best == 32) return f(RowsTag<RuleRows<32, 32>>{});
+  if (shape.values == 8) return f(RowsTag<RuleRows<8, 16>>{});
+  if (shape.values == 16) return f(RowsTag<RuleRows<16, 16>>{});
+  return f(RowsTag<RuleRows<32, 16>>{});
+}
+
+// Rows that a wave takes at once, and LDS of a wave for them.
+inline int rule_rows_per_wave(const RowRule& row, int wave_size) {
+  return rule_row_shape(row).values == 0 ? 1 : wave_size / kRuleLanes;
+}
+inline int rule_lds_bytes(const RowRule& row, int wave_size) {
+  return rule_row_shape(row).values == 0 ? 0 : best_keys_lds_bytes(wave_size);
 }
 
 }  // namespace aiter

@@ -3,8 +3,8 @@
 //   gating [M, E + Z (+ S)] f32/f16/bf16, inner stride 1, any row stride
 //   topk_weights f32 [M, K + S], topk_ids i32 [M, K + S], inner stride 1, any row stride
 //
-// A wave takes one row (rule_topk.h), kRoutingWaves waves form a workgroup; they share nothing, so there is
-// no LDS and no barrier.
+// A wave takes a row or two (rule_topk.h), kRoutingWaves waves form a workgroup; they share nothing, so there is no
+// barrier, and LDS is a wave's own.
 #pragma once
 
 #include "device/cluster.h"
@@ -42,16 +42,24 @@ struct TopkRoutingSink {
 template <typename Rows>
 __global__ void AITER_LAUNCH_BOUNDS(kRoutingWaves* kMaxWaveSize)
     topk_routing_kernel(TopkRoutingParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
-  if constexpr (Rows::kIsUsed) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRoutingWaves + uniform_wave_idx();
-    if (row >= p.num_tokens) return;
-    Rows logits(p.rule);
-    logits.load(p.gating + row * p.row_bytes, 0, false);
-    TopkRoutingSink sink{p.topk_weights + row * p.weights_stride, p.topk_ids + row * p.ids_stride};
-    wave_topk(logits, 0, 0, false, true, sink);
+  const int64_t wave = static_cast<int64_t>(blockIdx.x) * kRoutingWaves + uniform_wave_idx();
+  const int64_t first = wave * Rows::kRowsPerWave;
+  if (first >= p.num_tokens) return;
+  const bool valid = first + Rows::row_in_wave() < p.num_tokens;
+  const int64_t row = valid ? first + Rows::row_in_wave() : p.num_tokens - 1;
+  Rows logits;
+  logits.follow(p.rule);
+  if constexpr (kUsesLds<Rows>) {
+    logits.use(lds_base + uniform_wave_idx() * best_keys_lds_bytes(kWaveSize));
+  } else {
+    (void)lds_base;
   }
+  logits.load(p.gating + row * p.row_bytes, 0, RowFormat{});
+  TopkRoutingSink sink{p.topk_weights + row * p.weights_stride, p.topk_ids + row * p.ids_stride};
+  wave_topk(logits, 0, 0, false, valid, sink);
 }
 
 }  // namespace aiter

@@ -38,11 +38,13 @@ void topk_routing(const TopkRoutingArgs& args, void* stream) {
   params.weights_stride = args.topk_weights.stride[0];
   params.topk_ids = static_cast<int32_t*>(args.topk_ids.data);
   params.ids_stride = args.topk_ids.stride[0];
-  const unsigned num_blocks = (params.num_tokens + kRoutingWaves - 1) / kRoutingWaves;
+  const unsigned rows_per_block = kRoutingWaves * rule_rows_per_wave(params.rule, limits.wave_size);
+  const unsigned num_blocks = (params.num_tokens + rows_per_block - 1) / rows_per_block;
   const unsigned num_threads = kRoutingWaves * limits.wave_size;
-  dispatch_rule_rows(params.rule, limits.wave_size, [&](auto tag) {
+  const size_t lds_bytes = kRoutingWaves * rule_lds_bytes(params.rule, limits.wave_size);
+  dispatch_rule_rows(params.rule, [&](auto tag) {
     launch(topk_routing_kernel<typename decltype(tag)::type>, limits,
-           {num_blocks, num_threads, 0, 1, true}, static_cast<hipStream_t>(stream), params);
+           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream), params);
   });
 }
 
