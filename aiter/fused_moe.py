@@ -21,10 +21,10 @@ from .routing.buffers import SortedBuffers
 from .routing.calls import (
     empty_sorted_buffers,
     fused_topk,
-    last_path,
     moe_sorting,
     topk_softmax_sorting,
 )
+from .routing.known import last_path
 
 __all__ = [
     "ActivationType",

@@ -148,6 +148,9 @@ struct FusedLaunch {
 namespace {
 
 FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
+  if (args.rule || args.correction_bias) fail_argument("rule", "plain softmax", "another rule");
+  if (args.topk_weights) fail_argument("topk_out", "None", "two tensors");
+  if (args.flat_ids) fail_argument("id_format", "'slot'", "'flat'");
   check_experts_and_topk(args.num_experts, args.topk);
   check_gating(args.gating_output, args.num_experts);
   const int64_t num_tokens = args.gating_output.shape[0];
