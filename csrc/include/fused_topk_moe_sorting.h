@@ -205,7 +205,19 @@ struct RoutingBlock {
   }
 };
 
+// What a kernel of plain softmax and the slot format has beside FusedParams, of which there is nothing; see
+// fused_topk_moe_sorting_rules.h for the other kind.
+struct NoRule {
+  static constexpr bool kAnySort = false;  // kAny of expert_sort.h
+  using Sink = FusedSink;
+
+  template <typename Rows>
+  __device__ __forceinline__ void set(Rows&) const {}
+  __device__ __forceinline__ Sink sink(const FusedSink& of_rows, int) const { return of_rows; }
+};
+
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
+template <bool kAny>
 __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block) {
   const int topk = p.shape.topk;
   const int num_entries = block.num_rows * topk;
@@ -218,7 +230,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   const bool has_single_blocks = block.is_alone() && block.num_local <= p.shape.block_size &&
                                  p.shape.num_experts <= kMaxSetExperts;
   if (has_single_blocks) {
-    write_single_blocks(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
+    write_single_blocks<kAny>(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
     return;
   }
 
@@ -228,7 +240,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     block.counts.exchange(hits, block.wave);
   }
   const SortLds sort_lds{block.lds_starts, block.lds_tails, block.lds_totals};
-  assign_blocks(
+  assign_blocks<kAny>(
       p.shape, block.num_local, block.is_first_local, block.rank == 0, block.wave, sort_lds, p.sort,
       [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : block.counts.of(e); });
   __syncthreads();
@@ -239,15 +251,16 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     const uint32_t start = sort_lds.starts[entry.expert_idx];
     if (start == kNoSlot) continue;
     const int row = entry.token - block.first_token;
-    write_entry(p.sort, start + hits.rank(row, entry.expert_idx), entry);
+    write_entry<kAny>(p.shape, p.sort, start + hits.rank(row, entry.expert_idx), entry);
   }
   // The last threads pad first, as the first ones have most of the entries.
-  write_padding(p.shape, block.num_local, sort_lds.tails, p.sort,
+  write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
                 (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
                 block.cluster_size * blockDim.x);
 }
 
 // Everything that can be done without memory, while an earlier launch still runs.
+template <bool kAny>
 __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base,
                                             RoutingBlock& block) {
   const auto words = [&](uint32_t offset) {
@@ -262,7 +275,8 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
   block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
   block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
   block.lds_totals = words(p.lds.totals);
-  block.sets = SingleBlocks::in(block.lds_totals, p.sort.expert_mask != nullptr);
+  block.sets = SingleBlocks::in(block.lds_totals, leaves_out<kAny>(p.shape, p.sort) &&
+                                                      !(kAny && p.shape.flat_ids));
   block.lds_starts = words(p.lds.starts);
   block.lds_tails = words(p.lds.tails);
   block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
@@ -280,22 +294,24 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
 }
 
 // What memory says beside the logits.
+template <bool kAny>
 __device__ __forceinline__ void read_locals(const FusedParams& p, RoutingBlock& block) {
   const int num_experts = p.shape.num_experts;
   block.is_first_local =
-      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
+      static_cast<int>(threadIdx.x) < num_experts && is_local<kAny>(p.shape, p.sort, threadIdx.x);
   block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   const int rows_left =
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
-  block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
+  block.sets.post_mask<kAny>(p.shape, p.sort, block.is_first_local);
 }
 
-template <typename Rows>
-__device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
+template <typename Rows, typename Rule>
+__device__ __forceinline__ void route(const FusedParams& p, const Rule& rule, char* lds_base) {
+  constexpr bool kAny = Rule::kAnySort;
   const int num_experts = p.shape.num_experts;
   RoutingBlock block;
-  begin_block(p, lds_base, block);
+  begin_block<kAny>(p, lds_base, block);
   const int last_row = p.shape.num_tokens - 1 - block.first_token;
   const auto row_at = [&](int row) {
     const int token = block.first_token + (row < last_row ? row : last_row);
@@ -308,16 +324,19 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
 
   // Rows that turn out not to count are loaded in vain.
   Rows logits;
+  rule.set(logits);
   if constexpr (kUsesLds<Rows>) {
     logits.use(lds_base + p.lds.rows + block.wave * best_keys_lds_bytes(kWaveSize));
   }
   if (first_row < p.tokens_per_block && first_row <= last_row) {
     logits.load(row_at(first_row + own_row), num_experts, p.row_format);
   }
-  read_locals(p, block);
+  read_locals<kAny>(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
-                 0,       {}};
+  typename Rule::Sink sink =
+      rule.sink({nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
+                 0,       {}},
+                block.first_token);
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
@@ -334,14 +353,14 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
     }
   }
   if (anew(p.one_token) != 0) {
-    write_one_token(p.shape, block.num_local, block.wave, p.sort, sink.last);
+    write_one_token<kAny>(p.shape, block.num_local, block.wave, p.sort, sink.last);
     return;
   }
   __syncthreads();
   // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
   block.hits.stride = padded_experts(anew(p.shape.num_experts));
   block.hits.num_words = hit_words(anew(p.tokens_per_block));
-  sort_rows(p, block);
+  sort_rows<kAny>(p, block);
 }
 
 template <typename Rows>
@@ -350,7 +369,7 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
   AITER_DYNAMIC_LDS(lds_base);
   const unsigned num_routing = kMaxClusterSize > 1 ? p.cluster_size : 1;
   if (blockIdx.x < num_routing) {
-    if constexpr (Rows::kIsUsed) route<Rows>(p, lds_base);
+    if constexpr (Rows::kIsUsed) route<Rows>(p, NoRule{}, lds_base);
   } else {
     wait_for_earlier_launch();
     let_next_launch_begin();

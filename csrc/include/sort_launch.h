@@ -10,8 +10,10 @@
 
 namespace aiter {
 
+// `num_experts` includes `num_zero_experts`, the last ones, which compute nothing.
 inline SortShape sort_shape(int64_t num_tokens, int64_t num_experts, int64_t topk,
-                            int64_t unit_size, const SortTensors& t) {
+                            int64_t unit_size, const SortTensors& t, bool flat_ids = false,
+                            int64_t num_zero_experts = 0) {
   const auto on_boundary = [](const TensorView& view) {
     return reinterpret_cast<uintptr_t>(view.data) % sizeof(FourWords) == 0;
   };
@@ -21,7 +23,9 @@ inline SortShape sort_shape(int64_t num_tokens, int64_t num_experts, int64_t top
           static_cast<int>(unit_size),
           Divisor::of(static_cast<uint32_t>(topk)),
           Divisor::of(static_cast<uint32_t>(unit_size)),
-          unit_size % 4 == 0 && on_boundary(t.sorted_ids) && on_boundary(t.sorted_weights)};
+          unit_size % 4 == 0 && on_boundary(t.sorted_ids) && on_boundary(t.sorted_weights),
+          flat_ids,
+          static_cast<int>(num_experts - num_zero_experts)};
 }
 
 inline SortParams sort_params(const SortTensors& t) {
