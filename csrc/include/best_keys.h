@@ -17,8 +17,8 @@
 //                registers, and counts those that are better: that is the slot
 //
 // Values are compared where there are many, and (key, expert) only where there are few; that is why f32 keys
-// take hardly more than 16-bit ones. Rows with less than K candidates (NaN) or more than there is room for
-// (many equal keys) are selected again by a step per winner, over keys in registers.
+// take hardly more than 16-bit ones. Rows that have less than kBest maxima above -inf, or more candidates
+// than there is room for (many equal keys), are selected again by a step per winner, over keys in registers.
 //
 // LDS: best_keys_lds_bytes() of each wave, on a 16-byte boundary. It is the wave's own, so that wave_sync() is all
 // there is to wait for.
@@ -29,6 +29,9 @@
 namespace aiter {
 
 constexpr int kKeysPerChunk = 8;  // neighbouring experts of a lane
+
+// Rows of fewer keys have not enough maxima, each of four keys or more: their kBest-th is too low.
+__host__ __device__ constexpr int least_keys(int best) { return 5 * best; }
 
 // Candidates that a group has room for, in LDS.
 constexpr int kCandidatesPerLane = 3;
@@ -69,7 +72,8 @@ class BestKeys {
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) own |= keys[i] >= least ? 1u << i : 0u;
     const int num_found = collect(own, found);
-    const bool fails = num_found < topk || num_found > kRoom;
+    // NOTE: NaN is as good as -inf, but no candidate. Above -inf there are kBest candidates or more.
+    const bool fails = num_found > kRoom || !(least > -__builtin_inff());
     order_candidates(found, fails ? 0 : num_found, topk, key_at);
     if (wave_ballot(fails) != 0) select_by_steps(keys, exists, topk, fails, found);
     wave_sync();
@@ -113,13 +117,18 @@ class BestKeys {
     return ordered_key(ordinary_bits(bit_cast<uint32_t>(key)));
   }
 
-  template <int kFirst, int kCount>
+  // Over the lane's registers, or those of one half of each chunk, so that short rows have both.
+  enum Part { kFirstHalf, kSecondHalf, kWhole };
+  template <Part kPart, int kFirst = 0, int kCount = kPart == kWhole ? kValues : kValues / 2>
   static __device__ __forceinline__ float max_over(const float (&keys)[kValues]) {
-    if constexpr (kCount == 1) {
+    constexpr int kHalf = kKeysPerChunk / 2;
+    if constexpr (kCount > 1) {
+      return max_but_nan(max_over<kPart, kFirst, kCount / 2>(keys),
+                         max_over<kPart, kFirst + kCount / 2, kCount / 2>(keys));
+    } else if constexpr (kPart == kWhole) {
       return keys[kFirst];
     } else {
-      return max_but_nan(max_over<kFirst, kCount / 2>(keys),
-                         max_over<kFirst + kCount / 2, kCount / 2>(keys));
+      return keys[kFirst / kHalf * kKeysPerChunk + kPart * kHalf + kFirst % kHalf];
     }
   }
 
@@ -165,13 +174,13 @@ class BestKeys {
   static __device__ __forceinline__ float threshold(const float (&keys)[kValues]) {
     uint32_t best;
     if constexpr (kMaximaPerLane == 1) {
-      best = sorted<kBest>(key_of(max_over<0, kValues>(keys)));
+      best = sorted<kBest>(key_of(max_over<kWhole>(keys)));
       const uint32_t other = wave_exchange<kLanes - 1>(best);
       best = best > other ? best : other;
     } else {
-      best = sorted<kBest>(key_of(max_over<0, kValues / 2>(keys)));
-      const uint32_t other = wave_exchange<kLanes - 1>(
-          sorted<kBest>(key_of(max_over<kValues / 2, kValues / 2>(keys))));
+      best = sorted<kBest>(key_of(max_over<kFirstHalf>(keys)));
+      const uint32_t other =
+          wave_exchange<kLanes - 1>(sorted<kBest>(key_of(max_over<kSecondHalf>(keys))));
       best = best > other ? best : other;
     }
     const uint32_t least = kLanes == kWaveSize ? ~wave_max(~best) : least_of<kBest>(best);

@@ -108,8 +108,7 @@ inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int c
   lds.starts = take(per_expert);
   lds.tails = take(per_expert);
   lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
-  end = (end + 15) / 16 * 16;
-  lds.rows = take(row_bytes);
+  lds.rows = take(row_bytes);  // on a 16-byte boundary, as all before
   lds.weights = take(sizeof(float) * num_entries);
   lds.experts = take(sizeof(uint16_t) * num_entries);
   lds.total = (end + 15) / 16 * 16;

@@ -23,9 +23,17 @@ __host__ __device__ constexpr GroupShape key_group_shape(int num_tokens, int num
   const bool many = num_tokens > kFewTokens;
   if (topk > 16) return {32, 32, 32};
   if (num_experts > 512) return {32, 32, 16};
-  if (topk > 8 || num_experts > 256) return many ? GroupShape{16, 32, 16} : GroupShape{32, 16, 16};
+  if (topk > 8 || num_experts > 256) {
+    return many || num_experts <= 128 ? GroupShape{16, 32, 16} : GroupShape{32, 16, 16};
+  }
   if (num_experts > 128) return many ? GroupShape{8, 32, 8} : GroupShape{16, 16, 8};
   return {8, 16, 8};
+}
+
+// Whether rows are any of these instances'.
+__host__ __device__ constexpr bool has_key_group(int num_experts, int topk) {
+  return topk <= kMaxKeyTopk && num_experts <= kMaxRowExperts &&
+         num_experts >= least_keys(key_group_shape(1, num_experts, topk).best);
 }
 
 // Calls: use; load; when the logits are there, wave_topk.

@@ -73,11 +73,12 @@ inline RowsBy choose_kind(const TensorView& gating, int num_experts, int topk, b
   if (gating.dtype != DType::f32 && topk <= kMaxGroupTopk && num_experts <= kMaxGroupExperts) {
     return RowsBy::lists;
   }
-  return topk <= kMaxKeyTopk && num_experts <= kMaxRowExperts ? RowsBy::keys : RowsBy::wave;
+  return has_key_group(num_experts, topk) ? RowsBy::keys : RowsBy::wave;
 }
 
+// `lds_is_full`: there is none for keys.
 inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk, bool need_renorm,
-                             int wave_size) {
+                             int wave_size, bool lds_is_full = false) {
   const LogitType type = gating.dtype == DType::f32   ? LogitType::f32
                          : gating.dtype == DType::f16 ? LogitType::f16
                                                       : LogitType::bf16;
@@ -88,6 +89,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
                    0,
                    {false, type},
                    gating.stride[0]};
+  if (choice.by == RowsBy::keys && lds_is_full) choice.by = RowsBy::wave;
   if (choice.by == RowsBy::wave) return choice;
   const int num_tokens = static_cast<int>(gating.shape[0]);
   if (choice.by == RowsBy::lists) {

@@ -11,15 +11,11 @@ namespace {
 // The numbers of routing workgroups that are chosen from, unasked, as far as the device has clusters.
 constexpr int kClusterSizes[] = {1, 8, 16};
 
-// LDS that top-k needs if it is by keys, whatever the number of waves.
-int most_row_bytes(const DeviceLimits& limits) {
-  return best_keys_lds_bytes(limits.max_threads_per_block);
-}
-
-// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
+// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows. What top-k by keys needs
+// beside is no condition, as the rows go without where there is none left.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
-  return fused_lds(num_rows, num_experts, topk, cluster_size, most_row_bytes(limits)).total <=
+  return fused_lds(num_rows, num_experts, topk, cluster_size, 0).total <=
          static_cast<size_t>(limits.lds_bytes);
 }
 
@@ -161,20 +157,30 @@ FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
   const DeviceLimits limits = device_limits(device_index);
   const SortShape shape =
       sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
-  const RowChoice rows = choose_rows(args.gating_output, shape.num_experts, shape.topk,
-                                     args.need_renorm, limits.wave_size);
+  const auto choose = [&](bool lds_is_full) {
+    return choose_rows(args.gating_output, shape.num_experts, shape.topk, args.need_renorm,
+                       limits.wave_size, lds_is_full);
+  };
+  RowChoice rows = choose(false);
   const int cluster_size = check_cluster_size(args.cluster_size, shape, rows, limits);
 
   FusedParams params;
   params.gating = args.gating_output.data;
-  params.row_stride = rows.row_stride;
   params.shape = shape;
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
-  params.row_format = rows.format;
   params.one_token = cluster_size == 1 && is_one_token(shape, params.sort);
-  const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
-                                           cluster_size, params.one_token, limits);
+  const auto configure = [&] {
+    return choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens, cluster_size,
+                         params.one_token, limits);
+  };
+  FusedConfig config = configure();
+  if (config.launch.lds_bytes > static_cast<size_t>(limits.lds_bytes)) {
+    rows = choose(true);
+    config = configure();
+  }
+  params.row_stride = rows.row_stride;
+  params.row_format = rows.format;
   params.cluster_size = cluster_size;
   params.tokens_per_block = config.tokens_per_block;
   params.lds = config.lds;

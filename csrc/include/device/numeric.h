@@ -76,6 +76,8 @@ __device__ __forceinline__ uint32_t bits_of_key(uint32_t key) {
 __device__ __forceinline__ float max_but_nan(float x, float y) {
 #if defined(AITER_TARGET_CPU)
   return x > y || y != y ? x : y;  // NOTE: fmaxf is a call there.
+#elif defined(AITER_TARGET_ROCM)
+  return __builtin_fmaxf(x, y);
 #else
   return fmaxf(x, y);
 #endif
