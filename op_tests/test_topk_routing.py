@@ -294,7 +294,7 @@ def bad_calls() -> list[tuple[str, dict[str, object], type[Exception], str]]:
         ("bias is a list", {"correction_bias": [0.0]}, TypeError, "correction_bias: expected a tensor"),
         ("bias with logits", {"rule": by_logit, "correction_bias": bias}, ValueError,
          "correction_bias: expected None with a rule of select_on 'logit'"),
-        ("rule is a name", {"rule": "sigmoid"}, TypeError, "rule: expected a RoutingRule or None, got str"),
+        ("rule is a name", {"rule": "sigmoid"}, TypeError, "rule: expected a RoutingRule, got str"),
         ("K above E", {"topk_weights": torch.empty(2, 17), "topk_ids": torch.empty(2, 17).int()},
          ValueError, "topk: expected a value from 1 to 16, got 17"),
         ("no slot is routed", {"rule": RoutingRule(num_shared_experts=4)}, ValueError,

@@ -229,7 +229,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   const bool has_single_blocks = block.is_alone() && block.num_local <= p.shape.block_size &&
                                  p.shape.num_experts <= kMaxSetExperts;
   if (has_single_blocks) {
-    write_single_blocks<kAny>(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
+    write_single_blocks<kAny>(p.shape, block.num_local, hits, block.sets, p.sort, num_entries,
+                              entry_at);
     return;
   }
 
@@ -254,8 +255,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   }
   // The last threads pad first, as the first ones have most of the entries.
   write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
-                (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
-                block.cluster_size * blockDim.x);
+                      (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
+                      block.cluster_size * blockDim.x);
 }
 
 // Everything that can be done without memory, while an earlier launch still runs.
@@ -274,8 +275,8 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
   block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
   block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
   block.lds_totals = words(p.lds.totals);
-  block.sets = SingleBlocks::in(block.lds_totals, leaves_out<kAny>(p.shape, p.sort) &&
-                                                      !(kAny && p.shape.flat_ids));
+  block.sets = SingleBlocks::in(block.lds_totals,
+                                leaves_out<kAny>(p.shape, p.sort) && !(kAny && p.shape.flat_ids));
   block.lds_starts = words(p.lds.starts);
   block.lds_tails = words(p.lds.tails);
   block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
@@ -332,10 +333,9 @@ __device__ __forceinline__ void route(const FusedParams& p, const Rule& rule, ch
   }
   read_locals<kAny>(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  typename Rule::Sink sink =
-      rule.sink({nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
-                 0,       {}},
-                block.first_token);
+  typename Rule::Sink sink = rule.sink(
+      {nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size, 0, {}},
+      block.first_token);
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;

@@ -37,20 +37,13 @@ struct RoutingRule {
     return {kSoftmax, 1,    1,    kByBias, need_renorm,  0.0f, 0.0f, 1.0f,
             kScore,   1.0f, 0.0f, 0,       kFixedWeight, 1.0f, 0};
   }
-  // Of the numbers that aiter.RoutingRule packs.
-  static RoutingRule of(const double (&numbers)[kNumNumbers]) {
+  // Of the kNumNumbers numbers that aiter.RoutingRule packs.
+  static RoutingRule of(const double* numbers) {
     const auto integer = [&](int i) { return static_cast<int>(numbers[i]); };
     const auto real = [&](int i) { return static_cast<float>(numbers[i]); };
     return {integer(0), integer(1),  integer(2),  integer(3), integer(4) != 0,
             real(5),    real(6),     real(7),     integer(8), real(9),
             real(10),   integer(11), integer(12), real(13),   integer(14)};
-  }
-  // Whether it is plain(), as long as there is no correction bias.
-  bool is_plain() const {
-    return scoring_func == kSoftmax && num_expert_group == 1 && group_score == kByBias &&
-           renorm_eps == 0.0f && renorm_min == 0.0f && routed_scaling_factor == 1.0f &&
-           select_on == kScore && logit_scale == 1.0f && softcap == 0.0f &&
-           num_shared_experts == 0 && num_zero_experts == 0;
   }
   // Logits of shared experts, which stand behind all others.
   int num_shared_logits() const {

@@ -14,6 +14,9 @@ struct RuleShape {
 // row, and returns what follows of them.
 RuleShape check_rule(const RoutingRule& rule, const std::optional<TensorView>& correction_bias,
                      const TensorView& gating_output, int64_t num_slots);
+// gating_output as wide as `num_experts`, the routed and the shared ones, take.
+void check_num_logits(const RoutingRule& rule, const TensorView& gating_output,
+                      int64_t num_experts);
 // Inner stride 1 and rows that do not share memory.
 void check_rows(const TensorView& t);
 

@@ -36,6 +36,7 @@ inline RowRule row_rule(const RoutingRule& rule, const std::optional<TensorView>
   row.wide_logits = whole && on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
                     on_boundary(gating.stride[0] * gating.itemsize);
   row.wide_bias = whole && on_boundary(reinterpret_cast<uintptr_t>(row.bias));
+  row.in_memory = false;
   row.top2 = rule.group_score == kByBias ? has_bias : rule.group_score == kTop2;
   row.key_is_logit = is_plain || rule.select_on == kLogit;
   row.shares_chosen = is_plain && rule.need_renorm && rule.renorm_eps <= kNegligibleEps &&
@@ -45,6 +46,7 @@ inline RowRule row_rule(const RoutingRule& rule, const std::optional<TensorView>
 }
 
 inline RuleRowShape rule_row_shape(const RowRule& row) {
+  if (row.in_memory) return {0, 0};
   const int num_groups = row.rule.num_expert_group;
   const int group_places = num_groups > 1 ? 1 << row.log2_group_places : row.num_candidates;
   return rule_row_shape(num_groups * group_places, group_places, num_groups, row.topk);
@@ -61,12 +63,17 @@ void dispatch_rule_rows(const RowRule& row, F f) {
   return f(RowsTag<RuleRows<32, 16>>{});
 }
 
-// Rows that a wave takes at once, and LDS of a wave for them.
-inline int rule_rows_per_wave(const RowRule& row, int wave_size) {
-  return rule_row_shape(row).values == 0 ? 1 : wave_size / kRuleLanes;
-}
-inline int rule_lds_bytes(const RowRule& row, int wave_size) {
-  return rule_row_shape(row).values == 0 ? 0 : best_keys_lds_bytes(wave_size);
+// The same as launchers choose among rows without a rule.
+inline RowChoice rule_row_choice(const RowRule& row, const TensorView& gating, int wave_size) {
+  const RuleRowShape shape = rule_row_shape(row);
+  const bool in_memory = shape.values == 0;
+  RowChoice choice{};
+  choice.by = in_memory ? RowsBy::wave : RowsBy::keys;
+  choice.values = shape.values;
+  choice.rows_per_wave = in_memory ? 1 : wave_size / kRuleLanes;
+  choice.lds_bytes = in_memory ? 0 : best_keys_lds_bytes(wave_size);
+  choice.row_stride = gating.stride[0] * gating.itemsize;
+  return choice;
 }
 
 }  // namespace aiter

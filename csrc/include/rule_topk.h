@@ -53,6 +53,7 @@ struct RowRule {
   int num_candidates, num_experts, topk;  // E + Z, E, K
   int group_width;
   int log2_group_places;  // of RuleRows
+  bool in_memory;         // for MemoryRuleRow, whatever RuleRows may hold
   bool top2;              // a group is worth the sum of its two largest keys
   bool key_is_logit;      // else s, and the bias
   bool shares_chosen;     // softmax over the chosen alone: section 2

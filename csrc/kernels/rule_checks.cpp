@@ -49,6 +49,20 @@ RuleShape check_rule(const RoutingRule& rule, const std::optional<TensorView>& c
   return {num_candidates, num_slots - num_shared};
 }
 
+void check_num_logits(const RoutingRule& rule, const TensorView& gating_output,
+                      int64_t num_experts) {
+  check_rank(gating_output, 2);
+  const int64_t without_logits = rule.num_shared_experts - rule.num_shared_logits();
+  const int64_t wanted = num_experts - without_logits + rule.num_zero_experts;
+  if (gating_output.shape[1] == wanted) return;
+  fail_argument(gating_output.name,
+                "shape [any, " + std::to_string(wanted) + "] for num_experts " +
+                    std::to_string(num_experts) + " with " +
+                    std::to_string(rule.num_shared_experts) + " shared and " +
+                    std::to_string(rule.num_zero_experts) + " zero ones",
+                shape_of(gating_output));
+}
+
 void check_rows(const TensorView& t) {
   if (t.numel() == 0) return;
   if (t.shape[1] > 1 && t.stride[1] != 1) {

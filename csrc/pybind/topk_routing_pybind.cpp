@@ -1,5 +1,4 @@
 #include "pybind_args.h"
-#include "rule_arg.h"
 #include "topk_routing_api.h"
 
 namespace py = pybind11;
@@ -12,9 +11,11 @@ PYBIND11_MODULE(module_topk_routing, m) {
         aiter::TopkRoutingArgs args{aiter::tensor_arg(topk_weights, "topk_weights"),
                                     aiter::tensor_arg(topk_ids, "topk_ids"),
                                     aiter::input_arg(gating_output, "gating_output"),
-                                    aiter::rule_arg(rule, "rule"), std::nullopt};
-        if (!correction_bias.is_none()) {
-          args.correction_bias = aiter::input_arg(correction_bias, "correction_bias");
+                                    aiter::RoutingRule::plain(true),
+                                    aiter::optional_input_arg(correction_bias, "correction_bias")};
+        if (!rule.is_none()) {
+          const auto numbers = aiter::packed_arg<aiter::RoutingRule::kNumNumbers>(rule, "rule");
+          args.rule = aiter::RoutingRule::of(numbers.data());
         }
         void* stream = aiter::current_stream(gating_output, args.gating_output);
         const aiter::ReleaseGilOnCpu release(args.gating_output);
