@@ -157,7 +157,8 @@ def _is_close_call(
     if rule.select_on == "logit" or bias is None:
         # NOTE: a bias would change the kind of the rule; logits are moved instead.
         shaken = [
-            gating.float() * (1 + KEY_ERROR * (2 * torch.rand(gating.shape, generator=generator) - 1))
+            gating.float()
+            * (1 + KEY_ERROR * (2 * torch.rand(gating.shape, generator=generator) - 1))
             for _ in range(tries)
         ]
         chosen = [

@@ -1,8 +1,8 @@
 """Does top-k by any rule choose and weigh experts as the contract says?
 
-Against its table, against the plain PyTorch reference (exactly where scores are exact, allowing for close
-calls elsewhere), against float64 for the arithmetic, and bit for bit between wave widths, numbers of rows
-and layouts. As a script: the largest error of every score on a device.
+Against its table, against the plain PyTorch reference (exactly where scores are exact, allowing for
+close calls elsewhere), against float64 for the arithmetic, and bit for bit between wave widths, numbers
+of rows and layouts. As a script: the largest error of every score on a device.
 """
 
 from __future__ import annotations
@@ -187,7 +187,15 @@ def test_random_rules(problem: tuple[RoutingRule, int, int, str, str, torch.dtyp
 def test_plain_rules_are_topk_softmax(target: Target, dtype: torch.dtype, renorm: bool) -> None:
     """The same bits, whichever way each selects."""
     generator = torch.Generator().manual_seed(3)
-    for num_experts, topk in ((3, 2), (40, 8), (128, 4), (256, 8), (513, 11), (896, 16), (1100, 40)):
+    for num_experts, topk in (
+        (3, 2),
+        (40, 8),
+        (128, 4),
+        (256, 8),
+        (513, 11),
+        (896, 16),
+        (1100, 40),
+    ):
         for kind in ("normal", "special"):
             logits = LOGITS[kind]((7, num_experts), generator).to(dtype)
             got = route(target, logits, topk, RoutingRule(need_renorm=renorm), None)
@@ -308,7 +316,8 @@ def bad_calls() -> list[tuple[str, dict[str, object], type[Exception], str]]:
          "topk_ids: expected rows that do not overlap"),
         ("inner stride", {"topk_weights": torch.empty(2, 8)[:, ::2]}, ValueError,
          "topk_weights: expected inner stride 1, got 2"),
-        ("gating is double", {"gating_output": torch.zeros(2, 16).double()}, ValueError, "gating_output"),
+        ("gating is double", {"gating_output": torch.zeros(2, 16).double()}, ValueError,
+         "gating_output"),
     ]  # fmt: skip
 
 
@@ -327,10 +336,12 @@ def test_bad_input(
     }
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.device.type != "meta":
-            moved = value if target.device == "cpu" else value.to(target.device)
-            # NOTE: moving keeps strides only of dense tensors.
-            arguments[name] = moved if moved.stride() == value.stride() else moved.as_strided(
-                value.shape, value.stride()) if 0 in value.stride() else value.to(target.device)  # fmt: skip
+            # NOTE: the whole storage moves, as moving a view would make it dense.
+            storage = value.as_strided(
+                (value.untyped_storage().nbytes() // value.itemsize,), (1,), 0
+            )
+            moved = storage.to(target.device)
+            arguments[name] = moved.as_strided(value.shape, value.stride(), value.storage_offset())
     outputs = [arguments["topk_weights"], arguments["topk_ids"]]
     before = [o.clone() for o in outputs if isinstance(o, Tensor)]
     with target.active(), pytest.raises(error, match=text):

@@ -118,9 +118,7 @@ def _numbers_in_schema(rule: RoutingRule | None = None, **kwargs: Any) -> dict[s
     return {**kwargs, "rule": None if rule is None else [float(n) for n in rule.packed]}
 
 
-def _rule_in_schema(
-    topk_out: tuple[Tensor, Tensor] | None = None, **kwargs: Any
-) -> dict[str, Any]:
+def _rule_in_schema(topk_out: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:
     weights, ids = topk_out or (None, None)
     return {**_numbers_in_schema(**kwargs), "topk_weights": weights, "topk_ids": ids}
 

@@ -66,6 +66,11 @@ __host__ __device__ constexpr int log2_ceil(int x) {
   return exponent;
 }
 
+// Threads of a workgroup: a row takes three registers of a lane per value.
+__host__ __device__ constexpr int max_rule_threads(int values) {
+  return values > 16 ? 256 : values > 8 ? 512 : 1024;
+}
+
 // Registers of a lane for a row in RuleRows, and the winners looked for; 0 for MemoryRuleRow.
 struct RuleRowShape {
   int values, best;
@@ -83,6 +88,11 @@ __device__ __forceinline__ float load_float(const void* items, FloatKind kind, i
   if (kind == FloatKind::f32) return static_cast<const float*>(items)[i];
   const uint16_t bits = static_cast<const uint16_t*>(items)[i];
   return kind == FloatKind::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
+}
+
+__device__ __forceinline__ uint32_t all_ones_if_nan(float x) {
+  constexpr uint32_t kInf = 0x7f800000u;
+  return all_ones_if_negative(kInf - (bit_cast<uint32_t>(x) & 0x7fffffffu));
 }
 
 // The row's maximum, and the sum of exp(x - maximum).
@@ -160,7 +170,7 @@ class RuleRows {
   using Item = unsigned char;  // rows are bytes apart
   using Keys = BestKeys<kRuleLanes, kValues, kBest>;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_row_threads(kValues);
+  static constexpr int kMaxThreads = max_rule_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
 
   // Which of the wave's rows this lane works on.
@@ -202,6 +212,16 @@ class RuleRows {
     return load_float(row_, rule_->logit_kind, candidate);
   }
 
+  // The loaded items are not needed any more. NOTE: not drop() of all, as the rule lies with the kernel's arguments
+  // only as long as no other pointer may take its place.
+  __device__ __forceinline__ void forget() {
+    AITER_UNROLL
+    for (int i = 0; i < kValues / 4; ++i) {
+      drop(logits_[i]);
+      drop(bias_[i]);
+    }
+  }
+
   __device__ __forceinline__ float sum_in_order(float x, int topk) const {
     return Keys::sum_in_order(x, topk, lds_);
   }
@@ -222,6 +242,12 @@ class RuleRows {
   __device__ __forceinline__ int num_in_chunk(int first) const {
     return group_of(first) < rule_->rule.num_expert_group ? rule_->group_width - member_of(first)
                                                           : 0;
+  }
+
+  // Negative if there is a candidate in register i.
+  __device__ __forceinline__ int none_from(int i) const {
+    const int chunk = i / kKeysPerChunk * kKeysPerChunk;
+    return i - chunk - num_in_chunk(Keys::expert_of_register(chunk));
   }
 
   __device__ __forceinline__ void load_items(const void* items, FloatKind kind, bool wide,
@@ -287,12 +313,11 @@ class RuleRows {
   __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues]) const {
     const RowRule& r = *rule_;
     convert(logits_, r.logit_kind, keys);
-    uint32_t allowed = 0;  // bit i: register i has a candidate, and its logit is none of NaN
+    uint32_t ruled_out[kValues];  // all ones where there is no candidate, or its logit is NaN
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int chunk = i / kKeysPerChunk * kKeysPerChunk;
-      const int count = num_in_chunk(Keys::expert_of_register(chunk));
-      if (i - chunk < count && keys[i] == keys[i]) allowed |= 1u << i;
+      ruled_out[i] =
+          ~all_ones_if_negative(static_cast<uint32_t>(none_from(i))) | all_ones_if_nan(keys[i]);
     }
     if (r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f) {
       AITER_UNROLL
@@ -315,7 +340,7 @@ class RuleRows {
     }
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      keys[i] = eligible_key((allowed >> i & 1) != 0 ? 0.0f : __builtin_nanf(""), keys[i]);
+      keys[i] = bit_cast<float>(bit_cast<uint32_t>(eligible_key(0.0f, keys[i])) | ruled_out[i]);
     }
   }
 
@@ -326,9 +351,8 @@ class RuleRows {
     float terms[kValues];
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int chunk = i / kKeysPerChunk * kKeysPerChunk;
-      const bool exists = i - chunk < num_in_chunk(Keys::expert_of_register(chunk));
-      const uint32_t ordered = exists ? ordered_float(x[i]) : 0;
+      const uint32_t ordered =
+          ordered_float(x[i]) & all_ones_if_negative(static_cast<uint32_t>(none_from(i)));
       best = ordered > best ? ordered : best;
     }
     best = larger<1>(best);
@@ -339,9 +363,9 @@ class RuleRows {
     softmax.max = bit_cast<float>(bits_of_key(best));
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int chunk = i / kKeysPerChunk * kKeysPerChunk;
-      const bool exists = i - chunk < num_in_chunk(Keys::expert_of_register(chunk));
-      terms[i] = exists ? softmax_numerator(without_nan(x[i]), softmax.max) : 0.0f;
+      const float term = softmax_numerator(without_nan(x[i]), softmax.max);
+      terms[i] = bit_cast<float>(bit_cast<uint32_t>(term) &
+                                 all_ones_if_negative(static_cast<uint32_t>(none_from(i))));
     }
     float sums[kKeysPerChunk];
     AITER_UNROLL
@@ -440,6 +464,11 @@ class RuleRows {
 
 template <int kValues, int kBest>
 constexpr bool kUsesLds<RuleRows<kValues, kBest>> = true;
+
+template <int kValues, int kBest>
+__device__ __forceinline__ void drop(RuleRows<kValues, kBest>& rows) {
+  rows.forget();
+}
 
 // Calls: follow; load; select; next K times.
 class MemoryRuleRow {
@@ -540,6 +569,8 @@ class MemoryRuleRow {
   RowSoftmax softmax_;
   uint64_t last_ = 0, last_group_ = 0;  // winner and group that were taken last
 };
+
+__device__ __forceinline__ void drop(MemoryRuleRow&) {}
 
 // What a winner weighs before it is divided.
 template <typename Rows>

@@ -64,7 +64,8 @@ struct RowChoice {
   int rows_per_wave;
   int lds_bytes;  // of each wave
   RowFormat format;
-  int64_t row_stride;  // in items of the class of rows
+  int64_t row_stride;   // in items of the class of rows
+  int max_threads = 0;  // of a workgroup; 0 for those of max_row_threads()
 };
 
 // Lists are of 16-bit logits; beyond their limits and for f32, keys are.
