@@ -8,25 +8,28 @@ of rows and layouts. As a script: the largest error of every score on a device.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import FrozenInputs, GuardedBuffer
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from rule_cases import (
     ANSWERS,
+    BIASES,
+    DTYPES,
     INF,
+    LOGITS,
     MODELS,
-    NAN,
     Answer,
+    Problem,
     check_exact,
     check_routing,
     exact_bias,
     exact_logits,
     num_logits,
+    problems,
+    random_bias,
 )
 from targets import CPU_WAVES, Target, default_device, select_targets
 from torch import Tensor
@@ -35,8 +38,6 @@ import aiter
 from aiter.cli.table import format_table
 from aiter.ops.rule import RoutingRule
 from aiter.ops.topk_routing import topk_routing
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Largest relative errors against float64: csrc/include/rule_scores.h states them.
 MOST_ERROR = {"sigmoid": 2.0e-7, "sqrtsoftplus": 1.5e-7, "softcap": 2.5e-7}
@@ -92,10 +93,6 @@ def test_table_of_the_contract(target: Target, answer: Answer) -> None:
         torch.testing.assert_close(got[0], expected, rtol=2e-7, atol=0.0)
 
 
-def random_bias(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator) * 0.1
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_models(target: Target, model: str, dtype: torch.dtype) -> None:
@@ -113,63 +110,9 @@ def test_models(target: Target, model: str, dtype: torch.dtype) -> None:
         check_exact(route(target, logits, topk, rule, bias), logits, rule, bias)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[RoutingRule, int, int, str, str, torch.dtype, int]:
-    """A rule with experts, K, kinds of logits and bias, a dtype and a seed."""
-    groups = draw(st.sampled_from([1, 1, 2, 3, 4, 8, 12, 33]))
-    width = draw(st.sampled_from([1, 2, 3, 7, 8, 16, 20, 24, 33, 64, 260]))
-    shared = draw(st.sampled_from([0, 0, 1, 3]))
-    select_on = draw(st.sampled_from(["score", "score", "score", "logit"]))
-    rule = RoutingRule(
-        scoring_func=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
-        num_expert_group=groups,
-        topk_group=draw(st.integers(1, groups)),
-        group_score=draw(st.sampled_from([None, "top2", "max"])),
-        need_renorm=draw(st.booleans()),
-        renorm_eps=draw(st.sampled_from([None, 0.0, 1e-20, 1e-3])),
-        renorm_min=draw(st.sampled_from([0.0, 1e-12, 0.5])),
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5, -0.3])),
-        select_on=select_on,
-        logit_scale=draw(st.sampled_from([1.0, 1.0, 0.25, -1.5])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
-        num_shared_experts=shared,
-        shared_expert_scoring_func=draw(st.sampled_from(["", "sigmoid"])),
-        shared_expert_weight=0.75,
-        num_zero_experts=draw(st.sampled_from([0, 1, 9])) if groups == 1 else 0,
-    )
-    num_experts = groups * width
-    topk = min(draw(st.sampled_from([1, 2, 6, 8, 16, 22, 32, 33, 70])), num_experts)
-    bias = "none" if select_on == "logit" else draw(st.sampled_from(["none", *BIASES]))
-    return (
-        rule, num_experts, topk, draw(st.sampled_from(list(LOGITS))), bias,
-        draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**20)),
-    )  # fmt: skip
-
-
-def _special(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 30.0, -30.0, -88.8, 89.0])
-    return values[torch.randint(len(values), shape, generator=generator)]
-
-
-LOGITS: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
-    "normal": lambda shape, generator: torch.randn(shape, generator=generator) * 2,
-    "low": lambda shape, generator: torch.randn(shape, generator=generator) - 20,
-    "special": _special,
-    "exact": exact_logits,
-}
-BIASES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
-    "random": random_bias,
-    "large": lambda size, generator: (torch.rand(size, generator=generator) - 0.5) * 40_000,
-    "exact": exact_bias,
-    "nan": lambda size, generator: torch.where(
-        torch.rand(size, generator=generator) < 0.3, NAN, 0.25
-    ),
-}
-
-
 @settings(max_examples=60, deadline=None)
 @given(problem=problems())
-def test_random_rules(problem: tuple[RoutingRule, int, int, str, str, torch.dtype, int]) -> None:
+def test_random_rules(problem: Problem) -> None:
     """Any rule on any input; both wave widths agree to the bit on the CPU."""
     rule, num_experts, topk, kind, bias_kind, dtype, seed = problem
     generator = torch.Generator().manual_seed(seed)
