@@ -17,11 +17,13 @@ from torch import Tensor
 from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
 from .layer.experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
 from .layer.types import ActivationType, QuantType
+from .ops.rule import RoutingRule, plain_rule
 from .routing.buffers import SortedBuffers
 from .routing.calls import (
     empty_sorted_buffers,
     fused_topk,
     moe_sorting,
+    topk_routing_sorting,
     topk_softmax_sorting,
 )
 from .routing.known import last_path
@@ -37,6 +39,7 @@ __all__ = [
     "fused_topk",
     "last_path",
     "moe_sorting",
+    "topk_routing_sorting",
     "topk_softmax_sorting",
 ]
 
@@ -170,6 +173,8 @@ def fused_moe_from_logits(
     bias1: Tensor | None = None,
     bias2: Tensor | None = None,
     *,
+    rule: RoutingRule | None = None,
+    correction_bias: Tensor | None = None,
     gate_up_interleaved: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -181,9 +186,12 @@ def fused_moe_from_logits(
     Args:
         gating_output: [M, E] float32, float16 or bfloat16 logits; inner stride 1, any row stride.
         topk: K, 1 to min(E, 255).
-        renormalize: weights sum to 1 over the chosen experts (True) or over all (False).
+        renormalize: weights sum to 1 over the chosen experts (True) or over all (False). Only for
+            rule None; a rule says it itself.
         moe_sorting_dispatch_policy: 0 automatic, 1 and 2 the separate chain, as in
             `topk_softmax_sorting`; `last_path()` tells which path ran.
+        rule, correction_bias: as in `topk_routing_sorting`. Shared experts are the last of w1 and w2.
+            Zero experts add nothing to the output.
 
     Returns:
         [M, D] of `dtype`.
@@ -196,30 +204,33 @@ def fused_moe_from_logits(
     check_layer(hidden_states, experts, dtype)
     check_knobs(block_size_M, backend)
     _check_rows("gating_output", gating_output, hidden_states)
-    num_experts = gating_output.shape[1]
+    full_rule = plain_rule(renormalize, "renormalize") if rule is None else rule
+    num_experts = full_rule.num_experts(gating_output.shape[1])
     check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
     chosen = backend or expert_backend(w1, w2)
     block_size = block_size_M or BLOCK_SIZES[chosen]
-    buffers = topk_softmax_sorting(
+    buffers = topk_routing_sorting(
         gating_output,
         topk,
         num_experts,
         w2.shape[1],
         dtype or hidden_states.dtype,
-        renormalize,
-        block_size,
-        expert_mask,
-        num_local_tokens,
-        moe_sorting_dispatch_policy,
+        rule=full_rule,
+        correction_bias=correction_bias,
+        block_size=block_size,
+        expert_mask=expert_mask,
+        num_local_tokens=num_local_tokens,
+        dispatch_policy=moe_sorting_dispatch_policy,
     )
+    all_computed = expert_mask is None and not full_rule.num_zero_experts
     return run_experts(
         hidden_states,
         experts,
         buffers,
-        topk,
+        topk + full_rule.num_shared_experts,
         block_size,
         chosen,
-        all_routed=expert_mask is None and num_local_tokens is None,
+        all_routed=all_computed and num_local_tokens is None,
         weight_first=doweight_stage1,
     )
 
