@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..ops import fused_topk_moe_sorting, moe_sorting_opus
+from ..ops import topk_routing as topk_routing_stub
 from ..ops import topk_softmax as topk_softmax_stub
 from ..ops.rule import RoutingRule, rule_of
 from . import calls
@@ -56,10 +57,15 @@ SCHEMAS = {
         "(Tensor(a!) topk_weights, Tensor(b!) topk_indices, Tensor(c!) token_expert_indices,"
         " Tensor gating_output, bool need_renorm) -> ()"
     ),
+    "topk_routing": (
+        "(Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor gating_output, *, float[]? rule=None,"
+        " Tensor? correction_bias=None) -> ()"
+    ),
     "moe_sorting_opus_fwd": (
         f"(Tensor topk_ids, Tensor topk_weights, Tensor(a!) sorted_token_ids, {_SORT_OUTPUTS},"
         " int unit_size, Tensor? local_expert_mask=None, Tensor? num_local_tokens=None,"
-        " Tensor(f!)? workspace=None, int dispatch_policy=0) -> ()"
+        " Tensor(f!)? workspace=None, int dispatch_policy=0, str id_format='slot',"
+        " int num_zero_experts=0) -> ()"
     ),
     "fused_topk_moe_sorting_fwd": (
         f"(Tensor gating_output, Tensor(a!) sorted_ids, {_SORT_OUTPUTS}, int topk, int unit_size,"
@@ -108,14 +114,20 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
     return cast(F, call)
 
 
+def _numbers_in_schema(rule: RoutingRule | None = None, **kwargs: Any) -> dict[str, Any]:
+    return {**kwargs, "rule": None if rule is None else [float(n) for n in rule.packed]}
+
+
 def _rule_in_schema(
-    rule: RoutingRule | None = None,
-    topk_out: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
+    topk_out: tuple[Tensor, Tensor] | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    numbers = None if rule is None else [float(number) for number in rule.packed]
     weights, ids = topk_out or (None, None)
-    return {**kwargs, "rule": numbers, "topk_weights": weights, "topk_ids": ids}
+    return {**_numbers_in_schema(**kwargs), "topk_weights": weights, "topk_ids": ids}
+
+
+def _topk_routing(*tensors: Tensor, rule: Sequence[float] | None = None, **kwargs: Any) -> None:
+    by_rule = None if rule is None else rule_of(rule)
+    topk_routing_stub.topk_routing(*tensors, rule=by_rule, **kwargs)
 
 
 def _empty_sorted(like: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
@@ -244,6 +256,7 @@ def _register() -> Any:
     library: Any = cast(Any, torch.library.Library)(NAMESPACE, "FRAGMENT")
     kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "topk_softmax": (topk_softmax_stub.topk_softmax, _fake_nothing),
+        "topk_routing": (_topk_routing, _fake_nothing),
         "moe_sorting_opus_fwd": (moe_sorting_opus.moe_sorting_opus_fwd, _fake_nothing),
         "fused_topk_moe_sorting_fwd": (_fused_topk_moe_sorting_fwd, _fake_nothing),
         "topk_softmax_sorting": (calls.topk_softmax_sorting, _fake_topk_softmax_sorting),
@@ -265,6 +278,7 @@ def _register() -> Any:
 _library = _register()  # NOTE: the registrations live as long as this object does.
 
 topk_softmax = graph_op(topk_softmax_stub.topk_softmax)
+topk_routing = graph_op(topk_routing_stub.topk_routing, _numbers_in_schema)
 moe_sorting_opus_fwd = graph_op(moe_sorting_opus.moe_sorting_opus_fwd)
 fused_topk_moe_sorting_fwd = graph_op(
     fused_topk_moe_sorting.fused_topk_moe_sorting_fwd, _rule_in_schema

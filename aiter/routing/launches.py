@@ -45,6 +45,7 @@ def launch_chain(request: Request, plan: Plan, tensors: Tensors, buffers: Sorted
     sorting = (
         ids, weights, *buffers, request.num_sorted_experts, request.block_size, expert_mask,
         num_local_tokens, workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[plan.path],
+        request.id_format, request.num_sorted_experts - request.num_experts,
     )  # fmt: skip
     # NOTE: nothing may be launched before every argument is known to be good.
     chain.check(*sorting)

@@ -87,7 +87,9 @@ def plan_routing(
     max_tokens = 0
     if request.dispatch_policy == dispatch.AUTOMATIC:
         # NOTE: asked only where it counts; a forced chain must not build the fused module.
-        max_tokens = fused_topk_moe_sorting_max_tokens(experts, slots, device=device)
+        # It has to do with zero experts whatever the format is.
+        all_experts = request.num_experts + request.full_rule.num_zero_experts
+        max_tokens = fused_topk_moe_sorting_max_tokens(all_experts, slots, device=device)
     plan = _plan(device, problem, choose(problem, max_tokens, device).path, buffers)
     if plan.path == "fused":
         return plan._replace(fused=fused_calls(device))
