@@ -148,6 +148,10 @@ class RoutingRule:
         shared = self.num_shared_experts if self.shared_expert_scoring_func == "" else 0
         return num_experts - shared + self.num_zero_experts
 
+    def num_experts(self, width: int) -> int:
+        """The experts in the sort, the shared ones among them, for logits of that width."""
+        return width - self.num_logits(0)
+
     def __reduce__(self) -> tuple[object, ...]:
         # NOTE: made anew where it is unpickled, as `packed` is known by its identity in a process.
         return (RoutingRule, tuple(getattr(self, field.name) for field in fields(self)))
@@ -179,8 +183,10 @@ def rule_of(packed: Sequence[float]) -> RoutingRule:
     )
 
 
-def plain_rule(need_renorm: bool) -> RoutingRule:
-    """Softmax and top-k, renormalised or not."""
+def plain_rule(need_renorm: bool, name: str = "need_renorm") -> RoutingRule:
+    """Softmax and top-k, renormalised or not; `name` is what the caller calls that."""
+    if not isinstance(need_renorm, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(need_renorm).__name__}")
     return _PLAIN[need_renorm]
 
 
