@@ -6,10 +6,11 @@
 
 Every contestant does the same work: logits to weights, ids, the sorted buffers and a zeroed
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
-with `aiter.reference` before anything is timed. On a GPU, unless `--dtype` names one, all is done for bf16
-and then for f32 logits, whose files are named `..._fp32`. The first table there is by the strict clock, by which
-nothing overlaps, the second by the overlapping one (see `aiter.cli.timing`), inputs rotating, beside the
-floor of an empty kernel; more tables have the device time with a cold L2, and the host time. torch.compile is among
+with `aiter.reference` before anything is timed. On a GPU, unless `--dtype` names one, all is done for
+bf16 and then for f32 logits, whose files are named `..._fp32`. The first table there is by the strict
+clock, by which nothing overlaps, the second by the overlapping one (see `aiter.cli.timing`), inputs
+rotating, beside the floor of an empty kernel; more tables have the device time with a cold L2, and the
+host time. torch.compile is among
 the contestants there. On the CPU a figure is wall time, and says how fast the execution layer is, not
 how fast the kernel is.
 With --clusters the contestants are the fused launch with so many workgroups that route.
@@ -203,7 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def one_dtype(options: argparse.Namespace, dtype: str) -> argparse.Namespace:
-    """The options for logits of this dtype unless they name one; the second one's files have other names."""
+    """The options, for this dtype unless they name one; files of the second one have other names."""
     chosen = argparse.Namespace(**vars(options))
     chosen.dtype = options.dtype or dtype
     if options.dtype is None and dtype != "bf16":

@@ -1,8 +1,8 @@
 """How long does a call take? The clocks that the benches and `python -m aiter tune` share.
 
-`strict_us`: device time of one call between kernels that do nothing and let nothing start early: the slope of
-a graph of (call, empty kernel) pairs less the slope of one of empty kernels, both between `LOW` and `HIGH`
-copies. It is what a call takes among other kernels, and the clock to compare launches by.
+`strict_us`: device time of one call between kernels that do nothing and let nothing start early: the
+slope of a graph of (call, empty kernel) pairs less that of one of empty kernels, both between `LOW` and
+`HIGH` copies. It is what a call takes among other kernels, and the clock to compare launches by.
 `graph_slope_us`: device time of one call inside a stream of calls, with no launch gap and no
 graph-launch cost: the slope between a CUDA/HIP graph of `LOW` and one of `HIGH` copies. Its inputs
 and outputs stay in the L2 (warm). Where launches may overlap (compute capability 9.0), a call that
@@ -46,8 +46,8 @@ class Timing:
     """Microseconds per call.
 
     Attributes:
-        us: the median: device time with a warm L2 on a GPU, where calls may overlap; wall time on the cpu
-            target.
+        us: the median: device time with a warm L2 on a GPU, where calls may overlap; wall time on the
+            cpu target.
         spread: the interquartile range over the median.
         strict_us: the median where nothing overlaps; None where it was not measured.
         cold_us: the median with a cold L2; None where it was not measured.

@@ -138,30 +138,30 @@ class GroupRows {
     }
   }
 
-  // Leaves the rows' winners in every lane of their groups. Whether they are certainly the `topk` best, in order: see
-  // above; the same for all lanes of a group.
-  __device__ __forceinline__ bool select(int num_experts, int topk) {
-    const uint32_t lost = encode(num_experts);
-    if constexpr (Stored::kIsWhole) {
-      select_in_lane();
-      merge_lanes<1>();
-      return true;
-    } else {
-      uint32_t all[kValues];
+  // Leaves the rows' winners in every lane of their groups.
+  __device__ __forceinline__ void select(int num_experts) {
+    lost_ = encode(num_experts);
+    if constexpr (!Stored::kIsWhole) {
       AITER_UNROLL
-      for (int i = 0; i < kValues; ++i) all[i] = stored_[i];
-      select_in_lane();
-      merge_lanes<1>();
-      constexpr uint32_t kIndexBits = Stored::kIndexBits;
-      bool meets = false;
-      AITER_UNROLL
-      for (int i = 0; i + 1 < kBest; ++i) meets |= (stored_[i] ^ stored_[i + 1]) <= kIndexBits;
-      const uint32_t last = winner(topk - 1);
-      const uint32_t from = last & ~kIndexBits;
-      AITER_UNROLL
-      for (int i = 0; i < kValues; ++i) meets |= all[i] - from < last - from;
-      return !group_any<kLanes>(wave_ballot(meets)) || !group_any<kLanes>(wave_ballot(lost != 0));
+      for (int i = 0; i < kValues; ++i) all_[i] = stored_[i];
     }
+    select_in_lane();
+    merge_lanes<1>();
+  }
+
+  // Behind select(): whether bits that are not stored may decide which are the `topk` best, in the lane's row; the
+  // same for all lanes of a group. Where registers hold whole logits, they do not.
+  __device__ __forceinline__ bool is_unsure(int topk) const {
+    constexpr uint32_t kIndexBits = Stored::kIndexBits;
+    bool meets = false;
+    AITER_UNROLL
+    for (int i = 0; i + 1 < kBest; ++i) meets |= (stored_[i] ^ stored_[i + 1]) <= kIndexBits;
+    const uint32_t last = winner(topk - 1);
+    const uint32_t from = last & ~kIndexBits;
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) meets |= all_[i] - from < last - from;
+    const WaveMask meeting = wave_ballot(meets), losing = wave_ballot(lost_ != 0);
+    return group_any<kLanes>(meeting) && group_any<kLanes>(losing);
   }
 
   __device__ __forceinline__ const T* row() const { return row_; }
@@ -270,6 +270,8 @@ class GroupRows {
   const T* row_;
   FourWords chunk_[kChunks];
   uint32_t stored_[kValues];
+  uint32_t all_[kValues];  // as stored, where bits are lost
+  uint32_t lost_;
 };
 
 // The `topk` best experts of each group's row in memory, by a step per winner: winner k in lane k, and in `first`
@@ -304,7 +306,7 @@ template <typename T, int kLanes, int kValues, int kBest, typename Sink>
 __device__ __forceinline__ void wave_topk(GroupRows<T, kLanes, kValues, kBest>& rows,
                                           int num_experts, int topk, bool, bool valid, Sink& sink) {
   using Stored = GroupLogit<T, kLanes * kValues>;
-  const bool is_sure = rows.select(num_experts, topk);
+  rows.select(num_experts);
   const int k = lane_idx() % kLanes;
   uint32_t expert_idx = Stored::expert(rows.winner(k));
   float max, logit;
@@ -313,18 +315,20 @@ __device__ __forceinline__ void wave_topk(GroupRows<T, kLanes, kValues, kBest>& 
     logit = Stored::value(Stored::key(rows.winner(k)));
   } else {
     uint32_t first = Stored::expert(rows.winner(0));
-    if (wave_ballot(!is_sure) != 0) {
-      uint32_t exact_first;
-      const uint32_t exact = select_by_steps<kLanes>(rows.row(), num_experts, topk, exact_first);
-      expert_idx = is_sure ? expert_idx : exact;
-      first = is_sure ? first : exact_first;
+    if (k >= topk) expert_idx = first;
+    uint32_t first_bits = Logit<float>::bits(rows.row()[first]);
+    uint32_t own_bits = Logit<float>::bits(rows.row()[expert_idx]);
+    const bool is_unsure = rows.is_unsure(topk);  // while these come
+    if (wave_ballot(is_unsure) != 0) {
+      const uint32_t exact = select_by_steps<kLanes>(rows.row(), num_experts, topk, first);
+      if (is_unsure) {
+        expert_idx = exact;
+        first_bits = Logit<float>::bits(rows.row()[first]);
+        own_bits = Logit<float>::bits(rows.row()[expert_idx]);
+      }
     }
-    const auto logit_of = [&](uint32_t e) {
-      const uint32_t stored = Logit<float>::store(Logit<float>::bits(rows.row()[e]), 0);
-      return Logit<float>::value(Logit<float>::key(stored));
-    };
-    max = logit_of(first);
-    logit = k < topk ? logit_of(expert_idx) : max;
+    max = bit_cast<float>(ordinary_bits(first_bits));
+    logit = bit_cast<float>(ordinary_bits(own_bits));
   }
   const float numerator = softmax_numerator(logit, max);
   const float weight = numerator / wave_sum_in_groups<kLanes>(numerator, topk);
