@@ -4,11 +4,13 @@
         [--tokens 1,4,8,...] [--dtype bf16] [--wave 64] [--csv FILE] [--plot FILE] [--[no-]compile]
         [--clusters 1,2,4,8,16] [--rule deepseek-v3]
 
-Every contestant does the same work: bf16 logits to weights, ids, the sorted buffers and a zeroed
+Every contestant does the same work: logits to weights, ids, the sorted buffers and a zeroed
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
-with `aiter.reference` before anything is timed. On a GPU the first table is the slope of graph
-replay (see `aiter.cli.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
-the device time behind an empty kernel, that with a cold L2, and the host time. torch.compile is among
+with `aiter.reference` before anything is timed. On a GPU, unless `--dtype` names one, all is done for
+bf16 and then for f32 logits, whose files are named `..._fp32`. The first table there is by the strict
+clock, by which nothing overlaps, the second by the overlapping one (see `aiter.cli.timing`), inputs
+rotating, beside the floor of an empty kernel; more tables have the device time with a cold L2, and the
+host time. torch.compile is among
 the contestants there. On the CPU a figure is wall time, and says how fast the execution layer is, not
 how fast the kernel is.
 With --clusters the contestants are the fused launch with so many workgroups that route.
@@ -266,8 +268,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def one_dtype(options: argparse.Namespace, dtype: str) -> argparse.Namespace:
+    """The options, for this dtype unless they name one; files of the second one have other names."""
+    chosen = argparse.Namespace(**vars(options))
+    chosen.dtype = options.dtype or dtype
+    if options.dtype is None and dtype != "bf16":
+        for name in ("csv", "plot"):
+            path = getattr(options, name)
+            setattr(chosen, name, path and path.with_stem(f"{path.stem}_{dtype}"))
+    return chosen
+
+
 def main() -> int:
-    options = make_parser().parse_args()
+    parser = make_parser()
+    parser.set_defaults(dtype=None)
+    options = parser.parse_args()
     device = options.device or current_device()
     origin = "" if options.from_csv else basis_of(device).origin
     os.environ[envs.AITER_DISPATCH.name] = "capacity"
@@ -278,7 +293,9 @@ def main() -> int:
         width = num_experts + rule.num_shared_experts
         shapes = (f"{width},{topk},{MODEL_DIMS[options.rule]}",)
         what, run = f"routing by the rule of {options.rule}", measure_rule
-    bench_report.run(options, what, ("E", "K", "D"), shapes, run)
+    both = options.dtype is None and device.type == "cuda" and not options.from_csv
+    for each in [one_dtype(options, dtype) for dtype in ("bf16", "fp32")[: 2 if both else 1]]:
+        bench_report.run(each, what, ("E", "K", "D"), shapes, run)
     if origin:
         print(f"policy 0 is decided by {origin}")
     return 0

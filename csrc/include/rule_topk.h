@@ -136,26 +136,30 @@ __device__ __forceinline__ uint32_t ordered_float(float x) {
 
 constexpr uint32_t kNotEligible = 0x007fffffu;  // ordered_float() of NaN
 
-// The two largest keys of a group; NaN is none.
+// The two largest keys of a group; -inf is none, as is a key that is NaN.
 struct BestTwo {
   float first, second;
 
   static __device__ __forceinline__ BestTwo none() {
     return {-__builtin_inff(), -__builtin_inff()};
   }
-  __device__ __forceinline__ void add(float key) {
-    const bool better = key > first;
-    const float lower = better ? first : key;
-    first = better ? key : first;
-    second = lower > second ? lower : second;
+  static __device__ __forceinline__ BestTwo of(float x, float y) {
+    x = without_nan(x);
+    y = without_nan(y);
+    return {x > y ? x : y, x > y ? y : x};
+  }
+  __device__ __forceinline__ BestTwo with(const BestTwo& other) const {
+    const bool mine = first > other.first;
+    const float lower = mine ? other.first : first;
+    const float upper_second = second > other.second ? second : other.second;
+    return {mine ? first : other.first, lower > upper_second ? lower : upper_second};
   }
   // With those of the lanes that differ in the bits kMask, each half of which agree.
   template <int kMask>
   __device__ __forceinline__ void merge() {
     const float theirs = bit_cast<float>(wave_exchange<kMask>(bit_cast<uint32_t>(first)));
     const float their_second = bit_cast<float>(wave_exchange<kMask>(bit_cast<uint32_t>(second)));
-    add(theirs);
-    second = their_second > second ? their_second : second;
+    *this = with({theirs, their_second});
   }
   // What the group is worth.
   __device__ __forceinline__ float value(const RowRule& r) const {
@@ -326,8 +330,7 @@ class RuleRows {
     if (r.rule.scoring_func == kSoftmax) {
       softmax_scores(softmax, keys, !r.key_is_logit);
     } else if (!r.key_is_logit && r.rule.scoring_func == kSigmoid) {
-      AITER_UNROLL
-      for (int i = 0; i < kValues; ++i) keys[i] = sigmoid(keys[i]);
+      sigmoids(keys);
     } else if (!r.key_is_logit) {
       AITER_UNROLL
       for (int i = 0; i < kValues; ++i) keys[i] = sqrtsoftplus(keys[i]);
@@ -416,9 +419,10 @@ class RuleRows {
     wave_sync();
     AITER_UNROLL
     for (int c = 0; c < kChunks; ++c) {
-      BestTwo best = BestTwo::none();
-      AITER_UNROLL
-      for (int j = 0; j < kKeysPerChunk; ++j) best.add(keys[c * kKeysPerChunk + j]);
+      const float* const of = keys + c * kKeysPerChunk;
+      BestTwo best = BestTwo::of(of[0], of[1])
+                         .with(BestTwo::of(of[2], of[3]))
+                         .with(BestTwo::of(of[4], of[5]).with(BestTwo::of(of[6], of[7])));
       if (lanes > 1) best.template merge<1>();
       if (lanes > 2) best.template merge<3>();
       if (lanes > 4) best.template merge<7>();
@@ -540,7 +544,8 @@ class MemoryRuleRow {
     BestTwo best = BestTwo::none();
     AITER_LOOP
     for (int i = 0; i < r.group_width; ++i) {
-      best.add(key_in_memory(r, row_, softmax_, group * r.group_width + i));
+      const float key = key_in_memory(r, row_, softmax_, group * r.group_width + i);
+      best = best.with({without_nan(key), -__builtin_inff()});
     }
     return ordered_pair(ordered_float(best.value(r)), group);
   }
