@@ -68,7 +68,7 @@ __host__ __device__ constexpr int log2_ceil(int x) {
 
 // Threads of a workgroup: a row takes three registers of a lane per value.
 __host__ __device__ constexpr int max_rule_threads(int values) {
-  return values > 16 ? 256 : values > 8 ? 512 : 1024;
+  return values > 16 ? 256 : 512;
 }
 
 // Registers of a lane for a row in RuleRows, and the winners looked for; 0 for MemoryRuleRow.
