@@ -108,12 +108,6 @@ class RoutingRule:
         )
         _check_float("shared_expert_weight", self.shared_expert_weight)
         _check_int("num_zero_experts", self.num_zero_experts, 0, _MOST)
-        if self.num_zero_experts and (self.num_expert_group > 1 or self.num_shared_experts):
-            raise ValueError(
-                "num_zero_experts: expected 0 where experts are in groups or some are shared, got"
-                f" {self.num_zero_experts} with num_expert_group {self.num_expert_group} and"
-                f" num_shared_experts {self.num_shared_experts}"
-            )
 
     @cached_property
     def packed(self) -> Packed:

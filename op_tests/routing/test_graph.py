@@ -29,6 +29,7 @@ from aiter.routing.calls import BUFFER_NAMES
 M, E, K, D = 6, 4, 4, 16
 LAUNCHERS = (
     "topk_softmax",
+    "topk_routing",
     "moe_sorting_opus_fwd",
     "fused_topk_moe_sorting_fwd",
     "topk_softmax_sorting_out",
@@ -64,6 +65,7 @@ def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any
     out = dict(zip(BUFFER_NAMES, buffers(device), strict=True))
     by_name: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "topk_softmax": ((weights, ids, torch.empty_like(ids), logits, True), {}),
+        "topk_routing": ((weights, ids, logits), {"rule": rule}),
         "moe_sorting_opus_fwd": (
             (ids, weights, *buffers(device), E, 1, mask, count, None, 1),
             {},
@@ -111,7 +113,7 @@ def test_opcheck_can_fail(written: int) -> None:
         torch.library.opcheck(op, arguments, test_utils="test_schema")
 
 
-@pytest.mark.parametrize("name", LAUNCHERS[:3])
+@pytest.mark.parametrize("name", LAUNCHERS[:4])
 def test_a_schema_has_every_parameter(name: str) -> None:
     """A tracer takes what an eager call takes, by the same names."""
     schema = getattr(torch.ops.aiter, name).default._schema
