@@ -88,8 +88,8 @@ def fused_moe(
             experts of this rank.
         w2: [E', D, inter], same dtype, any strides.
         topk_weight: [M, K] float32, contiguous.
-        topk_ids: [M, K] int32, contiguous, distinct in a row; global ids. Ids outside [0, E)
-            contribute nothing.
+        topk_ids: [M, K] int32, contiguous; global ids, each a term of the sum, also where they
+            repeat in a row. Ids outside [0, E) contribute nothing.
         expert_mask: int32 [E] of 0 and 1, with E' ones, in the order of w1; None for E' = E.
         activation: Silu, Gelu or Swiglu.
         quant_type: QuantType.No.

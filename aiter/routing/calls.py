@@ -222,7 +222,8 @@ def moe_sorting(
     """Sorts ready top-k ids by expert.
 
     Args:
-        topk_ids: [M, K] int32, contiguous, distinct in a row.
+        topk_ids: [M, K] int32, contiguous. Ids may repeat in a row: every (token, slot) is an entry,
+            ascending by token, then slot, within an expert. Ids outside [0, E) are left out.
         topk_weights: [M, K] float32, contiguous.
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
