@@ -17,6 +17,7 @@ from torch import Tensor
 from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
 from .layer.experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
 from .layer.types import ActivationType, QuantType
+from .routing.autograd import checked
 from .routing.buffers import SortedBuffers
 from .routing.calls import (
     empty_sorted_buffers,
@@ -123,9 +124,10 @@ def fused_moe(
         intermediate_pad=intermediate_pad,
     )
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
-    check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend)
+    hidden_states = check_layer(hidden_states, experts, dtype)
+    check_knobs(block_size_M, backend, w1, w2)
     _check_rows("topk_ids", topk_ids, hidden_states)
+    topk_weight = checked(topk_weight, topk_weight=topk_weight)
     check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
     chosen = backend or expert_backend(w1, w2)
@@ -193,8 +195,8 @@ def fused_moe_from_logits(
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
-    check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend)
+    hidden_states = check_layer(hidden_states, experts, dtype)
+    check_knobs(block_size_M, backend, w1, w2)
     _check_rows("gating_output", gating_output, hidden_states)
     num_experts = gating_output.shape[1]
     check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
@@ -231,4 +233,8 @@ def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a tensor of rank 2 with {hidden_states.shape[0]} rows, as"
             f" hidden_states, got shape {list(tensor.shape)}"
+        )
+    if tensor.device != hidden_states.device:
+        raise ValueError(
+            f"{name}: expected it on {hidden_states.device}, as hidden_states, got {tensor.device}"
         )

@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..routing.autograd import checked
 from ..routing.graph import traced
-from .experts import BACKENDS, Experts
+from .experts import BACKENDS, Experts, grouped_mm_problem
 from .types import ActivationType, QuantType
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_layer(hidden_states: Tensor, experts: Experts, dtype: torch.dtype | None) -> None:
-    """Raises unless hidden_states [M, D] and the experts' tensors fit each other.
+def check_layer(hidden_states: Tensor, experts: Experts, dtype: torch.dtype | None) -> Tensor:
+    """hidden_states [M, D], if it and the experts' tensors fit each other.
 
     Raises:
         TypeError: an argument is of the wrong Python type.
@@ -43,7 +44,14 @@ def check_layer(hidden_states: Tensor, experts: Experts, dtype: torch.dtype | No
     _check_activation(experts)
     _check_bias("bias1", experts.bias1, w1.shape[0], w1.shape[1], hidden_states)
     _check_bias("bias2", experts.bias2, w1.shape[0], w2.shape[1], hidden_states)
-    _check_no_gradient(hidden_states, experts)
+    return checked(
+        hidden_states,
+        hidden_states=hidden_states,
+        w1=w1,
+        w2=w2,
+        bias1=experts.bias1,
+        bias2=experts.bias2,
+    )
 
 
 def check_routing(
@@ -99,8 +107,8 @@ def check_unsupported(quant_type: QuantType, **options: object) -> None:
             )
 
 
-def check_knobs(block_size_m: int | None, backend: str | None) -> None:
-    """Raises for a block size or a backend that does not exist.
+def check_knobs(block_size_m: int | None, backend: str | None, w1: Tensor, w2: Tensor) -> None:
+    """Raises for a block size or a backend that does not exist, or cannot take these weights.
 
     Raises:
         TypeError, ValueError: as the text says.
@@ -113,6 +121,9 @@ def check_knobs(block_size_m: int | None, backend: str | None) -> None:
         raise ValueError(f"block_size_M: expected at least 1, or None, got {block_size_m}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)} or None, got {backend!r}")
+    problem = grouped_mm_problem(w1, w2) if backend == "grouped_mm" else None
+    if problem is not None:
+        raise ValueError(f"backend: expected 'block_bmm' or None, as {problem}, got 'grouped_mm'")
 
 
 def _check_tensor(name: str, tensor: Tensor, rank: int, hidden_states: Tensor) -> None:
@@ -177,16 +188,3 @@ def _check_bias(
         raise ValueError(f"{name}: expected shape [{num_experts}, {width}], got {list(bias.shape)}")
     if bias.dtype not in DTYPES:
         raise ValueError(f"{name}: expected dtype float32, float16 or bfloat16, got {bias.dtype}")
-
-
-def _check_no_gradient(hidden_states: Tensor, experts: Experts) -> None:
-    if not torch.is_grad_enabled():
-        return
-    tensors = (hidden_states, experts.w1, experts.w2, experts.bias1, experts.bias2)
-    names = ("hidden_states", "w1", "w2", "bias1", "bias2")
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that needs no gradient, as routing has no backward, got"
-                " one that requires grad; call under torch.no_grad() or torch.inference_mode()"
-            )

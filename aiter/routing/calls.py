@@ -33,6 +33,7 @@ from ..jit.target import cpu_wave_override
 from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import FusedAgain
 from . import dispatch
+from .autograd import checked, gradients_matter, wrote
 from .buffers import (
     BUFFER_NAMES,
     SortedBuffers,
@@ -48,6 +49,8 @@ from .graph import (
     moe_sorting_opus_fwd,
     topk_softmax,
     traced,
+    tracing_state,
+    transforms_active,
 )
 from .plan import Chain, Plan, check_size, plan_routing, plan_sorting, sorted_buffers
 
@@ -147,15 +150,24 @@ def topk_softmax_sorting(
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
     global _again
-    # NOTE: asks what `traced` asks, but for the type of the tensor, which is among what `_again` knows
-    # a call by.
-    if not is_dynamo_compiling() and not _len_torch_dispatch_stack():
+    if gradients_matter():
+        gating_output = checked(gating_output, gating_output=gating_output, **_named(out))
+    # NOTE: asks what `traced` asks, but for the type of the tensor and its device, which are among what
+    # `_again` knows a call by.
+    if not (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or transforms_active()
+        or tracing_state() is not None
+    ):
         buffers = _again(
             gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
             expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
         )  # fmt: skip
         if buffers is not None:
             _last.path = "fused"
+            if out is not None:
+                wrote(*out)
             return buffers
     if traced(gating_output):
         return _as_traced(
@@ -202,6 +214,8 @@ def topk_softmax_sorting(
         check(*sorting)
         select(weights, ids, sources, gating_output, need_renorm)
         sort(*sorting)
+    if out is not None:
+        wrote(*out)
     _last.path = path
     return buffers
 
@@ -227,6 +241,8 @@ def moe_sorting(
         topk_weights: [M, K] float32, contiguous.
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
+    if gradients_matter():
+        topk_weights = checked(topk_weights, topk_weights=topk_weights, **_named(out))
     if traced(topk_ids):
         return _as_traced(
             "moe_sorting", out,
@@ -265,6 +281,8 @@ def fused_topk(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
+    if gradients_matter():
+        gating_output = checked(gating_output, gating_output=gating_output)
     if traced(gating_output):
         weights, ids = torch.ops.aiter.fused_topk(hidden_states, gating_output, topk, renormalize)
         return weights, ids
@@ -281,6 +299,11 @@ def fused_topk(
     weights, ids = empty_topk(gating_output, topk)
     topk_softmax(weights, ids, torch.empty_like(ids), gating_output, renormalize)
     return weights, ids
+
+
+def _named(out: object) -> dict[str, object]:
+    """The outputs that a caller gives, by name; what they are is checked later."""
+    return dict(zip(BUFFER_NAMES, out, strict=False)) if isinstance(out, (tuple, list)) else {}
 
 
 def _refuse_matrix(name: str, value: object) -> NoReturn:

@@ -14,7 +14,10 @@ an AMD EPYC, Python 3.11, PyTorch 2.13, 2026-11-23.)
 
 The ops that allocate their outputs are registered beside those that fill given ones, because what
 they decide, the path and the workspace, is asked of the compiled module, which no tracer can see
-into. No op has a backward: routing is for inference.
+into. No op has a backward: routing is for inference, and `autograd` says what is refused and counted.
+
+Not only tracers go through the registered ops: torch.func's transforms (vmap runs an op once per slice),
+torch.jit.trace, which would take a result for a constant otherwise, and tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -30,8 +33,16 @@ from torch.compiler import is_dynamo_compiling
 
 from ..ops import fused_topk_moe_sorting, moe_sorting_opus
 from ..ops import topk_softmax as topk_softmax_stub
+from .autograd import Writes, checked, counting, gradients_matter
+from .autograd import registered as refusing
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_native: Any = torch._C
+transforms_active: Callable[[], bool] = _native._are_functorch_transforms_active
+tracing_state: Callable[[], object] = _native._get_tracing_state
+_is_excluded: Callable[[Any], bool] = _native._dispatch_tls_is_dispatch_key_excluded
+_TRACER = _native._dispatch_key_parse("Tracer")
 
 NAMESPACE = "aiter"
 
@@ -82,28 +93,56 @@ SCHEMAS = {
 
 
 def traced(tensor: object) -> bool:
-    """Whether a call with this argument is being recorded or simulated, not run.
+    """Whether a call with this argument is being recorded, transformed or simulated, not run.
 
-    True under torch.compile and torch.export, inside any dispatch mode (fake tensors, make_fx) and
-    for a tensor subclass that dispatches by itself, such as a fake tensor outside its mode.
+    True under torch.compile and torch.export, inside any dispatch mode (fake tensors, make_fx), in
+    torch.jit.trace and torch.func's transforms, for a tensor subclass that dispatches by itself, such as
+    a fake tensor outside its mode, and for a tensor on the meta device.
     """
-    if is_dynamo_compiling() or _len_torch_dispatch_stack():
+    if is_dynamo_compiling() or _len_torch_dispatch_stack() or transforms_active():
         return True
+    if tracing_state() is not None and not _is_excluded(_TRACER):
+        return True  # NOTE: the tracer excludes itself while it runs what it has recorded.
     kind = type(tensor)
-    if kind is Tensor or kind is torch.nn.Parameter or not isinstance(tensor, Tensor):
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return cast(Tensor, tensor).is_meta
+    if not isinstance(tensor, Tensor):
         return False
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor.is_meta or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms the call: what is written in place may be of too few dimensions."""
+    return not is_dynamo_compiling() and transforms_active()
 
 
 def graph_op(stub: F) -> F:
-    """Makes an op's function call `torch.ops.aiter` under a tracer, and `stub` otherwise."""
+    """Makes an op's function call `torch.ops.aiter` under a tracer, and `stub` otherwise.
+
+    It refuses gradients and counts what `stub` writes (`aiter.routing.autograd`).
+    """
     registered = getattr(torch.ops.aiter, stub.__name__)
+    schema = registered.default._schema
+    order = tuple(argument.name for argument in schema.arguments)
+    read = next(a.name for a in schema.arguments if a.alias_info is None)
+    count = Writes(schema)
+
+    def pass_on(args: Any, kwargs: Any) -> Any:
+        named = dict(zip(order, args, strict=False)) | kwargs
+        if read in named:  # else the call is refused for that
+            named[read] = checked(named[read], **named)
+        return tuple(named[name] for name in order[: len(args)]), {
+            name: named[name] for name in kwargs
+        }
 
     @functools.wraps(stub)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if traced(args[0] if args else None):
+        if gradients_matter():
+            args, kwargs = pass_on(args, kwargs)
+        if traced(args[0] if args else next(iter(kwargs.values()), None)):
             return registered(*args, **kwargs)
-        return stub(*args, **kwargs)
+        stub(*args, **kwargs)
+        return count(args, kwargs)
 
     return cast(F, call)
 
@@ -233,8 +272,10 @@ def _register() -> Any:
     for name, schema in SCHEMAS.items():
         run, fake = kernels[name]
         library.define(name + schema)
-        library.impl(name, run, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.aiter, name).default
+        library.impl(name, counting(run, op), "CompositeExplicitAutograd")
         library.impl(name, fake, "Meta")
+        library.impl(name, refusing(op), "Autograd")
     return library
 
 
