@@ -31,7 +31,9 @@ def block_bmm(rows: Tensor, weight: Tensor, experts: Tensor, block_size: int) ->
         [R, Y], contiguous.
     """
     if traced(rows):
-        out: Tensor = torch.ops.aiter.block_bmm(rows, weight, experts, block_size)
+        # NOTE: the layer has refused what needs a gradient; under torch.compile, for when its graph runs.
+        op = torch.ops.aiter.block_bmm
+        out: Tensor = op(rows.detach(), weight.detach(), experts, block_size)
         return out
     return _in_chunks(rows, weight, experts, block_size)
 

@@ -83,7 +83,7 @@ class Writes:
 
     def __init__(self, schema: Any) -> None:
         written = [
-            (position, argument.name, "?" in str(argument.type))
+            (position, argument.name, "Optional" in str(argument.type))
             for position, argument in enumerate(schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
@@ -119,12 +119,17 @@ def counting(run: Callable[..., Any], op: Any) -> Callable[..., Any]:
     return call
 
 
-def registered(op: Any) -> Callable[..., Any]:
-    """The autograd kernel of a registered op: refuses, then calls the op below autograd."""
+def registered(op: Any, unread: str = "") -> Callable[..., Any]:
+    """The autograd kernel of a registered op: refuses, then calls the op below autograd.
+
+    `unread` names an argument of which only the shape is looked at, so that no gradient is lost.
+    """
     order = tuple(argument.name for argument in op._schema.arguments)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        refuse_gradients(**dict(zip(order, args, strict=False)), **kwargs)
+        given = dict(zip(order, args, strict=False)) | kwargs
+        given.pop(unread, None)
+        refuse_gradients(**given)
         with _below_autograd():
             return op(*args, **kwargs)
 

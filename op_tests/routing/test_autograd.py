@@ -162,7 +162,7 @@ def test_a_compiled_call_refuses(entry: str, name: str, backend: str) -> None:
     tensors[name].requires_grad_()
     kinds: tuple[type[Exception], ...] = (ValueError,)
     if name in OUTPUTS or entry == "torch.ops":
-        # NOTE: what is called by its registered name, or writes to a leaf, is refused while it is traced.
+        # NOTE: what is called by its registered name, or writes to a leaf, is refused while traced.
         kinds = (ValueError, torch._dynamo.exc.TorchRuntimeError, RuntimeError)
     with pytest.raises(kinds) as caught:
         compiled(tensors)
