@@ -70,6 +70,8 @@ def check_routing(
         ValueError: `w1` has another number of experts.
     """
     expected, why = num_experts, source
+    if expert_mask is None and local_experts == 0:
+        raise ValueError("w1: expected at least one expert without expert_mask, got none")
     if expert_mask is not None:
         if not isinstance(expert_mask, Tensor):
             raise TypeError(f"expert_mask: expected a tensor, got {type(expert_mask).__name__}")

@@ -179,10 +179,10 @@ def _run_experts(
     if weight_first:
         hidden = (hidden * weights).to(hidden_states.dtype)
     if experts.bias1 is not None:
-        hidden = _plus(hidden, product.per_row(experts.bias1).to(hidden.dtype))
+        hidden = product.plus(hidden, experts.bias1)
     out = product(activate(hidden, experts), experts.w2)
     if experts.bias2 is not None:
-        out = _plus(out, product.per_row(experts.bias2).to(out.dtype))
+        out = product.plus(out, experts.bias2)
     out = out.float() if weight_first else out * weights
     return _combine(out, row_of_entry, moe_buf, topk, complete)
 
@@ -233,10 +233,14 @@ class _Product:
             return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.ends)
         return block_bmm(rows, weight, self.known_experts, self.block_size)
 
-    def per_row(self, bias: Tensor) -> Tensor:
-        """bias [E, Y] of each row's expert, [R, Y]."""
-        picked = bias.index_select(0, self.known_experts)
-        return picked if self.block_size == 1 else picked.repeat_interleave(self.block_size, dim=0)
+    def plus(self, values: Tensor, bias: Tensor) -> Tensor:
+        """values [R, Y] + bias [E, Y] of each row's expert, in values' dtype; in place if it can."""
+        picked = bias.index_select(0, self.known_experts).to(values.dtype)
+        if self.block_size == 1:
+            return values + picked if transformed() else values.add_(picked)
+        blocks = values.view(picked.shape[0], self.block_size, picked.shape[1])
+        sums = blocks + picked.unsqueeze(1) if transformed() else blocks.add_(picked.unsqueeze(1))
+        return sums.view(values.shape[0], picked.shape[1])
 
 
 def _most_blocks(sorted_ids: Tensor, entries: int, block_size: int) -> int:
@@ -254,11 +258,6 @@ def _first(values: Tensor, count: int, block_size: int) -> Tensor:
     if block_size == 1 or not traced(values):
         return values[:count]
     return values.index_select(0, torch.arange(count, device=values.device))
-
-
-def _plus(values: Tensor, more: Tensor) -> Tensor:
-    """values + more, in place where that can be."""
-    return values + more if transformed() else values.add_(more)
 
 
 def _combine(

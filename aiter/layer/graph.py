@@ -31,7 +31,7 @@ def block_bmm(rows: Tensor, weight: Tensor, experts: Tensor, block_size: int) ->
         [R, Y], contiguous.
     """
     if traced(rows):
-        # NOTE: the layer has refused what needs a gradient; under torch.compile, for when its graph runs.
+        # NOTE: the layer has refused what needs a gradient, if not now then when its graph runs.
         op = torch.ops.aiter.block_bmm
         out: Tensor = op(rows.detach(), weight.detach(), experts, block_size)
         return out

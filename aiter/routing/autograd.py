@@ -13,8 +13,9 @@ is then found to be modified. New outputs need none.
 `registered` is the same for ops that come through PyTorch's dispatcher (`torch.ops.aiter`, a compiled or
 exported graph, torch.func): a kernel for the autograd keys, below which the op is called again.
 
-`python op_tests/routing/bench_autograd.py` on a CPU core of an AMD EPYC, Python 3.11, PyTorch 2.13,
-2026-11-26: see there for the nanoseconds of each piece.
+What it costs in CPU time of a thread, on an AMD EPYC, Python 3.11, PyTorch 2.13, 2026-11-26, the call
+of a function included: `gradients_matter` 50 ns, all that a call pays with gradients off; with them on,
+`checked` of one tensor 480 ns and of six 1170 ns; `wrote` of five 330 ns, `Writes` of five 550 ns.
 """
 
 from __future__ import annotations
