@@ -14,18 +14,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
-from .layer.experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
+from .layer.arguments import (
+    GATE_MODES,
+    check_knobs,
+    check_layer,
+    check_routing,
+    check_unsupported,
+    check_upstream,
+)
+from .layer.experts import (
+    BLOCK_SIZES,
+    SWIGLU_LIMIT,
+    Backend,
+    Experts,
+    expert_backend,
+    run_experts,
+)
 from .layer.types import ActivationType, QuantType
 from .routing.autograd import checked
 from .routing.buffers import SortedBuffers
-from .routing.calls import (
-    empty_sorted_buffers,
-    fused_topk,
-    last_path,
-    moe_sorting,
-    topk_softmax_sorting,
-)
+from .routing.calls import empty_sorted_buffers, last_path, topk_softmax_sorting
+from .routing.upstream import fused_topk, moe_sorting
 
 __all__ = [
     "ActivationType",
@@ -64,6 +73,17 @@ def fused_moe(
     intermediate_pad: int = 0,
     bias1: Tensor | None = None,
     bias2: Tensor | None = None,
+    splitk: int = 0,
+    swiglu_limit: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
+    gate_mode: str | None = "separated",
+    shared_w1: Tensor | None = None,
+    shared_w2: Tensor | None = None,
+    shared_w1_scale: Tensor | None = None,
+    shared_w2_scale: Tensor | None = None,
+    shared_expert_id: int = -1,
+    stage2_scatter: object | None = None,
     *,
     gate_up_interleaved: bool = False,
     backend: Backend | None = None,
@@ -96,13 +116,19 @@ def fused_moe(
         quant_type: QuantType.No.
         doweight_stage1: see above.
         w1_scale, w2_scale, a1_scale, a2_scale: None.
-        block_size_M: slots per block of the sort; None for the backend's own.
+        block_size_M: slots per block of the sort; None or 0 for the backend's own.
         num_local_tokens: int32 [1] on the device: rows from there on are ignored and come out zero.
         moe_sorting_dispatch_policy: 0, 1 or 2, as in `moe_sorting`. The result is the same.
         dtype: of the output: float32, float16 or bfloat16; None for `hidden_states`'.
         hidden_pad, intermediate_pad: 0.
         bias1: [E', 2*inter] or [E', inter], as w1; rounded to `hidden_states`' dtype.
         bias2: [E', D]; rounded likewise.
+        splitk: any int; the products are PyTorch's, which divide their work as they see fit.
+        swiglu_limit: what Swiglu clamps to in place of 7; None for 7.
+        beta, linear_beta: None.
+        gate_mode: "separated", or "interleave" for what `gate_up_interleaved=True` says.
+        shared_w1, shared_w2, shared_w1_scale, shared_w2_scale, stage2_scatter: None.
+        shared_expert_id: -1.
         gate_up_interleaved: gate and up take turns along w1's and bias1's rows (g0, u0, g1, ...).
         backend: of the expert products; None for `expert_backend(w1, w2)`.
 
@@ -123,7 +149,23 @@ def fused_moe(
         hidden_pad=hidden_pad,
         intermediate_pad=intermediate_pad,
     )
-    experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
+    check_upstream(
+        splitk,
+        swiglu_limit,
+        gate_mode,
+        activation,
+        beta=beta,
+        linear_beta=linear_beta,
+        shared_w1=shared_w1,
+        shared_w2=shared_w2,
+        shared_w1_scale=shared_w1_scale,
+        shared_w2_scale=shared_w2_scale,
+        shared_expert_id=shared_expert_id,
+        stage2_scatter=stage2_scatter,
+    )
+    interleaved = gate_up_interleaved or GATE_MODES[gate_mode]
+    limit = SWIGLU_LIMIT if swiglu_limit is None else swiglu_limit
+    experts = Experts(w1, w2, bias1, bias2, activation, interleaved, limit)
     hidden_states = check_layer(hidden_states, experts, dtype)
     check_knobs(block_size_M, backend, w1, w2)
     _check_rows("topk_ids", topk_ids, hidden_states)

@@ -14,6 +14,22 @@ from ..routing.graph import traced
 from .experts import BACKENDS, Experts, grouped_mm_problem
 from .types import ActivationType, QuantType
 
+GATE_MODES = {"separated": False, "interleave": True, None: False}
+"""`gate_mode` of ROCm's aiter: whether gate and up take turns along w1's rows."""
+
+_SHARED = "as shared experts are not computed here but by a layer of their own"
+ABSENT = {
+    "beta": "as ActivationType.Situv2 is not computed",
+    "linear_beta": "as ActivationType.Situv2 is not computed",
+    "shared_w1": _SHARED,
+    "shared_w2": _SHARED,
+    "shared_w1_scale": _SHARED,
+    "shared_w2_scale": _SHARED,
+    "shared_expert_id": _SHARED,
+    "stage2_scatter": "as the output goes to one tensor",
+}
+"""Why an argument of ROCm's aiter has no meaning here."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -109,6 +125,36 @@ def check_unsupported(quant_type: QuantType, **options: object) -> None:
             )
 
 
+def check_upstream(
+    splitk: int, swiglu_limit: float | None, gate_mode: str | None, activation: ActivationType,
+    **absent: object,
+) -> None:  # fmt: skip
+    """Raises for arguments of ROCm's aiter that have no meaning here, or not that value.
+
+    Args:
+        absent: those that must be None, by name, or -1 for `shared_expert_id`.
+
+    Raises:
+        TypeError, ValueError: as the text says.
+    """
+    if not isinstance(splitk, int) or isinstance(splitk, bool):
+        raise TypeError(f"splitk: expected an int, got {type(splitk).__name__}")
+    if gate_mode not in GATE_MODES:
+        raise ValueError(f"gate_mode: expected one of {list(GATE_MODES)}, got {gate_mode!r}")
+    if swiglu_limit is not None and (
+        activation != ActivationType.Swiglu or not 0 < swiglu_limit < float("inf")
+    ):
+        raise ValueError(
+            "swiglu_limit: expected None, or a positive number with ActivationType.Swiglu, got"
+            f" {swiglu_limit!r} with {activation!s}"
+        )
+    for name, value in absent.items():
+        nothing = -1 if name == "shared_expert_id" else None
+        if value is not nothing and value != nothing:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected {nothing}, {ABSENT[name]}, got {got}")
+
+
 def check_knobs(block_size_m: int | None, backend: str | None, w1: Tensor, w2: Tensor) -> None:
     """Raises for a block size or a backend that does not exist, or cannot take these weights.
 
@@ -119,8 +165,8 @@ def check_knobs(block_size_m: int | None, backend: str | None, w1: Tensor, w2: T
         not isinstance(block_size_m, int) or isinstance(block_size_m, bool)
     ):
         raise TypeError(f"block_size_M: expected an int or None, got {type(block_size_m).__name__}")
-    if block_size_m is not None and block_size_m < 1:
-        raise ValueError(f"block_size_M: expected at least 1, or None, got {block_size_m}")
+    if block_size_m is not None and block_size_m < 0:
+        raise ValueError(f"block_size_M: expected at least 1, or 0 or None, got {block_size_m}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)} or None, got {backend!r}")
     problem = grouped_mm_problem(w1, w2) if backend == "grouped_mm" else None
@@ -165,8 +211,8 @@ def _check_activation(experts: Experts) -> None:
     activation = experts.activation
     if not isinstance(activation, ActivationType):
         raise TypeError(f"activation: expected an ActivationType, got {type(activation).__name__}")
-    if activation == ActivationType.No:
-        raise ValueError("activation: expected Silu, Gelu or Swiglu, got No")
+    if activation in (ActivationType.No, ActivationType.Situv2):
+        raise ValueError(f"activation: expected Silu, Gelu or Swiglu, got {activation.name}")
     gated = experts.w1.shape[1] == 2 * experts.w2.shape[2]
     if not gated and activation == ActivationType.Swiglu:
         raise ValueError(

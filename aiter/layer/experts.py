@@ -43,7 +43,7 @@ Autocast does not reach inside: products and activation are in the dtype of `hid
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class Experts(NamedTuple):
     bias2: Tensor | None
     activation: ActivationType
     interleaved: bool
+    swiglu_limit: float = SWIGLU_LIMIT
 
 
 def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
@@ -197,8 +198,8 @@ def activate(hidden: Tensor, experts: Experts) -> Tensor:
     else:
         gate, up = hidden.chunk(2, dim=-1)
     if kind == ActivationType.Swiglu:
-        gate = gate.clamp(max=SWIGLU_LIMIT)
-        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        gate = gate.clamp(max=experts.swiglu_limit)
+        up = up.clamp(-experts.swiglu_limit, experts.swiglu_limit)
         gate = gate * torch.sigmoid(SWIGLU_ALPHA * gate)
         return torch.addcmul(gate, gate, up)
     return (F.silu(gate) if kind == ActivationType.Silu else F.gelu(gate)) * up
@@ -250,7 +251,10 @@ def _most_blocks(sorted_ids: Tensor, entries: int, block_size: int) -> int:
     capacity = sorted_ids.shape[0] // block_size
     if not is_dynamo_compiling() and tracing_state() is not None:
         return capacity  # NOTE: torch.jit.trace would keep the smaller one of the call that it saw.
-    return torch.sym_min(capacity, entries) if traced(sorted_ids) else min(capacity, entries)
+    if not traced(sorted_ids):
+        return min(capacity, entries)
+    least: Any = torch.sym_min
+    return cast(int, least(capacity, entries))
 
 
 def _first(values: Tensor, count: int, block_size: int) -> Tensor:

@@ -33,6 +33,11 @@ _native: Any = torch._C
 _bump: Callable[[Any], None] = _native._increment_version
 _below_autograd: Any = _native._AutoDispatchBelowAutograd
 _grad_enabled = torch.is_grad_enabled
+_forward: Any = forward_ad
+
+
+def _tangent(tensor: Tensor) -> Any:
+    return _forward.unpack_dual(tensor).tangent
 
 
 def gradients_matter() -> bool:
@@ -158,7 +163,7 @@ def _register() -> Any:
 
 def _refuse_tangents(tensors: dict[str, object]) -> None:
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+        if isinstance(tensor, Tensor) and _tangent(tensor) is not None:
             _refuse(name, "has a tangent")
 
 

@@ -108,7 +108,7 @@ def traced(tensor: object) -> bool:
         return cast(Tensor, tensor).is_meta
     if not isinstance(tensor, Tensor):
         return False
-    return tensor.is_meta or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor.is_meta or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def transformed() -> bool:
