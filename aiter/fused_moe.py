@@ -3,7 +3,8 @@
 `fused_moe_from_logits` goes from router logits to the layer's output: one fused launch for the
 routing where one can do it, then the experts. `fused_moe` starts from ready top-k ids. The routing
 by itself (`topk_softmax_sorting`, `moe_sorting`, `fused_topk`) is for engines with expert GEMMs of
-their own. Names, argument orders and defaults are those of ROCm's aiter; extras are keyword-only.
+their own. Functions of ROCm's aiter have its names, argument orders and defaults
+(docs/rocm_aiter_names.md); extras are keyword-only.
 
 One module per question: `moe_routing` which launches route, `moe_experts` how the experts are
 applied and on which backend, `moe_arguments` what is refused.

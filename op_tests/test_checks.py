@@ -1,6 +1,8 @@
 """Are the checks of the op tests right? A fake op passes, one with a planted bug does not.
 
 A bug planted in the reference too must be seen by the checks that do not use the reference.
+
+Long because the planted bugs of all checks stand side by side, in tables.
 """
 
 from __future__ import annotations

@@ -154,12 +154,8 @@ def topk_softmax_sorting(
         gating_output = checked(gating_output, gating_output=gating_output, **_named(out))
     # NOTE: asks what `traced` asks, but for the type of the tensor and its device, which are among what
     # `_again` knows a call by.
-    if not (
-        is_dynamo_compiling()
-        or _len_torch_dispatch_stack()
-        or transforms_active()
-        or tracing_state() is not None
-    ):
+    if not (is_dynamo_compiling() or _len_torch_dispatch_stack()
+            or transforms_active() or tracing_state() is not None):  # fmt: skip
         buffers = _again(
             gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
             expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
@@ -202,18 +198,12 @@ def topk_softmax_sorting(
                 local_expert_mask=expert_mask, num_local_tokens=num_local_tokens,
             )  # fmt: skip
     else:
-        select, check, sort, scratch = cast(Chain, chain)  # a plan has one or the other
         if out is not None:
             given(out, expected)
-        weights, ids, sources, *workspace = allocate(scratch, device)
-        sorting = (
-            ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
-            workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[path],
+        _run_chain(
+            cast(Chain, chain), path, device, buffers, gating_output, num_experts, need_renorm,
+            block_size, expert_mask, num_local_tokens,
         )  # fmt: skip
-        # NOTE: nothing may be launched before every argument is known to be good.
-        check(*sorting)
-        select(weights, ids, sources, gating_output, need_renorm)
-        sort(*sorting)
     if out is not None:
         wrote(*out)
     _last.path = path
@@ -299,6 +289,31 @@ def fused_topk(
     weights, ids = empty_topk(gating_output, topk)
     topk_softmax(weights, ids, torch.empty_like(ids), gating_output, renormalize)
     return weights, ids
+
+
+def _run_chain(
+    chain: Chain,
+    path: dispatch.Path,
+    device: torch.device,
+    buffers: SortedBuffers,
+    gating_output: Tensor,
+    num_experts: int,
+    need_renorm: bool,
+    block_size: int,
+    expert_mask: Tensor | None,
+    num_local_tokens: Tensor | None,
+) -> None:
+    """The top-k and the sort, one after the other."""
+    select, check, sort, scratch = chain
+    weights, ids, sources, *workspace = allocate(scratch, device)
+    sorting = (
+        ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
+        workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[path],
+    )  # fmt: skip
+    # NOTE: nothing may be launched before every argument is known to be good.
+    check(*sorting)
+    select(weights, ids, sources, gating_output, need_renorm)
+    sort(*sorting)
 
 
 def _named(out: object) -> dict[str, object]:
