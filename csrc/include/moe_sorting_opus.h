@@ -176,12 +176,12 @@ __device__ void scatter_repeats(const OpusParams& p, EntryRange entries, const O
 __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tokens,
                                              const OpusLds& lds) {
   const EntryRange entries = entries_of(p, tokens);
-  bool repeats = false;
+  uint32_t repeats = 0;
   for_each_entry(p, entries, [&](uint32_t i, uint32_t expert_idx) {
     const int token = static_cast<int>(p.shape.by_topk.quotient(i)) - tokens.first;
     repeats |= lds.hits.set_again(token, expert_idx);
   });
-  if (repeats) atomicOr(lds.repeats(), 1u);
+  if (repeats != 0) atomicOr(lds.repeats(), 1u);
   __syncthreads();
   if (*lds.repeats() != 0) {
     scatter_repeats(p, entries, lds);
