@@ -13,12 +13,8 @@ from .layer.types import ActivationType, QuantType
 from .ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from .ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from .ops.rule import RoutingRule
-from .routing.graph import (
-    fused_topk_moe_sorting_fwd,
-    moe_sorting_opus_fwd,
-    topk_routing,
-    topk_softmax,
-)
+from .routing.graph import fused_topk_moe_sorting_fwd, topk_routing, topk_softmax
+from .routing.upstream import moe_sorting_fwd, moe_sorting_opus_fwd
 
 if TYPE_CHECKING:
     from .jit.warmup import warmup
@@ -31,6 +27,7 @@ __all__ = [
     "dtypes",
     "fused_topk_moe_sorting_fwd",
     "fused_topk_moe_sorting_max_tokens",
+    "moe_sorting_fwd",
     "moe_sorting_opus_fwd",
     "moe_sorting_opus_get_workspace_size",
     "topk_routing",

@@ -28,7 +28,13 @@ SIGNATURES: list[tuple[Callable[..., object], str]] = [
     (
         aiter.moe_sorting_opus_fwd,
         f"topk_ids topk_weights sorted_token_ids {SORT_OUTPUTS} unit_size local_expert_mask=None "
-        "num_local_tokens=None workspace=None dispatch_policy=0",
+        "num_local_tokens=None workspace=None dispatch_policy=0 local_topk_ids=None "
+        "m_indices=None reverse_sorted=None",
+    ),
+    (
+        aiter.moe_sorting_fwd,
+        f"topk_ids topk_weights sorted_token_ids {SORT_OUTPUTS} unit_size local_expert_mask=None "
+        "num_local_tokens=None dispatch_policy=0",
     ),
     (
         aiter.fused_topk_moe_sorting_fwd,
@@ -43,9 +49,13 @@ SIGNATURES: list[tuple[Callable[..., object], str]] = [
     (
         aiter.fused_moe.moe_sorting,
         "topk_ids topk_weights num_experts model_dim moebuf_dtype block_size=32 "
-        "expert_mask=None num_local_tokens=None dispatch_policy=0",
+        "expert_mask=None num_local_tokens=None dispatch_policy=0 return_local_topk_ids=False "
+        "accumulate=True flat=False output_aux=False",
     ),
-    (aiter.fused_moe.fused_topk, "hidden_states gating_output topk renormalize"),
+    (
+        aiter.fused_moe.fused_topk,
+        "hidden_states gating_output topk renormalize topk_ids=None topk_weights=None",
+    ),
 ]
 
 

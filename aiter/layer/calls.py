@@ -11,9 +11,24 @@ import torch
 from torch import Tensor
 
 from ..ops.rule import RoutingRule, plain_rule
+from ..routing.autograd import checked
 from ..routing.calls import moe_sorting, topk_routing_sorting
-from .arguments import check_knobs, check_layer, check_routing, check_unsupported
-from .experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
+from .arguments import (
+    GATE_MODES,
+    check_knobs,
+    check_layer,
+    check_routing,
+    check_unsupported,
+    check_upstream,
+)
+from .experts import (
+    BLOCK_SIZES,
+    SWIGLU_LIMIT,
+    Backend,
+    Experts,
+    expert_backend,
+    run_experts,
+)
 from .types import ActivationType, QuantType
 
 
@@ -39,6 +54,17 @@ def fused_moe(
     intermediate_pad: int = 0,
     bias1: Tensor | None = None,
     bias2: Tensor | None = None,
+    splitk: int = 0,
+    swiglu_limit: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
+    gate_mode: str | None = "separated",
+    shared_w1: Tensor | None = None,
+    shared_w2: Tensor | None = None,
+    shared_w1_scale: Tensor | None = None,
+    shared_w2_scale: Tensor | None = None,
+    shared_expert_id: int = -1,
+    stage2_scatter: object | None = None,
     *,
     gate_up_interleaved: bool = False,
     backend: Backend | None = None,
@@ -64,20 +90,26 @@ def fused_moe(
             experts of this rank.
         w2: [E', D, inter], same dtype, any strides.
         topk_weight: [M, K] float32, contiguous.
-        topk_ids: [M, K] int32, contiguous, distinct in a row; global ids. Ids outside [0, E)
-            contribute nothing.
+        topk_ids: [M, K] int32, contiguous; global ids, each a term of the sum, also where they
+            repeat in a row. Ids outside [0, E) contribute nothing.
         expert_mask: int32 [E] of 0 and 1, with E' ones, in the order of w1; None for E' = E.
         activation: Silu, Gelu or Swiglu.
         quant_type: QuantType.No.
         doweight_stage1: see above.
         w1_scale, w2_scale, a1_scale, a2_scale: None.
-        block_size_M: slots per block of the sort; None for the backend's own.
+        block_size_M: slots per block of the sort; None or 0 for the backend's own.
         num_local_tokens: int32 [1] on the device: rows from there on are ignored and come out zero.
         moe_sorting_dispatch_policy: 0, 1 or 2, as in `moe_sorting`. The result is the same.
         dtype: of the output: float32, float16 or bfloat16; None for `hidden_states`'.
         hidden_pad, intermediate_pad: 0.
         bias1: [E', 2*inter] or [E', inter], as w1; rounded to `hidden_states`' dtype.
         bias2: [E', D]; rounded likewise.
+        splitk: any int; the products are PyTorch's, which divide their work as they see fit.
+        swiglu_limit: what Swiglu clamps to in place of 7; None for 7.
+        beta, linear_beta: None.
+        gate_mode: "separated", or "interleave" for what `gate_up_interleaved=True` says.
+        shared_w1, shared_w2, shared_w1_scale, shared_w2_scale, stage2_scatter: None.
+        shared_expert_id: -1.
         gate_up_interleaved: gate and up take turns along w1's and bias1's rows (g0, u0, g1, ...).
         backend: of the expert products; None for `expert_backend(w1, w2)`.
 
@@ -98,10 +130,27 @@ def fused_moe(
         hidden_pad=hidden_pad,
         intermediate_pad=intermediate_pad,
     )
-    experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
-    check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend)
+    check_upstream(
+        splitk,
+        swiglu_limit,
+        gate_mode,
+        activation,
+        beta=beta,
+        linear_beta=linear_beta,
+        shared_w1=shared_w1,
+        shared_w2=shared_w2,
+        shared_w1_scale=shared_w1_scale,
+        shared_w2_scale=shared_w2_scale,
+        shared_expert_id=shared_expert_id,
+        stage2_scatter=stage2_scatter,
+    )
+    interleaved = gate_up_interleaved or GATE_MODES[gate_mode]
+    limit = SWIGLU_LIMIT if swiglu_limit is None else swiglu_limit
+    experts = Experts(w1, w2, bias1, bias2, activation, interleaved, limit)
+    hidden_states = check_layer(hidden_states, experts, dtype)
+    check_knobs(block_size_M, backend, w1, w2)
     _check_rows("topk_ids", topk_ids, hidden_states)
+    topk_weight = checked(topk_weight, topk_weight=topk_weight)
     check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
     chosen = backend or expert_backend(w1, w2)
@@ -174,8 +223,8 @@ def fused_moe_from_logits(
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
-    check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend)
+    hidden_states = check_layer(hidden_states, experts, dtype)
+    check_knobs(block_size_M, backend, w1, w2)
     _check_rows("gating_output", gating_output, hidden_states)
     full_rule = plain_rule(renormalize, "renormalize") if rule is None else rule
     num_experts = full_rule.num_experts(gating_output.shape[1])
@@ -215,4 +264,8 @@ def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a tensor of rank 2 with {hidden_states.shape[0]} rows, as"
             f" hidden_states, got shape {list(tensor.shape)}"
+        )
+    if tensor.device != hidden_states.device:
+        raise ValueError(
+            f"{name}: expected it on {hidden_states.device}, as hidden_states, got {tensor.device}"
         )

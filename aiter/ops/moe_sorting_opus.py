@@ -32,7 +32,8 @@ def moe_sorting_opus_fwd(
     """Sorts the entries (token, slot) of `topk_ids` by expert into blocks of `unit_size` slots.
 
     Args:
-        topk_ids: [M, K] int32, contiguous, distinct in a row; ids outside [0, E) are left out.
+        topk_ids: [M, K] int32, contiguous. Ids may repeat in a row: every (token, slot) is an entry,
+            ascending by token, then slot, within an expert. Ids outside [0, E) are left out.
         topk_weights: [M, K] float32, contiguous.
         sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf: outputs, as in
             `fused_topk_moe_sorting_fwd`.

@@ -15,6 +15,7 @@ binding and its checks; of a known call 0.4 us for this module and 0.4 us for fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,7 @@ from ..ops.device import current_device
 from ..ops.moe_sorting_opus import moe_sorting_opus_fwd
 from ..ops.rule import RoutingRule
 from . import dispatch, known
+from .autograd import checked, gradients_matter, wrote
 from .buffers import (
     BUFFER_NAMES,
     Buffers,
@@ -44,7 +46,7 @@ from .buffers import (
 )
 from .launches import launch_chain, launch_fused
 from .request import Request, Tensors, rule_key
-from .tracing import registered, traced
+from .tracing import registered, traced, tracing_state, transforms_active
 
 _cpu_wave = cpu_wave_override.get
 
@@ -175,12 +177,20 @@ def topk_routing_sorting(
 
 def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers:
     """A routing of logits: a `Request` without its last field, and `Tensors`, as plain tuples."""
+    if gradients_matter():
+        arguments = (_checked_gradients(Tensors(*arguments)), *arguments[1:])
     # NOTE: asks what `traced` asks, but for the tensor, which is among what `again` knows a call by.
-    if not is_dynamo_compiling() and not _len_torch_dispatch_stack():
+    if not (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or transforms_active()
+        or tracing_state() is not None
+    ):
         fields = (*fields, _cpu_wave())
         buffers = known.again(fields, *arguments)
         if buffers is not None:
             known.last.path = "fused"
+            _count_writes(*arguments[-2:])
             return buffers
     request = Request(*fields)  # NOTE: a tracer cannot read the override, and has no use for it.
     tensors = Tensors(*arguments)
@@ -199,7 +209,31 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
     else:
         launch_chain(request, plan, tensors, buffers)
     known.last.path = plan.path
+    _count_writes(tensors.topk_out, out)
     return buffers
+
+
+def _checked_gradients(tensors: Tensors) -> Tensor:
+    """The logits, if no gradient of the call's tensors would be lost."""
+    return checked(
+        tensors.gating_output,
+        gating_output=tensors.gating_output,
+        correction_bias=tensors.correction_bias,
+        **_named(tensors.topk_out, ("topk_out[0]", "topk_out[1]")),
+        **_named(tensors.out, BUFFER_NAMES),
+    )
+
+
+def _count_writes(*given: Sequence[Tensor] | None) -> None:
+    """Bumps the version counters of the outputs that the caller gave."""
+    for tensors in given:
+        if tensors is not None:
+            wrote(*tensors)
+
+
+def _named(given: object, names: Sequence[str]) -> dict[str, object]:
+    """The outputs that a caller gives, by name; what they are is checked later."""
+    return dict(zip(names, given, strict=False)) if isinstance(given, tuple | list) else {}
 
 
 def moe_sorting(
@@ -218,10 +252,13 @@ def moe_sorting(
     """Sorts ready top-k ids by expert.
 
     Args:
-        topk_ids: [M, K] int32, contiguous, distinct in a row.
+        topk_ids: [M, K] int32, contiguous. Ids may repeat in a row: every (token, slot) is an entry,
+            ascending by token, then slot, within an expert. Ids outside [0, E) are left out.
         topk_weights: [M, K] float32, contiguous.
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
+    if gradients_matter():
+        topk_weights = checked(topk_weights, topk_weights=topk_weights, **_named(out, BUFFER_NAMES))
     if traced(topk_ids):
         arguments = (
             topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask,
@@ -243,6 +280,7 @@ def moe_sorting(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
         workspace, dispatch.POLICY_OF_CHAIN[path],
     )  # fmt: skip
+    _count_writes(out)
     known.last.path = path
     return buffers
 
@@ -262,6 +300,8 @@ def fused_topk(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
+    if gradients_matter():
+        gating_output = checked(gating_output, gating_output=gating_output)
     if traced(gating_output):
         weights, ids = registered("fused_topk")(hidden_states, gating_output, topk, renormalize)
         return weights, ids

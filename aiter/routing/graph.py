@@ -14,7 +14,10 @@ an AMD EPYC, Python 3.11, PyTorch 2.13, 2026-11-23.)
 
 The ops that allocate their outputs are registered beside those that fill given ones, because what
 they decide, the path and the workspace, is asked of the compiled module, which no tracer can see
-into. No op has a backward: routing is for inference.
+into. No op has a backward: routing is for inference, and `autograd` says what is refused and counted.
+
+Not only tracers go through the registered ops: torch.func's transforms (vmap runs an op once per slice),
+torch.jit.trace, which would take a result for a constant otherwise, and tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from ..ops import topk_routing as topk_routing_stub
 from ..ops import topk_softmax as topk_softmax_stub
 from ..ops.rule import RoutingRule, rule_of
 from . import calls
+from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
 from .tracing import NAMESPACE, registered, traced
 
@@ -101,15 +105,36 @@ SCHEMAS = {
 def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) -> F:
     """Makes an op's function call its registered namesake under a tracer, and `stub` otherwise.
 
-    `in_schema` turns keyword arguments into those of the schema, where they differ.
+    It refuses gradients and counts what `stub` writes (`autograd`). `in_schema` turns keyword arguments
+    into those of the schema, where they differ.
     """
     op = registered(stub.__name__)
+    schema = op.default._schema
+    order = tuple(argument.name for argument in schema.arguments)
+    read = next(a.name for a in schema.arguments if a.alias_info is None)
+    count = Writes(schema)
+
+    def pass_on(args: Any, kwargs: Any) -> Any:
+        """The arguments, with the first that is read in place of itself once it is checked."""
+        tensors = dict(zip(order, args, strict=False)) | kwargs
+        if read in tensors:  # else the call is refused for that
+            written = tensors.get("topk_out") or ()
+            for i, tensor in enumerate(written):
+                tensors[f"topk_out[{i}]"] = tensor
+            tensors[read] = checked(tensors[read], **tensors)
+        return tuple(tensors[name] for name in order[: len(args)]), {
+            name: tensors[name] for name in kwargs
+        }
 
     @functools.wraps(stub)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if traced(args[0] if args else None):
-            return op(*args, **(in_schema(**kwargs) if in_schema else kwargs))
-        return stub(*args, **kwargs)
+        if gradients_matter():
+            args, kwargs = pass_on(args, kwargs)
+        by_schema = in_schema(**kwargs) if in_schema else kwargs
+        if traced(args[0] if args else next(iter(kwargs.values()), None)):
+            return op(*args, **by_schema)
+        stub(*args, **kwargs)
+        return count(args, by_schema)
 
     return cast(F, call)
 
@@ -268,8 +293,12 @@ def _register() -> Any:
     for name, schema in SCHEMAS.items():
         run, fake = kernels[name]
         library.define(name + schema)
-        library.impl(name, run, "CompositeExplicitAutograd")
+        op = registered(name).default
+        library.impl(name, counting(run, op), "CompositeExplicitAutograd")
         library.impl(name, fake, "Meta")
+        library.impl(
+            name, refusing(op, "hidden_states" if name == "fused_topk" else ""), "Autograd"
+        )
     return library
 
 

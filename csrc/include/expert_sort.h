@@ -104,6 +104,11 @@ struct HitMask {
     atomicOr(&words[(token / kTokensPerWord) * stride + expert_idx],
              1u << (token % kTokensPerWord));
   }
+  // As set(); not 0 if the bit was set before.
+  __device__ __forceinline__ uint32_t set_again(int token, uint32_t expert_idx) const {
+    const uint32_t bit = 1u << (token % kTokensPerWord);
+    return atomicOr(&words[(token / kTokensPerWord) * stride + expert_idx], bit) & bit;
+  }
   __device__ __forceinline__ uint32_t count(int expert_idx) const {
     uint32_t sum = 0;
     AITER_LOOP

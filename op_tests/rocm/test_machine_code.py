@@ -112,20 +112,19 @@ def check_topk(arch: str, case: Case) -> None:
     require_same_bits(got, run_topk_softmax(case, cpu, aiter.topk_softmax), case)
 
 
-def check_sorting(arch: str, case: Case, policy: int) -> None:
+def check_sorting(arch: str, case: Case, policy: int, given_ids: Tensor | None = None) -> None:
     """The separate sort of `case` on `arch`, against contract and CPU."""
     device = device_for(arch, case)
     cpu = Target("cpu", device.wave_size)
     size = aiter.moe_sorting_opus_get_workspace_size
-    got = run_moe_sorting(case, cpu, device.moe_sorting_opus_fwd, policy, size)
+    got = run_moe_sorting(case, cpu, device.moe_sorting_opus_fwd, policy, size, given_ids)
     names = ("oneshot",) if policy == 1 else ("count", "assign", "scatter")
     require(
         set(device.statistics) == {f"moe_sorting_{name}" for name in names},
         f"{arch}, policy {policy}: expected {names}, got {list(device.statistics)}",
     )
-    require_same_bits(
-        got, run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size), case
-    )
+    expected = run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size, given_ids)
+    require_same_bits(got, expected, case)
 
 
 @pytest.mark.parametrize("need_renorm", [True, False], ids=["renorm", "softmax"])
@@ -214,6 +213,17 @@ def test_moe_sorting(arch: str, case: Case, policy: int) -> None:
 def test_moe_sorting_several_tiles(arch: str, policy: int) -> None:
     """A tile is at most 15 bitmask words for 896 experts: more than 480 tokens make several."""
     check_sorting(arch, Case(500, 896, 1, BF16, block_size=2), policy)
+
+
+@pytest.mark.parametrize("policy", [1, 2])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_moe_sorting_repeated_ids(arch: str, policy: int) -> None:
+    """Repeats and ids that are no experts'; several parts per tile (entries above 32 per word)."""
+    generator = torch.Generator().manual_seed(0)
+    for case in (Case(40, 12, 4, mask="random", num_local=37, block_size=8), Case(3, 5, 5)):
+        shape = (case.num_tokens, case.topk)
+        ids = torch.randint(-1, case.num_experts + 1, shape, generator=generator, dtype=torch.int32)
+        check_sorting(arch, case, policy, ids)
 
 
 def test_oldest_arch() -> None:

@@ -117,7 +117,7 @@ def test_opcheck_can_fail(written: int) -> None:
 def test_a_schema_has_every_parameter(name: str) -> None:
     """A tracer takes what an eager call takes, by the same names."""
     schema = getattr(torch.ops.aiter, name).default._schema
-    parameters = inspect.signature(getattr(aiter, name)).parameters
+    parameters = inspect.signature(getattr(torch_ops, name)).parameters
     names = [argument.name for argument in schema.arguments]
     if "topk_out" in parameters:  # a schema has no optional pair of tensors
         first = names.index("topk_weights")
