@@ -61,7 +61,7 @@ ONE_TOKEN = (
     Case(1, 1100, 5, F16, logits="all_nan", slots_offset=8),
 )  # fmt: skip
 MANY_ROWS = (
-    (513, 136, 2, BF16), (513, 131, 2, F16), (513, 132, 2, F32), (513, 131, 2, F32), (513, 160, 9, F16)
+    (513, 136, 2, BF16), (513, 131, 2, F16), (129, 132, 2, F32), (129, 131, 2, F32), (129, 160, 9, F16)
 )  # fmt: skip
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
