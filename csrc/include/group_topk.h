@@ -74,6 +74,12 @@ struct GroupLogit<float, kRowItems> {
   }
 };
 
+// Registers of a lane for `values` logits: where bits are lost, they are kept beside the lists.
+template <typename T>
+__host__ __device__ constexpr int list_registers(int values) {
+  return sizeof(T) == sizeof(float) ? 2 * values : values;
+}
+
 // The largest over each kSize lanes.
 template <int kSize>
 __device__ __forceinline__ uint32_t group_max(uint32_t x) {
@@ -113,7 +119,7 @@ class GroupRows {
  public:
   using Item = T;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_row_threads(kValues);
+  static constexpr int kMaxThreads = max_row_threads(list_registers<T>(kValues));
   static constexpr int kRowsPerWave = kWaveSize / kLanes;
 
   // Which of the wave's rows this lane works on.

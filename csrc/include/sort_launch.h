@@ -104,6 +104,9 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
     choice.row_stride *= gating.itemsize;
   }
   choice.values = choice.group.values;
+  if (choice.by == RowsBy::lists && type == LogitType::f32) {
+    choice.values = list_registers<float>(choice.values);
+  }
   choice.rows_per_wave = wave_size / choice.group.lanes;
   const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
   choice.format.wide = on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&

@@ -89,7 +89,7 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
     if by_lists:
         lanes, values, best = group_shape(num_tokens, num_experts, topk)
         name = f"GroupRows<{dtype}, {lanes}, {values}, {best}>"
-        return RowChoice(name, values, wave_size // lanes, wide)
+        return RowChoice(name, values * (2 if is_f32 else 1), wave_size // lanes, wide)
     lanes, values, best = key_group_shape(num_experts, topk)
     name = f"KeyRows<{lanes}, {values}, {best}>"
     lds_bytes = 8 * CANDIDATES_PER_LANE * wave_size

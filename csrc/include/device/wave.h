@@ -64,6 +64,14 @@
 //                           gfx950        1 v_permlane16_swap_b32
 //                           gfx11, gfx12  1 v_permlanex16_b32
 //                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 1 to 15  gfx           1 v_mov_b32_dpp
+//                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 4        gfx           2 v_mov_b32_dpp
+//                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 31       gfx9          1 v_mov_b32_dpp, 1 ds_swizzle_b32
+//                           gfx950        1 v_mov_b32_dpp, 1 v_permlane16_swap_b32
+//                           gfx11, gfx12  1 v_mov_b32_dpp, 1 v_permlanex16_b32
+//                           sm_90         1 SHFL.BFLY
 //   wave_sum_in_groups, 8   gfx           3 v_mov_b32_dpp, 7 v_add_f32_dpp for n = 8
 //                           sm_90         n SHFL.IDX, n FADD
 //   wave_sum_in_groups, 32  gfx9          2n v_readlane_b32
