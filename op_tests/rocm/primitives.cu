@@ -55,6 +55,7 @@ EXCHANGE(4)
 EXCHANGE(7)
 EXCHANGE(8)
 EXCHANGE(15)
+EXCHANGE(16)
 EXCHANGE(31)
 
 #define SUM_IN_GROUPS(group)                                                    \

@@ -109,7 +109,7 @@ def test_swap(arch: str, distance: int) -> None:
     assert np.array_equal(run_primitive(arch, f"swap_{distance}", words), expected)
 
 
-@pytest.mark.parametrize("mask", [1, 2, 3, 4, 7, 8, 15, 31])
+@pytest.mark.parametrize("mask", [1, 2, 3, 4, 7, 8, 15, 16, 31])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_exchange(arch: str, mask: int) -> None:
     words = random_words(FACTS[arch].wave_size, mask)
