@@ -132,7 +132,7 @@ class GroupRows {
     AITER_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       const int first = first_expert(c);
-      if (format.wide) {
+      if (format.wide != 0) {
         chunk_[c] = FourWords{};
         if (first < num_experts) chunk_[c] = *reinterpret_cast<const FourWords*>(row + first);
       } else {

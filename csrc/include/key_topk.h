@@ -63,9 +63,9 @@ class KeyRows {
     row_ = row;
     type_ = format.type;
     if (type_ == LogitType::f32) {
-      load_words(reinterpret_cast<const uint32_t*>(row), num_experts, format.wide);
+      load_words(reinterpret_cast<const uint32_t*>(row), num_experts, format.wide != 0);
     } else {
-      load_halves(reinterpret_cast<const uint16_t*>(row), num_experts, format.wide);
+      load_halves(reinterpret_cast<const uint16_t*>(row), num_experts, format.wide != 0);
     }
   }
 

@@ -91,7 +91,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
                    row_values(num_experts, wave_size),
                    1,
                    0,
-                   {false, type},
+                   {0, type},
                    gating.stride[0]};
   if (choice.by == RowsBy::keys && lds_is_full) choice.by = RowsBy::wave;
   if (choice.by == RowsBy::wave) return choice;
