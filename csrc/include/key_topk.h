@@ -91,7 +91,8 @@ class KeyRows {
   }
 
  private:
-  static constexpr uint32_t kNoLogit = 0xffffffffu;  // two NaNs of either 16-bit type, or one f32
+  static constexpr uint32_t kNoHalf = 0xffffu;       // NaN of either 16-bit type
+  static constexpr uint32_t kNoLogit = 0xffffffffu;  // two of them, or one of f32
 
   __device__ __forceinline__ uint16_t half(int i) const {
     return static_cast<uint16_t>(words_[i / 8].word[i % 8 / 2] >> (i % 2 * 16));
@@ -121,14 +122,16 @@ class KeyRows {
       if (wide) {
         if (first < num_experts) words_[c] = *reinterpret_cast<const FourWords*>(row + first);
       } else {
+        const int last = num_experts - 1;
         AITER_UNROLL
         for (int w = 0; w < 4; ++w) {
-          const int low = first + 2 * w;
-          if (low + 1 < num_experts) {
-            words_[c].word[w] = static_cast<uint32_t>(row[low + 1]) << 16 | row[low];
-          } else if (low < num_experts) {
-            words_[c].word[w] = kNoLogit << 16 | row[low];
-          }
+          // NOTE: all lanes load, the last logit where there is none; in a branch, compilers for AMD GPUs make one
+          // load of two neighbours, which need not begin on a boundary.
+          const int low = first + 2 * w, high = low + 1;
+          const uint32_t low_bits = row[low < last ? low : last];
+          const uint32_t high_bits = row[high < last ? high : last];
+          words_[c].word[w] =
+              (high <= last ? high_bits : kNoHalf) << 16 | (low <= last ? low_bits : kNoHalf);
         }
       }
     }
