@@ -1,4 +1,4 @@
-"""Are rows that share a wave (`group_topk.h`, `key_topk.h`) chosen and weighed as if each had one of its own?
+"""Are rows that share a wave (`group_topk.h`, `key_topk.h`) treated as if each had one of its own?
 
 Renormalised logits are selected by an instance per range of E, K and M. Every range is run at both ends
 and beside them, with neighbouring rows of different kinds: exact against the reference, and bit for bit
@@ -114,8 +114,8 @@ def test_every_expert_can_win_every_slot(target: Target, num_experts: int) -> No
 
 
 def hard_rows(num_experts: int) -> Tensor:
-    """f32 rows, neighbours of different kinds: random; equal but for the last bits, or nearly; with NaN and
-    infinities, in all, some or all but a few experts; of few values; of both zeros; in order."""
+    """f32 rows, neighbours of different kinds: random; equal but for the last bits, or nearly; with NaN
+    and infinities, in all, some or all but a few experts; of few values; of both zeros; in order."""
     generator = torch.Generator().manual_seed(num_experts)
     rows = torch.randn(36, num_experts, generator=generator)
     rows[1::12] = 1 + rows[1::12] * 1e-6
@@ -146,7 +146,7 @@ def check_topk(logits: Tensor, topk: int, target: Target) -> None:
 
 @pytest.mark.parametrize("num_experts", EXPERT_COUNTS)
 def test_bits_that_lists_leave_out(target: Target, num_experts: int) -> None:
-    """Rows that have to be selected again are beside others, in the first group of a wave and in the last."""
+    """Rows that have to be selected again are beside others, in the first group and the last."""
     for shift, topk in enumerate(TOPKS[:-1]):
         check_topk(hard_rows(num_experts).roll(shift, 0), topk, target)
 

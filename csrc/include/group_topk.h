@@ -16,9 +16,11 @@
 //
 // A 16-bit logit's key fits above the index; an f32 logit's loses its lowest 7 to 9 bits. What remains decides
 // unless two keys differ in those bits alone. So a row of f32 logits is also asked whether any of them has such
-// bits at all (one that was 16 bits wide has none); and if so, whether two of its kBest winners, or winner K - 1
-// and a logit that did not win, agree in the rest. Rows where they do, one of several hundred if logits are random,
-// are selected again by a step per winner over whole keys in memory. The winners' logits are read again, too.
+// bits at all (one that was 16 bits wide has none); and if so, whether two of its kBest winners agree in the rest:
+// then the winners, whose logits are read again anyway, are put in order by whole keys; and whether winner K - 1
+// and a logit that did not win do: then the row is selected again, by a step per winner over whole keys in
+// memory. That takes several times as long and is so for one row of some thousand, if logits are random; so
+// lists are for few tokens of many f32 logits only (sort_launch.h).
 //
 // Measured on an H100 (2026-11-23), 1024 rows of bf16 routed by 8 workgroups, a step per winner -> merging:
 //   E=128 K=4    11.9 -> 7.1 us
@@ -26,8 +28,13 @@
 // What counts there is the number of integer instructions, of which a scheduler does one in two cycles.
 // Rejected: lists of 16 for K up to 16, 29 -> 33 us for E=512, K=10 and 56 -> 50 us for E=896, K=16, by
 // instances that take the longest to compile. Rejected for f32: lists of (key, expert) pairs, where a comparator
-// is six instructions instead of two; a threshold and candidates (best_keys.h), 1.70 us for bf16 and 2.88 for f32
-// with E=128, K=4 and M=1, and from M=1024 on no faster.
+// is six instructions instead of two.
+//
+// Measured on an H100 (2026-11-26), us per call that overlaps with nothing, f32, a step per winner -> lists:
+//                          M = 1            8            16           64           1024
+//   E=128 K=4          1.91 -> 1.90   2.47 -> 2.31   3.23 -> 2.46   3.46 -> 3.37   8.19 -> 6.62
+//   E=256 K=8          2.52 -> 2.14   3.53 -> 2.75   4.16 -> 3.46   4.81 -> 4.12
+// (where rows in another order were selected again, too; bf16: 1.70 2.11 2.23 3.08 5.62, 1.93 2.49 3.16 3.75 8.14).
 #pragma once
 
 #include "row_topk.h"
@@ -66,6 +73,12 @@ struct GroupLogit<float, kRowItems> {
     return kIndexBits - (stored & kIndexBits);
   }
 };
+
+// Registers of a lane for `values` logits: where bits are lost, they are kept beside the lists.
+template <typename T>
+__host__ __device__ constexpr int list_registers(int values) {
+  return sizeof(T) == sizeof(float) ? 2 * values : values;
+}
 
 // The largest over each kSize lanes.
 template <int kSize>
@@ -106,7 +119,7 @@ class GroupRows {
  public:
   using Item = T;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_row_threads(kValues);
+  static constexpr int kMaxThreads = max_row_threads(list_registers<T>(kValues));
   static constexpr int kRowsPerWave = kWaveSize / kLanes;
 
   // Which of the wave's rows this lane works on.
@@ -119,7 +132,7 @@ class GroupRows {
     AITER_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       const int first = first_expert(c);
-      if (format.wide) {
+      if (format.wide != 0) {
         chunk_[c] = FourWords{};
         if (first < num_experts) chunk_[c] = *reinterpret_cast<const FourWords*>(row + first);
       } else {
@@ -149,19 +162,23 @@ class GroupRows {
     merge_lanes<1>();
   }
 
-  // Behind select(): whether bits that are not stored may decide which are the `topk` best, in the lane's row; the
-  // same for all lanes of a group. Where registers hold whole logits, they do not.
-  __device__ __forceinline__ bool is_unsure(int topk) const {
+  // Behind select(), what bits that are not stored may change about the `topk` best of the lane's row: their order,
+  // and which they are. The same for all lanes of a group.
+  struct Doubt {
+    bool order, winners;
+  };
+  __device__ __forceinline__ Doubt doubt(int topk) const {
     constexpr uint32_t kIndexBits = Stored::kIndexBits;
-    bool meets = false;
+    bool meets = false, meets_other = false;
     AITER_UNROLL
     for (int i = 0; i + 1 < kBest; ++i) meets |= (stored_[i] ^ stored_[i + 1]) <= kIndexBits;
     const uint32_t last = winner(topk - 1);
     const uint32_t from = last & ~kIndexBits;
     AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) meets |= all_[i] - from < last - from;
-    const WaveMask meeting = wave_ballot(meets), losing = wave_ballot(lost_ != 0);
-    return group_any<kLanes>(meeting) && group_any<kLanes>(losing);
+    for (int i = 0; i < kValues; ++i) meets_other |= all_[i] - from < last - from;
+    const WaveMask meeting = wave_ballot(meets), meeting_other = wave_ballot(meets_other);
+    const bool loses = group_any<kLanes>(wave_ballot(lost_ != 0));
+    return {loses && group_any<kLanes>(meeting), loses && group_any<kLanes>(meeting_other)};
   }
 
   __device__ __forceinline__ const T* row() const { return row_; }
@@ -300,6 +317,19 @@ __device__ __forceinline__ uint32_t select_by_steps(const float* row, int num_ex
   return mine;
 }
 
+// Puts the values of each eight lanes in descending order.
+template <int kMask, int kBit>
+__device__ __forceinline__ uint64_t ordered_lanes(uint64_t x) {
+  const uint64_t high = wave_exchange<kMask>(static_cast<uint32_t>(x >> 32));
+  const uint64_t y = high << 32 | wave_exchange<kMask>(static_cast<uint32_t>(x));
+  return (x > y) == ((lane_idx() & kBit) == 0) ? x : y;
+}
+__device__ __forceinline__ uint64_t sorted_eight(uint64_t x) {
+  x = ordered_lanes<1, 1>(x);
+  x = ordered_lanes<1, 1>(ordered_lanes<3, 2>(x));
+  return ordered_lanes<1, 1>(ordered_lanes<2, 2>(ordered_lanes<7, 4>(x)));
+}
+
 // Runs the selection for the loaded rows, as row_topk.h does for one; sink and `valid` are the lane's
 // row's.
 template <typename T, int kLanes, int kValues, int kBest, typename Sink>
@@ -318,14 +348,23 @@ __device__ __forceinline__ void wave_topk(GroupRows<T, kLanes, kValues, kBest>& 
     if (k >= topk) expert_idx = first;
     uint32_t first_bits = Logit<float>::bits(rows.row()[first]);
     uint32_t own_bits = Logit<float>::bits(rows.row()[expert_idx]);
-    const bool is_unsure = rows.is_unsure(topk);  // while these come
-    if (wave_ballot(is_unsure) != 0) {
+    const auto doubt = rows.doubt(topk);  // while these come
+    if (wave_ballot(doubt.winners) != 0) {
       const uint32_t exact = select_by_steps<kLanes>(rows.row(), num_experts, topk, first);
-      if (is_unsure) {
+      if (doubt.winners) {
         expert_idx = exact;
         first_bits = Logit<float>::bits(rows.row()[first]);
         own_bits = Logit<float>::bits(rows.row()[expert_idx]);
       }
+    }
+    if (wave_ballot(doubt.order) != 0) {  // others are in order, and stay so
+      const uint64_t own =
+          static_cast<uint64_t>(Logit<float>::store(own_bits, 0)) << 32 | ~expert_idx;
+      const uint64_t winner = sorted_eight(k < topk ? own : 0);
+      const uint32_t key = static_cast<uint32_t>(winner >> 32);
+      expert_idx = ~static_cast<uint32_t>(winner);
+      first_bits = bits_of_key(group_max<kLanes>(key));
+      own_bits = bits_of_key(key);
     }
     max = bit_cast<float>(ordinary_bits(first_bits));
     logit = bit_cast<float>(ordinary_bits(own_bits));

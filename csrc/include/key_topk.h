@@ -8,13 +8,15 @@
 // Loads are of 16 bytes, where rows begin on such a boundary and end on one.
 //
 // Measured on an H100 (2026-11-26), us per call that overlaps with nothing, a step per winner -> keys:
-//                          M = 1            8            64           1024
-//   E=512 K=10, f32    3.33 -> 2.99   5.21 -> 4.16   7.14 -> 6.24   26.7 -> 14.9
-//   E=896 K=16, f32    5.93 -> 3.16   9.90 -> 4.99   13.0 -> 7.76   64.3 -> 21.4
-//   E=512 K=10, bf16   2.43 -> 2.95   3.67 -> 4.14   5.54 -> 6.17   16.5 -> 14.5
-//   E=896 K=16, bf16   3.45 -> 3.09   5.70 -> 4.97   8.52 -> 7.69   31.3 -> 21.1
-// Rejected: groups of 8 or 16 lanes with twice the registers each, which take a third less instructions a row
-// but are no faster (16 lanes, E=512, K=10: 14.6 us for M=1024, 3.61 for M=1).
+//                          M = 1            8            64           256          1024
+//   E=512 K=10, f32    3.34 -> 2.70   5.22 -> 3.85   7.16 -> 5.82   10.5 -> 7.69   26.7 -> 14.4
+//   E=896 K=16, f32    5.93 -> 3.10   9.90 -> 4.80   13.0 -> 7.51   21.8 -> 11.0   64.3 -> 21.1
+//   E=512 K=10, bf16   2.43 -> 2.69   3.67 -> 3.85   5.54 -> 5.77   7.75 -> 7.56   16.5 -> 13.8
+//   E=896 K=16, bf16   3.45 -> 3.04   5.71 -> 4.77   8.52 -> 7.44   13.2 -> 10.6   31.3 -> 20.6
+//   E=512 K=22, bf16   3.35 -> 3.37   5.13 -> 4.94   6.73 -> 6.47   9.74 -> 8.86           20.7
+// Rejected: groups of 16 lanes for more than 256 experts, which take a third less instructions a row but are no
+// faster (E=512, K=10: 3.61 us for M=1 and 14.6 for 1024, when 32 lanes took 2.99 and 14.9); keys for E=128,
+// K=4: 2.88 us for M=1 against 1.90.
 #pragma once
 
 #include "best_keys.h"
@@ -27,7 +29,7 @@ constexpr int kMaxKeyTopk = 32;
 __host__ __device__ constexpr GroupShape key_group_shape(int num_experts, int topk) {
   if (topk > 16) return {32, 32, 32};
   if (num_experts > 512) return {32, 32, 16};
-  return {32, 16, 16};
+  return topk > 8 || num_experts > 256 ? GroupShape{32, 16, 16} : GroupShape{8, 32, 8};
 }
 
 // Whether rows are any of these instances'.
@@ -61,9 +63,9 @@ class KeyRows {
     row_ = row;
     type_ = format.type;
     if (type_ == LogitType::f32) {
-      load_words(reinterpret_cast<const uint32_t*>(row), num_experts, format.wide);
+      load_words(reinterpret_cast<const uint32_t*>(row), num_experts, format.wide != 0);
     } else {
-      load_halves(reinterpret_cast<const uint16_t*>(row), num_experts, format.wide);
+      load_halves(reinterpret_cast<const uint16_t*>(row), num_experts, format.wide != 0);
     }
   }
 
@@ -89,7 +91,8 @@ class KeyRows {
   }
 
  private:
-  static constexpr uint32_t kNoLogit = 0xffffffffu;  // two NaNs of either 16-bit type, or one f32
+  static constexpr uint32_t kNoHalf = 0xffffu;       // NaN of either 16-bit type
+  static constexpr uint32_t kNoLogit = 0xffffffffu;  // two of them, or one of f32
 
   __device__ __forceinline__ uint16_t half(int i) const {
     return static_cast<uint16_t>(words_[i / 8].word[i % 8 / 2] >> (i % 2 * 16));
@@ -119,14 +122,16 @@ class KeyRows {
       if (wide) {
         if (first < num_experts) words_[c] = *reinterpret_cast<const FourWords*>(row + first);
       } else {
+        const int last = num_experts - 1;
         AITER_UNROLL
         for (int w = 0; w < 4; ++w) {
-          const int low = first + 2 * w;
-          if (low + 1 < num_experts) {
-            words_[c].word[w] = static_cast<uint32_t>(row[low + 1]) << 16 | row[low];
-          } else if (low < num_experts) {
-            words_[c].word[w] = kNoLogit << 16 | row[low];
-          }
+          // NOTE: all lanes load, the last logit where there is none; in a branch, compilers for AMD GPUs make one
+          // load of two neighbours, which need not begin on a boundary.
+          const int low = first + 2 * w, high = low + 1;
+          const uint32_t low_bits = row[low < last ? low : last];
+          const uint32_t high_bits = row[high < last ? high : last];
+          words_[c].word[w] =
+              (high <= last ? high_bits : kNoHalf) << 16 | (low <= last ? low_bits : kNoHalf);
         }
       }
     }

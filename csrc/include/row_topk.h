@@ -67,10 +67,10 @@ __device__ __forceinline__ void sort_four(uint32_t (&values)[kCount], int first)
   order(values, first + 1, first + 2);
 }
 
-// What load() has to know of rows.
-enum class LogitType : uint8_t { f32, f16, bf16 };
+// What load() has to know of rows. Whole words, which kernels for AMD GPUs load as scalars.
+enum class LogitType : uint32_t { f32, f16, bf16 };
 struct RowFormat {
-  bool wide;       // rows begin, and end, on 16-byte boundaries
+  uint32_t wide;   // 1 if rows begin, and end, on 16-byte boundaries
   LogitType type;  // for classes of rows that are not instances for one
 };
 

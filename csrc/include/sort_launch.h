@@ -68,14 +68,21 @@ struct RowChoice {
   int max_threads = 0;  // of a workgroup; 0 for those of max_row_threads()
 };
 
-// Lists where there are some; beyond, keys for f32. A step per winner takes half of the time for 16-bit logits, and
-// as long as keys where there are few tokens, up to 12 winners or 512 experts.
+// The measurements are in group_topk.h and key_topk.h. Lists of f32 logits are for short rows and few tokens. For
+// 16-bit logits, a step per winner takes half of the time that it does for f32, and no longer than keys where
+// winners and tokens are few.
 inline RowsBy choose_kind(const TensorView& gating, int num_experts, int topk, bool need_renorm) {
+  constexpr int kShortRow = 128, kFewF32Logits = 64 * 256;
   if (!need_renorm) return RowsBy::wave;
-  if (topk <= kMaxGroupTopk && num_experts <= kMaxGroupExperts) return RowsBy::lists;
-  const bool is_short = gating.dtype != DType::f32 && gating.shape[0] <= kFewTokens &&
-                        (topk <= 12 || num_experts <= 512);
-  return has_key_group(num_experts, topk) && !is_short ? RowsBy::keys : RowsBy::wave;
+  const bool is_f32 = gating.dtype == DType::f32;
+  const int64_t num_tokens = gating.shape[0];
+  if (topk <= kMaxGroupTopk && num_experts <= kMaxGroupExperts &&
+      (!is_f32 || num_experts <= kShortRow || num_tokens * num_experts <= kFewF32Logits)) {
+    return RowsBy::lists;
+  }
+  const bool is_long = num_experts > 512;
+  const int few = is_f32 || topk > (is_long ? 12 : 16) ? 0 : is_long ? 4 : 128;
+  return has_key_group(num_experts, topk) && num_tokens > few ? RowsBy::keys : RowsBy::wave;
 }
 
 // `lds_is_full`: there is none for keys.
@@ -89,7 +96,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
                    row_values(num_experts, wave_size),
                    1,
                    0,
-                   {false, type},
+                   {0, type},
                    gating.stride[0]};
   if (choice.by == RowsBy::keys && lds_is_full) choice.by = RowsBy::wave;
   if (choice.by == RowsBy::wave) return choice;
@@ -102,6 +109,9 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
     choice.row_stride *= gating.itemsize;
   }
   choice.values = choice.group.values;
+  if (choice.by == RowsBy::lists && type == LogitType::f32) {
+    choice.values = list_registers<float>(choice.values);
+  }
   choice.rows_per_wave = wave_size / choice.group.lanes;
   const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
   choice.format.wide = on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
@@ -127,10 +137,13 @@ void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
     if (is(8, 16, 4)) return f(RowsTag<GroupRows<T, 8, 16, 4>>{});
     if (is(8, 16, 8)) return f(RowsTag<GroupRows<T, 8, 16, 8>>{});
     if (is(16, 16, 8)) return f(RowsTag<GroupRows<T, 16, 16, 8>>{});
-    if (is(8, 32, 8)) return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    if constexpr (!std::is_same_v<T, float>) {  // so many f32 logits go by keys
+      if (is(8, 32, 8)) return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    }
     return f(RowsTag<GroupRows<T, 32, 16, 8>>{});
   };
   const auto by_keys = [&] {
+    if (is(8, 32, 8)) return f(RowsTag<KeyRows<8, 32, 8>>{});
     if (is(32, 16, 16)) return f(RowsTag<KeyRows<32, 16, 16>>{});
     if (is(32, 32, 16)) return f(RowsTag<KeyRows<32, 32, 16>>{});
     return f(RowsTag<KeyRows<32, 32, 32>>{});

@@ -71,13 +71,15 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
     """The choice for router logits [M, E] (choose_rows of sort_launch.h)."""
     num_tokens, num_experts = gating.shape
     dtype = _TYPE_NAMES[gating.dtype]
-    by_lists = topk <= MAX_GROUP_TOPK and num_experts <= MAX_GROUP_EXPERTS
-    is_short = (
-        gating.dtype != torch.float32
-        and num_tokens <= FEW_TOKENS
-        and (topk <= 12 or num_experts <= 512)
+    is_f32 = gating.dtype == torch.float32
+    by_lists = (
+        topk <= MAX_GROUP_TOPK
+        and num_experts <= MAX_GROUP_EXPERTS
+        and (not is_f32 or num_experts <= 128 or num_tokens * num_experts <= 64 * 256)
     )
-    by_keys = not by_lists and has_key_group(num_experts, topk) and not is_short
+    is_long = num_experts > 512
+    few = 0 if is_f32 or topk > (12 if is_long else 16) else 4 if is_long else 128
+    by_keys = not by_lists and has_key_group(num_experts, topk) and num_tokens > few
     if not need_renorm or not (by_lists or by_keys):
         values = row_values(num_experts, wave_size)
         return RowChoice(f"WaveRow<{dtype}, {values}>", values)
@@ -87,7 +89,7 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
     if by_lists:
         lanes, values, best = group_shape(num_tokens, num_experts, topk)
         name = f"GroupRows<{dtype}, {lanes}, {values}, {best}>"
-        return RowChoice(name, values, wave_size // lanes, wide)
+        return RowChoice(name, values * (2 if is_f32 else 1), wave_size // lanes, wide)
     lanes, values, best = key_group_shape(num_experts, topk)
     name = f"KeyRows<{lanes}, {values}, {best}>"
     lds_bytes = 8 * CANDIDATES_PER_LANE * wave_size
@@ -107,7 +109,9 @@ def key_group_shape(num_experts: int, topk: int) -> tuple[int, int, int]:
     """The same of key_topk.h."""
     if topk > 16:
         return 32, 32, 32
-    return (32, 32, 16) if num_experts > 512 else (32, 16, 16)
+    if num_experts > 512:
+        return 32, 32, 16
+    return (32, 16, 16) if topk > 8 or num_experts > 256 else (8, 32, 8)
 
 
 def has_key_group(num_experts: int, topk: int) -> bool:

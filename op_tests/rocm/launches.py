@@ -77,7 +77,7 @@ class FusedLds(ctypes.Structure):
 class RowFormat(ctypes.Structure):
     """row_topk.h"""
 
-    _fields_ = [("wide", ctypes.c_bool), ("type", ctypes.c_uint8)]
+    _fields_ = [("wide", _u32), ("type", _u32)]
 
 
 class FusedParams(ctypes.Structure):
@@ -299,7 +299,7 @@ class Device:
 
 def row_format(rows: RowChoice, gating: Tensor) -> RowFormat:
     """What loads of rows have to know (sort_launch.h)."""
-    return RowFormat(wide=rows.wide, type=LOGIT_TYPES.index(gating.dtype))
+    return RowFormat(wide=int(rows.wide), type=LOGIT_TYPES.index(gating.dtype))
 
 
 def row_stride(rows: RowChoice, gating: Tensor) -> int:

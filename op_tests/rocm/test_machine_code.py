@@ -40,8 +40,8 @@ SHAPES = (
     (3, 385, 9, BF16), (3, 513, 11, F32), (2, 896, 16, BF16), (2, 1024, 3, F16), (2, 1500, 4, BF16),
     (2, 80, 70, F32), (2, 1100, 65, F16), (66, 40, 3, BF16),
 )  # fmt: skip
-# Where waves take several rows (group_topk.h, key_topk.h): every instance beside those of SHAPES; aligned
-# rows and others; with all lanes' registers full and not; in one block per expert, and in more.
+# Where waves take several rows (group_topk.h, key_topk.h): every instance beside those of SHAPES;
+# aligned rows and others; with all lanes' registers full and not; in one block per expert, and in more.
 GROUPS = (
     (5, 30, 4, F16), (6, 64, 8, F16), (9, 100, 7, BF16), (5, 161, 8, F16), (9, 256, 8, BF16),
     (3, 385, 8, BF16), (2, 512, 6, F16), (5, 96, 4, F32), (5, 127, 3, F32), (6, 128, 7, F32),
@@ -61,7 +61,7 @@ ONE_TOKEN = (
     Case(1, 1100, 5, F16, logits="all_nan", slots_offset=8),
 )  # fmt: skip
 MANY_ROWS = (
-    (513, 136, 2, BF16), (513, 131, 2, F16), (513, 132, 2, F32), (513, 131, 2, F32), (513, 160, 9, F16)
+    (513, 136, 2, BF16), (513, 131, 2, F16), (129, 132, 2, F32), (129, 131, 2, F32), (129, 160, 9, F16)
 )  # fmt: skip
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)

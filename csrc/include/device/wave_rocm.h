@@ -138,7 +138,9 @@ __device__ __forceinline__ uint32_t wave_exchange(uint32_t x) {
   if constexpr (kMask == 7) return dpp::move<dpp::kHalfMirror>(x);
   if constexpr (kMask == 8) return dpp::move<dpp::kRowRor + 8>(x);
   if constexpr (kMask == 15) return dpp::move<dpp::kRowMirror>(x);
-  static_assert(kMask <= 8 || kMask == 15 || kMask == 31, "no instruction does it");
+  if constexpr (kMask == 16) return other_row(x);
+  static_assert(kMask <= 4 || kMask == 7 || kMask == 8 || kMask == 15 || kMask == 16 || kMask == 31,
+                "no instruction does it");
   return other_row(dpp::move<dpp::kRowMirror>(x));
 }
 
