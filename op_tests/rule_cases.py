@@ -146,11 +146,11 @@ def problems(draw: st.DrawFn, most_experts: int = 1 << 14) -> Problem:
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5, -0.3])),
         select_on=select_on,
         logit_scale=draw(st.sampled_from([1.0, 1.0, 0.25, -1.5])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 30.0])),
         num_shared_experts=shared,
         shared_expert_scoring_func=draw(st.sampled_from(["", "sigmoid"])),
         shared_expert_weight=0.75,
-        num_zero_experts=draw(st.sampled_from([0, 1, 9])) if groups == 1 else 0,
+        num_zero_experts=draw(st.sampled_from([0, 1, 9])) if groups == 1 and not shared else 0,
     )
     num_experts = groups * min(width, max(1, most_experts // groups))
     topk = min(draw(st.sampled_from([1, 2, 6, 8, 16, 22, 32, 33, 70])), num_experts)

@@ -6,7 +6,7 @@
 //               that are left, comes last by itself
 //   winners     the K largest (key, -candidate) in descending order
 //
-// RuleRows: 32 lanes take a row and select by a threshold (best_keys.h), for K <= 32 and up to 1,024 places. A place is
+// RuleRows: 32 lanes take a row and select by a threshold (kept_keys.h), for K <= 32 and up to 1,024 places. A place is
 // a candidate where there are no groups; with groups each has a power of two of places from 8 on, of which the
 // last may be empty. So the 8 neighbouring places of a lane's chunk are of one group, a group is an aligned set
 // of lanes, and places order like candidates.
@@ -14,9 +14,9 @@
 //   1 key    of every register, once the row's softmax is known where it is one
 //   2 groups a lane's two largest keys of a chunk, then those of the group's lanes by swaps; the groups' values
 //            meet in LDS, where each counts those that are better; groups that do not stay are not eligible
-//   3 select best_keys.h; keys of candidates that pass the threshold are made again from memory
-//   4 weigh  lane k reads the logit of winner k once more, from a cache, and takes the same way to s. Where s is
-//            the key there is nothing to read
+//   3 select kept_keys.h, which keeps s beside the key
+//   4 weigh  lane k has s of winner k, or x where logits are chosen by. Rows that are selected by steps, and those
+//            in memory, read the winners' logits once more and take the same way to s
 //
 // MemoryRuleRow: a wave takes a row that stays in memory, for everything else. A lane takes whole groups, and
 // every step of the selection looks at all keys anew. Slowly.
@@ -24,14 +24,15 @@
 // The sum of a softmax over all candidates is that of row_topk.h, in the same order of indices (of places, with
 // groups), so that a plain softmax has the same bits here.
 //
-// Dtypes of logits and bias and the scoring function are asked for at run time: an instance for each would be 27
-// times as many to compile, for a few uniform branches a row less.
+// Dtypes of logits and bias and most of the rule are asked for at run time. kIsSigmoid is for the rules of most
+// models, a sigmoid of the logits as they are, of which the code that a row passes is a third as long.
 //
-// Rejected: carrying s beside the key through the selection, as many registers again; carrying key - bias, which
-// loses bits when the bias is large. Rejected: a step per winner over keys in registers, with groups as sets of
+// Rejected: key - bias for s, which loses bits when the bias is large; making keys of candidates and s of winners
+// again from memory (5.2 us for E=256, K=8, M=1 and 6.9 for M=64, on an H100, 2026-11-26). Rejected: a step per winner over keys in registers, with groups as sets of
 // lanes in which members are strided, so that a wave64 and a wave32 would sum a softmax in another order.
 #pragma once
 
+#include "kept_keys.h"
 #include "key_topk.h"
 #include "rule_scores.h"
 
@@ -57,6 +58,7 @@ struct RowRule {
   bool top2;              // a group is worth the sum of its two largest keys
   bool key_is_logit;      // else s, and the bias
   bool shares_chosen;     // softmax over the chosen alone: section 2
+  bool is_sigmoid;        // chosen by the sigmoid of logits as they are
   bool shares_none;       // softmax that gives all the same where none is above -inf: section 2
 };
 
@@ -67,9 +69,7 @@ __host__ __device__ constexpr int log2_ceil(int x) {
 }
 
 // Threads of a workgroup: a row takes three registers of a lane per value.
-__host__ __device__ constexpr int max_rule_threads(int values) {
-  return values > 16 ? 256 : 512;
-}
+__host__ __device__ constexpr int max_rule_threads(int values) { return values > 16 ? 256 : 512; }
 
 // Registers of a lane for a row in RuleRows, and the winners looked for; 0 for MemoryRuleRow.
 struct RuleRowShape {
@@ -168,11 +168,11 @@ struct BestTwo {
 };
 
 // Calls: follow, use; load; when the logits are there, wave_topk.
-template <int kValues, int kBest>
+template <int kValues, int kBest, bool kIsSigmoid>
 class RuleRows {
  public:
   using Item = unsigned char;  // rows are bytes apart
-  using Keys = BestKeys<kRuleLanes, kValues, kBest>;
+  using Keys = KeptKeys<kValues, kBest>;
   static constexpr bool kIsUsed = true;
   static constexpr int kMaxThreads = max_rule_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
@@ -194,21 +194,19 @@ class RuleRows {
   }
 
   // Lane k of the row's gets winner k, with the candidate's index; `softmax` is set.
-  __device__ __forceinline__ Winner select(RowSoftmax& softmax) {
+  __device__ __forceinline__ typename Keys::Result select(RowSoftmax& softmax) {
     const RowRule& r = *rule_;
-    float keys[kValues];
-    make_keys(softmax, keys);
+    float keys[kValues], scores[kValues];
+    make_keys(softmax, keys, scores);
     if (r.rule.num_expert_group > 1) keep_best_groups(keys);
-    Winner mine = Keys::select_of(
-        keys,
+    auto mine = Keys::select(
+        keys, scores,
         [&](int place) {
           return member_of(place) < r.group_width && group_of(place) < r.rule.num_expert_group;
         },
-        r.topk, lds_,
-        [&](uint32_t place) {
-          return key_in_memory(r, row_, softmax, candidate_of(static_cast<int>(place)));
-        });
-    mine.expert_idx = static_cast<uint32_t>(candidate_of(static_cast<int>(mine.expert_idx)));
+        r.topk, lds_);
+    mine.winner.expert_idx =
+        static_cast<uint32_t>(candidate_of(static_cast<int>(mine.winner.expert_idx)));
     return mine;
   }
 
@@ -224,10 +222,6 @@ class RuleRows {
       drop(logits_[i]);
       drop(bias_[i]);
     }
-  }
-
-  __device__ __forceinline__ float sum_in_order(float x, int topk) const {
-    return Keys::sum_in_order(x, topk, lds_);
   }
 
  private:
@@ -314,7 +308,9 @@ class RuleRows {
     }
   }
 
-  __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues]) const {
+  // `scores`: x where logits are chosen by.
+  __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues],
+                                            float (&scores)[kValues]) const {
     const RowRule& r = *rule_;
     convert(logits_, r.logit_kind, keys);
     uint32_t ruled_out[kValues];  // all ones where there is no candidate, or its logit is NaN
@@ -323,11 +319,13 @@ class RuleRows {
       ruled_out[i] =
           ~all_ones_if_negative(static_cast<uint32_t>(none_from(i))) | all_ones_if_nan(keys[i]);
     }
-    if (r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f) {
+    if (!kIsSigmoid && (r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f)) {
       AITER_UNROLL
       for (int i = 0; i < kValues; ++i) keys[i] = scaled_logit(r.rule, keys[i]);
     }
-    if (r.rule.scoring_func == kSoftmax) {
+    if (kIsSigmoid) {
+      sigmoids(keys);
+    } else if (r.rule.scoring_func == kSoftmax) {
       softmax_scores(softmax, keys, !r.key_is_logit);
     } else if (!r.key_is_logit && r.rule.scoring_func == kSigmoid) {
       sigmoids(keys);
@@ -335,6 +333,8 @@ class RuleRows {
       AITER_UNROLL
       for (int i = 0; i < kValues; ++i) keys[i] = sqrtsoftplus(keys[i]);
     }
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) scores[i] = keys[i];
     if (r.bias_kind != FloatKind::none) {
       float bias[kValues];
       convert(bias_, r.bias_kind, bias);
@@ -466,11 +466,11 @@ class RuleRows {
   FourWords logits_[kValues / 4], bias_[kValues / 4];
 };
 
-template <int kValues, int kBest>
-constexpr bool kUsesLds<RuleRows<kValues, kBest>> = true;
+template <int kValues, int kBest, bool kIsSigmoid>
+constexpr bool kUsesLds<RuleRows<kValues, kBest, kIsSigmoid>> = true;
 
-template <int kValues, int kBest>
-__device__ __forceinline__ void drop(RuleRows<kValues, kBest>& rows) {
+template <int kValues, int kBest, bool kIsSigmoid>
+__device__ __forceinline__ void drop(RuleRows<kValues, kBest, kIsSigmoid>& rows) {
   rows.forget();
 }
 
@@ -577,6 +577,11 @@ class MemoryRuleRow {
 
 __device__ __forceinline__ void drop(MemoryRuleRow&) {}
 
+__device__ __forceinline__ float weight_of_x(const RowRule& r, const RowSoftmax& softmax, float x) {
+  if (r.shares_chosen) return softmax_numerator(without_nan(x), softmax.max);
+  return score_of(r, softmax, x);
+}
+
 // What a winner weighs before it is divided.
 template <typename Rows>
 __device__ __forceinline__ float weight_of(const Rows& row, const RowSoftmax& softmax,
@@ -587,8 +592,7 @@ __device__ __forceinline__ float weight_of(const Rows& row, const RowSoftmax& so
     return bit_cast<float>(bits_of_key(winner.stored));
   }
   const float x = scaled_logit(r.rule, row.logit(static_cast<int>(winner.expert_idx)));
-  if (r.shares_chosen) return softmax_numerator(without_nan(x), softmax.max);
-  return score_of(r, softmax, x);
+  return weight_of_x(r, softmax, x);
 }
 
 // The last steps to a weight, once the sum over the chosen is known.
@@ -628,17 +632,23 @@ __device__ __forceinline__ void put_shared(const Rows& row, int lane, int num_la
 
 // Runs the selection for the loaded rows, as row_topk.h does; sink and `valid` are the lane's row's. Sink:
 // put(k, id, weight) is called once per slot, each by one lane.
-template <int kValues, int kBest, typename Sink>
-__device__ __forceinline__ void wave_topk(RuleRows<kValues, kBest>& rows, int, int, bool,
-                                          bool valid, Sink& sink) {
+template <int kValues, int kBest, bool kIsSigmoid, typename Sink>
+__device__ __forceinline__ void wave_topk(RuleRows<kValues, kBest, kIsSigmoid>& rows, int, int,
+                                          bool, bool valid, Sink& sink) {
   const RowRule& r = rows.rule();
   RowSoftmax softmax;
-  const Winner mine = rows.select(softmax);
-  float weight = weight_of(rows, softmax, mine);
-  const float sum = r.rule.need_renorm ? rows.sum_in_order(weight, r.topk) : 0.0f;
+  const auto mine = rows.select(softmax);
+  float weight = mine.score;
+  if (!mine.has_score) {
+    weight = weight_of(rows, softmax, mine.winner);
+  } else if (!kIsSigmoid && r.key_is_logit) {
+    weight = weight_of_x(r, softmax, mine.score);
+  }
+  float sum = 0.0f;
+  if (r.rule.need_renorm) sum = wave_sum_in_groups<kRuleLanes>(weight, r.topk);
   weight = final_weight(r, weight, sum);
   const int k = lane_idx() % kRuleLanes;
-  if (valid && k < r.topk) sink.put(k, id_of(r, mine.expert_idx), weight);
+  if (valid && k < r.topk) sink.put(k, id_of(r, mine.winner.expert_idx), weight);
   put_shared(rows, k, kRuleLanes, valid, sink);
 }
 
