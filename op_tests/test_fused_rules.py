@@ -279,8 +279,8 @@ def bad_calls() -> list[tuple[str, dict[str, Any], str]]:
         ("bias", {"correction_bias": torch.zeros(15)}, r"correction_bias: expected shape \[16\]"),
         ("shared", {"rule": RoutingRule(num_zero_experts=3)}, r"gating_output: expected shape .*19"),
         ("format", {"id_format": "round"}, "id_format: expected 'slot' or 'flat', got 'round'"),
-        ("narrow", {"topk_out": (weights[:, :3], ids)}, r"topk_out\[0\]: expected shape \[2, 4\]"),
-        ("long", {"topk_out": (weights, ids.long())}, r"topk_out\[1\]: expected dtype int32"),
+        ("narrow", {"topk_out": (weights[:, :3], ids)}, r"topk_out\[0\]: expected .*\[2, 4\]"),
+        ("long", {"topk_out": (weights, ids.long())}, r"topk_out\[1\]: expected .*int32"),
         ("shared memory", {"topk_out": (weights, weights.view(torch.int32))}, "memory of its own"),
         ("mask", {"expert_mask": torch.ones(15).int()}, r"local_expert_mask: expected shape \[16\]"),
     ]  # fmt: skip
