@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..routing.graph import topk_routing
-from ..routing.graph import topk_softmax as _topk_softmax
-from .rule import GroupScore, RoutingRule, ScoringFunc
+from ..ops.rule import GroupScore, RoutingRule, ScoringFunc
+from .graph import topk_routing
+from .graph import topk_softmax as _topk_softmax
 
 
 @cache

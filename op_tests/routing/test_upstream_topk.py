@@ -9,8 +9,8 @@ from rule_cases import check_routing
 from targets import Target
 from torch import Tensor
 
-from aiter.ops import upstream_names as names
 from aiter.ops.rule import RoutingRule
+from aiter.routing import upstream_topk as names
 
 M, E, K = 7, 64, 6
 GENERATOR = torch.Generator().manual_seed(0)
