@@ -10,7 +10,11 @@ nothing, editing a header does, and going back to an older text finds the older 
 
 Before a build is used its inputs are compared with the plan's, its files with their hashes, and
 their owners and permissions with what `trust` asks for; so a build that was copied there from
-another compiler, Python or machine, cut short or replaced is never loaded.
+another compiler, Python or machine, cut short or replaced is never loaded. What a lookup gives is
+the open shared object whose bytes were hashed, not its name.
+
+What vanishes while it is looked at, since others rebuild or clean up, is missing and no error. What
+cannot be read, as a member of a group may have left it, is passed over with a line in the log.
 
 A build appears by one rename of a complete folder, so readers need no lock. Rejected: one flat key
 with the headers in it, as the headers' list is only known from an earlier compile; and mtimes
@@ -24,18 +28,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import envs
 from .errors import CacheError, TargetError
+from .folders import file_mode, make_private_folder, write_atomically
 from .log import get_logger
-from .paths import make_private_folder
 from .plan import Plan, Roots
 from .target import Target
-from .trust import check_trusted
+from .trust import File, Folder, open_any, open_cache
 
 MANIFEST = "manifest.json"
 BUILD_LOG = "build.log"
@@ -58,10 +63,17 @@ class Header:
 
 @dataclass(frozen=True)
 class Entry:
-    """One build in the cache."""
+    """One build in the cache.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it says of itself.
+        file: the shared object as it was opened and hashed; None for one that nobody looked at.
+    """
 
     folder: Path
     manifest: dict[str, Any]
+    file: File | None = field(default=None, compare=False, repr=False)
 
     @property
     def library(self) -> Path:
@@ -93,6 +105,14 @@ def stat_of(path: str | Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+@dataclass(frozen=True)
+class _Unfit:
+    """A build that is not used: a header changed since, or there is something wrong with it."""
+
+    changed: str = ""
+    problem: str = ""
+
+
 class Cache:
     """The cache folder.
 
@@ -111,29 +131,74 @@ class Cache:
         """
         changed = ""
         damaged = False
-        for folder in subfolders(self.root / plan.place):
-            self.check_trusted(folder)
-            entry = read_manifest(folder)
-            problem: str | None
-            if entry is not None:
-                differing = self.first_changed_header(entry, plan.roots)
-                if differing is not None:
-                    changed = changed or differing
-                    continue
-                problem = foreign_part(entry, plan) or self.damage(entry)
-                if problem is None:
-                    return entry
-            else:
-                problem = f"expected a complete {MANIFEST}"
-            if folder.is_dir():  # NOTE: else another process replaced it meanwhile.
-                get_logger().warning("damaged build %s: %s; moving it aside", folder, problem)
-                self.set_aside(folder)
+        for place, name, folder in self._builds(plan.place):
+            try:
+                found = self._judge(folder, plan)
+            except PermissionError as error:
+                _pass_over(folder.path, error)
+                continue
+            if isinstance(found, Entry):
+                return found
+            if found.changed:
+                changed = changed or found.changed
+            elif place.holds(name, folder):  # NOTE: else another process replaced it meanwhile.
+                get_logger().warning(
+                    "damaged build %s: %s; moving it aside", folder.path, found.problem
+                )
+                self.set_aside(folder.path)
                 damaged = True
         if damaged:
             return Miss("the cached build was damaged")
         if changed:
             return Miss(f"{shown_path(changed)} changed")
         return Miss(self._why_no_key(plan))
+
+    def opened(self, entry: Entry) -> Entry | None:
+        """`entry` as it is there now, its shared object opened and verified; None if it is not."""
+        for _, name, folder in self._builds(entry.folder.relative_to(self.root).parent):
+            if name == entry.folder.name:
+                now = read_open_manifest(folder)
+                problem, file = open_library(folder, now) if now is not None else ("none", None)
+                if now is not None and problem is None:
+                    return Entry(folder.path, now.manifest, file)
+        return None
+
+    def _builds(self, place: Path) -> Iterator[tuple[Folder, str, Folder]]:
+        """The open folders of a plan's builds, each with the folder that it is in and its name."""
+        root = open_cache(self.root)
+        if root is None:
+            return
+        with root:
+            above = root.descend(place.parts)
+            if above is None:
+                return
+            with above:
+                for name in above.names():
+                    try:
+                        folder = above.folder(name) if name[0] != "." else None
+                        if folder is not None:
+                            folder.check_contents()
+                    except PermissionError as error:
+                        _pass_over(above.path / name, error)
+                        continue
+                    if folder is not None:
+                        with folder:
+                            yield above, name, folder
+
+    def _judge(self, folder: Folder, plan: Plan) -> Entry | _Unfit:
+        """The build in `folder` if it fits `plan`, else why it does not."""
+        entry = read_open_manifest(folder)
+        if entry is None:
+            return _Unfit(problem=f"expected a complete {MANIFEST}")
+        differing = self.first_changed_header(entry, plan.roots)
+        if differing is not None:
+            return _Unfit(changed=differing)
+        problem = foreign_part(entry, plan)
+        if problem is None:
+            problem, file = open_library(folder, entry)
+            if problem is None:
+                return Entry(folder.path, entry.manifest, file)
+        return _Unfit(problem=problem)
 
     def publish(self, plan: Plan, folder: Path, headers: list[Header], replace: bool) -> Entry:
         """Makes the complete build in `folder` visible, or takes an equal one that is there.
@@ -144,7 +209,7 @@ class Cache:
         place = self.root / plan.place / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
         library = folder / plan.library_name
         for path in (library, folder / BUILD_LOG):
-            path.chmod(_file_mode())
+            path.chmod(file_mode())
         manifest = {
             "target": [
                 plan.target.kind,
@@ -162,11 +227,15 @@ class Cache:
             "headers": [[header.path, *header.stat, header.sha256] for header in headers],
         }
         write_atomically(folder / MANIFEST, json.dumps(manifest))
-        self.make_folder(plan.place)
         for _ in range(8):
             try:
+                self.make_folder(plan.place)
                 os.rename(folder, place)
                 return Entry(place, manifest)
+            except FileNotFoundError:
+                if not folder.is_dir():
+                    raise
+                continue  # NOTE: others remove what they find empty.
             except OSError:
                 if not place.is_dir():
                     raise
@@ -185,10 +254,10 @@ class Cache:
 
     def check_trusted(self, folder: Path) -> None:
         """Raises CacheError if others may write to `folder`, to its files or above them."""
-        above = [parent for parent in folder.parents if self.root in parent.parents]
-        with os.scandir(folder) as found:
-            files = [Path(item.path) for item in found]
-        check_trusted(self.root, (*above, folder, *files))
+        root = open_cache(self.root)
+        opened = root.descend(folder.relative_to(self.root).parts) if root is not None else None
+        if opened is not None:
+            opened.check_contents()
 
     def set_aside(self, folder: Path) -> Path:
         """Moves a build out of sight, keeping it for a look; raises CacheError if it cannot."""
@@ -207,25 +276,24 @@ class Cache:
 
     def damage(self, entry: Entry) -> str | None:
         """What is wrong with the shared object of `entry`; None if it is as published."""
-        expected = entry.manifest["library"]
-        try:
-            size = entry.library.stat().st_size
-            if size != expected["size"]:
-                return f"expected {expected['size']} bytes, got {size}"
-            digest = file_sha256(entry.library)
-        except OSError as error:
-            return f"expected a readable file, got {error.strerror}"
-        if digest != expected["sha256"]:
-            return f"expected SHA-256 {expected['sha256'][:16]}..., got {digest[:16]}..."
-        return None
+        folder = open_any(entry.folder)
+        if folder is None:
+            return "expected a readable folder, got none"
+        with folder:
+            return open_library(folder, entry)[0]
 
     def entries(self) -> list[tuple[Entry | None, Path]]:
-        """Every build folder of the cache with its entry, None where the manifest is damaged."""
+        """Every build folder of the cache with its entry, None where the manifest is damaged.
+
+        What has no manifest, or another name than builds have, is nobody's build and left out.
+        """
         found = []
         for module in subfolders(self.root):
             for place in subfolders(module):
-                for key in subfolders(place):
-                    found += [(read_manifest(folder), folder) for folder in subfolders(key)]
+                for key in filter(is_build_name, subfolders(place)):
+                    for folder in filter(is_build_name, subfolders(key)):
+                        if (folder / MANIFEST).is_file():
+                            found.append((read_manifest(folder), folder))
         return found
 
     def first_changed_header(self, entry: Entry, roots: Roots) -> str | None:
@@ -268,8 +336,12 @@ class Cache:
         known = [entry for entry in map(read_manifest, folders) if entry is not None]
         if not known:
             return "no cached build"
-        newest = max(known, key=lambda entry: entry.folder.stat().st_mtime_ns)
+        newest = max(known, key=lambda entry: _changed_at(entry.folder))
         return changed_input(newest.manifest["inputs"], plan.inputs) or "no cached build"
+
+
+def _pass_over(path: Path, error: OSError) -> None:
+    get_logger().warning("passing over %s, which cannot be read: %s", path, error.strerror)
 
 
 def changed_input(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -289,7 +361,23 @@ def changed_input(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 def read_manifest(folder: Path) -> Entry | None:
     """The entry in `folder`; None if its manifest is missing or damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return _parse_manifest(folder, (folder / MANIFEST).read_bytes())
+    except OSError:
+        return None
+
+
+def read_open_manifest(folder: Folder) -> Entry | None:
+    """The same of an open folder; raises PermissionError, and CacheError if others wrote it."""
+    file = folder.file(MANIFEST)
+    if file is None:
+        return None
+    with file:
+        return _parse_manifest(folder.path, file.read())
+
+
+def _parse_manifest(folder: Path, content: bytes) -> Entry | None:
+    try:
+        manifest = json.loads(content.decode())
         entry = Entry(folder, manifest)
         library = manifest["library"]
         complete = (
@@ -302,9 +390,27 @@ def read_manifest(folder: Path) -> Entry | None:
             and isinstance(library["sha256"], str)
             and all(map(_is_header, manifest["headers"]))
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, TargetError):
+    except (ValueError, KeyError, TypeError, RecursionError, TargetError):
         return None
     return entry if complete else None
+
+
+def open_library(folder: Folder, entry: Entry) -> tuple[str | None, File | None]:
+    """What is wrong with the shared object of a build, and the open file if nothing is.
+
+    Raises PermissionError if it cannot be read, CacheError if others could have written it.
+    """
+    expected = entry.manifest["library"]
+    file = folder.file(expected["name"])
+    if file is None:
+        return "expected a readable file, got no such file", None
+    size = os.fstat(file.fd).st_size
+    if size != expected["size"]:
+        return f"expected {expected['size']} bytes, got {size}", None
+    digest = hashlib.sha256(file.read()).hexdigest()
+    if digest != expected["sha256"]:
+        return f"expected SHA-256 {expected['sha256'][:16]}..., got {digest[:16]}...", None
+    return None, file
 
 
 def _is_path(value: Any) -> bool:
@@ -334,29 +440,25 @@ def foreign_part(entry: Entry, plan: Plan) -> str | None:
     return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` in one step, or leaves it as it is."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+def is_build_name(folder: Path) -> bool:
+    """Whether a folder is called as those of a plan and of a build are: 16 hexadecimal digits."""
+    return re.fullmatch("[0-9a-f]{16}", folder.name) is not None
+
+
+def _changed_at(folder: Path) -> int:
+    """When something was last put in the folder; 0 if it has vanished."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.chmod(_file_mode())
-        temporary.replace(path)
+        return folder.stat().st_mtime_ns
     except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _file_mode() -> int:
-    """What a published file may be used for, whatever the umask: reading, by those we share with."""
-    return 0o640 if envs.AITER_SHARED_CACHE.get() else 0o600
+        return 0
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The visible folders in `folder`, sorted by name; none if it does not exist."""
+    """The visible folders in `folder`, sorted by name; none if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             names = [item.name for item in found if item.is_dir() and item.name[0] != "."]
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
     return [folder / name for name in sorted(names)]
 

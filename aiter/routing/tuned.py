@@ -109,8 +109,7 @@ def keep(device: torch.device, measured: Iterable[Measured]) -> Path:
         aiter.jit.CacheError: others may write to the cache.
         OSError: the file cannot be written.
     """
-    from ..jit.cache import write_atomically
-    from ..jit.paths import make_private_folder
+    from ..jit.folders import make_private_folder, write_atomically
     from ..jit.trust import check_trusted
 
     found = find(device)

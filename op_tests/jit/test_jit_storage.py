@@ -60,7 +60,7 @@ for kib in (4, 12, 24, 40, 64):
         loader.load(MODULE, target)
         print("no error")
     except JitError as error:
-        print(type(error).__name__, str(error).replace("\\n", " "))
+        print(type(error).__name__, str(error).splitlines()[0])
     assert loader.cache.entries() == []
 resize(8192)
 print(loader.load(MODULE, target).value())
@@ -85,7 +85,8 @@ def test_a_full_disk_is_an_error_that_says_so(
     assert len(errors) == 5
     for error in errors:
         assert error.startswith(("CacheError", "BuildError")), error
-        assert "No space left on device" in error and str(toy.cache_dir) in error
+        assert "got a full disk, without room: No space left on device in" in error, error
+        assert str(toy.cache_dir) in error and "its log" not in error.split("got a full")[0], error
     assert value == "1"
 
 
@@ -252,19 +253,13 @@ ODD_NAMES = [
     "with spaces",
     "Größe-Ελλάδα-東京",
     "a#b $c 'd' \"e\" %f & (g)",
+    os.fsdecode(b"not UTF-8 \xff\xfe"),
 ]
-NOT_UTF_8 = os.fsdecode(b"\xff\xfe")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
     check_folder(Toy(tmp_path / name))
-
-
-def test_sources_may_lie_where_the_path_is_not_utf_8(tmp_path: Path) -> None:
-    toy = Toy(tmp_path / NOT_UTF_8)
-    toy.cache_dir = tmp_path / "cache"
-    check_folder(toy)
 
 
 def check_folder(toy: Toy) -> None:
@@ -277,16 +272,6 @@ def check_folder(toy: Toy) -> None:
     toy.source.write_text("#error stop\n")
     with pytest.raises(BuildError, match="stop"):
         toy.load()
-
-
-def test_a_cache_folder_whose_path_is_not_utf_8_is_refused(counted: Toy) -> None:
-    counted.cache_dir = counted.root / "Größe" / NOT_UTF_8 / "cache"
-    shown = rf"{counted.root}/Größe/\\udcff\\udcfe/cache"
-    expected = f"cache folder: expected a path that is UTF-8, .*, got {shown}; set AITER_JIT_DIR"
-    for call in (counted.load, lambda: counted.loader().ensure(MODULE, counted.target(), True)):
-        with pytest.raises(CacheError, match=expected):
-            call()
-    assert counted.compiles() == 0 and not counted.cache_dir.parent.parent.exists()
 
 
 def test_an_unwritable_manifest_refresh_is_no_reason_to_fail(
