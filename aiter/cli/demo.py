@@ -33,6 +33,7 @@ from .options import (
     MOST_TOKENS,
     MOST_TOPK,
     PROGRAM,
+    Parser,
     check_memory,
     check_topk,
     existing_device,
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(f"{PROGRAM} demo", description=__doc__, allow_abbrev=False)
+    parser = Parser(f"{PROGRAM} demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--model",
         help="generate with a small transformers model instead: gpt-oss, mixtral, qwen3-moe or"

@@ -26,6 +26,7 @@ from .options import (
     MOST_TOKENS,
     MOST_TOPK,
     PROGRAM,
+    Parser,
     check_memory,
     check_topk,
     existing_device,
@@ -83,9 +84,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        f"{PROGRAM} demo --model MODEL", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser(f"{PROGRAM} demo --model MODEL", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", choices=MODELS, required=True, help="the architecture")
     parser.add_argument(
         "--device",

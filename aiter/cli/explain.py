@@ -26,6 +26,7 @@ from .options import (
     MOST_TOKENS,
     MOST_TOPK,
     PROGRAM,
+    Parser,
     check_memory,
     check_topk,
     existing_device,
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{PROGRAM} explain",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

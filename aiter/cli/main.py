@@ -21,7 +21,7 @@ from ..jit.errors import JitError
 from ..jit.paths import PACKAGE
 from ..jit.target import KINDS
 from . import cache_commands, env_command
-from .options import PROGRAM
+from .options import PROGRAM, Parser
 
 _EPILOG = f"Environment variables: see `{PROGRAM} env`."
 # NOTE: they have parsers of their own and import the ops; nothing else should pay for it.
@@ -102,7 +102,7 @@ def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of everything but the commands in `OWN_PARSERS`."""
-    parser = argparse.ArgumentParser(PROGRAM, epilog=_EPILOG)
+    parser = Parser(PROGRAM, epilog=_EPILOG)
     parser.description = "Builds and inspects the just-in-time compiled modules."
     parser.add_argument("--version", action="version", version=f"{PACKAGE} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

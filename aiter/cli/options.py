@@ -12,7 +12,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..jit.paths import PACKAGE
 
@@ -25,6 +25,14 @@ MOST_TOKENS = 2**24 - 1  # a token's number has 24 bits in sorted_ids
 MOST_TOPK = 255  # a slot's number has 8 bits there
 MOST_SEED = 2**63 - 1
 _MOST_DIGITS = 30
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; the usage is what `--help` is for."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2."""
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
 
 
 def whole(low: int, high: int = MOST) -> Callable[[str], int]:

@@ -26,7 +26,7 @@ from ..jit import JitError, cpu_wave
 from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from . import env_command, timing
-from .options import PROGRAM, existing_device
+from .options import PROGRAM, Parser, existing_device
 from .selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
 from .table import format_table
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{PROGRAM} selftest",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

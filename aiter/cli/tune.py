@@ -30,7 +30,7 @@ from ..routing import plan as routing_plan
 from ..routing.dispatch import Crossover
 from ..routing.graph import fused_topk_moe_sorting_fwd
 from . import timing
-from .options import MOST, MOST_TOKENS, PROGRAM, check_memory, existing_device, whole
+from .options import MOST, MOST_TOKENS, PROGRAM, Parser, check_memory, existing_device, whole
 from .table import format_table
 
 SHAPES = (
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{PROGRAM} tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -83,6 +83,19 @@ def _close_alive_files() -> None:
 os.register_at_fork(after_in_child=_close_alive_files)
 
 
+def dead_builders(cache: Cache) -> list[Path]:
+    """The files of builders that died; beside each may lie their folder."""
+    dead = []
+    for alive in _alive_paths(cache):
+        try:
+            with alive.open() as file:
+                if _try_flock(file):
+                    dead.append(alive)
+        except OSError:
+            continue
+    return dead
+
+
 def remove_leftovers(cache: Cache) -> None:
     """Removes the private folders of builders that died, as far as this user may."""
     for alive in _alive_paths(cache):

@@ -49,6 +49,8 @@ LOCK_DIR = ".locks"
 COMPILER_DIR = ".compilers"
 BROKEN_DIR = ".broken"
 FAILED_DIR = ".failed"
+DEVICE_CODE_DIR = ".device_code"
+TUNED_DIR = ".tuned"
 TOOL_DIR = ".zig"  # NOTE: zig keeps the C++ library that it builds for itself here.
 
 
@@ -285,16 +287,24 @@ class Cache:
     def entries(self) -> list[tuple[Entry | None, Path]]:
         """Every build folder of the cache with its entry, None where the manifest is damaged.
 
-        What has no manifest, or another name than builds have, is nobody's build and left out.
+        What has no manifest, or another name than builds have, is no build and left out, and so is
+        what a link leads to.
         """
-        found = []
-        for module in subfolders(self.root):
-            for place in subfolders(module):
-                for key in filter(is_build_name, subfolders(place)):
-                    for folder in filter(is_build_name, subfolders(key)):
-                        if (folder / MANIFEST).is_file():
-                            found.append((read_manifest(folder), folder))
-        return found
+        folders = [self.root]
+        for _ in ("module", "target", "key", "build"):
+            folders = [
+                below
+                for folder in folders
+                for below in subfolders(folder)
+                if not below.is_symlink()
+            ]
+        return [
+            (read_manifest(folder), folder)
+            for folder in folders
+            if is_build_name(folder.parent)
+            and is_build_name(folder)
+            and (folder / MANIFEST).is_file()
+        ]
 
     def first_changed_header(self, entry: Entry, roots: Roots) -> str | None:
         """The first header whose content differs; None if all fit, with their stats refreshed."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import envs
-from .cache import FAILED_DIR, TOOL_DIR
+from .cache import DEVICE_CODE_DIR, FAILED_DIR, TOOL_DIR
 from .device_kernels import KernelCode, arch_of, parse_kernels
 from .driver import Job, JobFailed, first_error, run_jobs
 from .errors import BuildError, CacheError, ConfigError, ToolchainError
@@ -36,8 +36,6 @@ from .progress import Progress
 from .rocm_flags import ROCM_FLAGS, rocm_flags
 from .spec import load_spec
 from .target import Target
-
-DEVICE_CODE_DIR = ".device_code"
 
 # NOTE: what decides the code is as in the rocm profile of `toolchain` for the newest hipcc; the rest
 # replaces ROCm.

@@ -30,7 +30,7 @@ def test_report(few: None, capsys: pytest.CaptureFixture[str]) -> None:
     for name in CHECKS:
         result = "skipped: needs a GPU" if name in GPU_CHECKS else "right"
         assert report.count(f"\n{name:<29}  {result}\n") == 2, name
-    assert report.endswith("selftest: passed on cpu\n")
+    assert report.endswith("selftest: all right on cpu\n")
 
 
 def test_a_wrong_routing_fails(
@@ -46,7 +46,7 @@ def test_a_wrong_routing_fails(
     monkeypatch.setattr(fused_moe, "topk_softmax_sorting", wrong)
     assert selftest.main(["--device", "cpu", "--wave", "64", "--quick"]) == 1
     output = capsys.readouterr()
-    assert "selftest: FAILED on cpu" in output.out
+    assert "selftest: NOT all right on cpu" in output.out
     assert "policy 1, M=3 E=16 K=2 normal torch.float32: sorted_ids[0]: expected" in output.err
 
 
