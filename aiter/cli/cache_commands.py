@@ -154,7 +154,10 @@ def state_of(loader: Loader, entry: Entry | None) -> str:
     """Whether a build would be used now, and why not: `valid`, or a word and a reason."""
     if entry is None:
         return f"{DAMAGED}: no complete {MANIFEST}"
-    problem = loader.cache.damage(entry)
+    try:
+        problem = loader.cache.damage(entry)
+    except PermissionError:
+        return "unchecked: this user may not read it"
     if problem is not None:
         return f"{DAMAGED}: {problem}"
     if entry.manifest["abi"] != abi_tag():

@@ -208,7 +208,7 @@ class Cache:
         With `replace` an equal build that is there makes way.
         """
         names = "\n".join(f"{header.path} {header.sha256}" for header in headers)
-        place = self.root / plan.place / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
+        place = self._place(plan, names)
         library = folder / plan.library_name
         for path in (library, folder / BUILD_LOG):
             path.chmod(file_mode())
@@ -229,7 +229,7 @@ class Cache:
             "headers": [[header.path, *header.stat, header.sha256] for header in headers],
         }
         write_atomically(folder / MANIFEST, json.dumps(manifest))
-        for _ in range(8):
+        for attempt in range(1, 8):
             try:
                 self.make_folder(plan.place)
                 os.rename(folder, place)
@@ -241,14 +241,22 @@ class Cache:
             except OSError:
                 if not place.is_dir():
                     raise
-            there = read_manifest(place)
-            if not replace and there is not None and self.damage(there) is None:
-                return there
-            shutil.rmtree(self.set_aside(place), ignore_errors=True)
+            if not replace and self._is_intact(place):
+                return Entry(place, manifest)
+            try:
+                shutil.rmtree(self.set_aside(place), ignore_errors=True)
+            except CacheError:
+                if os.access(place, os.R_OK | os.X_OK):
+                    raise
+                # NOTE: what another member keeps to himself is not in the way; lookups take any name.
+                place = self._place(plan, names + "\n" * attempt)
         raise CacheError(
             f"cache folder {place}: expected to publish a build there, got other processes that"
             " kept replacing it"
         )
+
+    def _place(self, plan: Plan, names: str) -> Path:
+        return self.root / plan.place / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
     def make_folder(self, name: str | Path) -> Path:
         """Creates the folder `name` in the cache, for the owner alone where it is new."""
@@ -276,8 +284,19 @@ class Cache:
             ) from None
         return target
 
+    def _is_intact(self, folder: Path) -> bool:
+        """Whether the build there can be read and is as it was published."""
+        entry = read_manifest(folder)
+        try:
+            return entry is not None and self.damage(entry) is None
+        except PermissionError:
+            return False
+
     def damage(self, entry: Entry) -> str | None:
-        """What is wrong with the shared object of `entry`; None if it is as published."""
+        """What is wrong with the shared object of `entry`; None if it is as published.
+
+        Raises PermissionError if it cannot be read.
+        """
         folder = open_any(entry.folder)
         if folder is None:
             return "expected a readable folder, got none"
@@ -288,7 +307,7 @@ class Cache:
         """Every build folder of the cache with its entry, None where the manifest is damaged.
 
         What has no manifest, or another name than builds have, is no build and left out, and so is
-        what a link leads to.
+        what a link leads to, and what this user may not read.
         """
         folders = [self.root]
         for _ in ("module", "target", "key", "build"):
@@ -296,14 +315,15 @@ class Cache:
                 below
                 for folder in folders
                 for below in subfolders(folder)
-                if not below.is_symlink()
+                if not os.path.islink(below)
             ]
         return [
             (read_manifest(folder), folder)
             for folder in folders
             if is_build_name(folder.parent)
             and is_build_name(folder)
-            and (folder / MANIFEST).is_file()
+            and os.path.isfile(folder / MANIFEST)
+            and os.access(folder / MANIFEST, os.R_OK)
         ]
 
     def first_changed_header(self, entry: Entry, roots: Roots) -> str | None:

@@ -97,7 +97,7 @@ def removable(
         Removable(path, "left by a builder that died")
         for alive in dead_builders(cache)
         for path in (alive, alive.with_suffix(""))
-        if path.exists()
+        if os.path.lexists(path)
     ]
     kinds = [
         (BROKEN_DIR, r".+-\d+-[0-9a-f]{8}", 1, "moved aside as damaged"),
@@ -109,9 +109,9 @@ def removable(
             (COMPILER_DIR, rf".+-[0-9a-f]{{16}}\.json{_SUFFIX}", 1, "version of a compiler")
         )
     for name, pattern, depth, reason in kinds:
-        paths = _at_depth(root / name, depth) if not (root / name).is_symlink() else []
+        paths = _at_depth(root / name, depth) if not os.path.islink(root / name) else []
         found += [Removable(path, reason) for path in paths if re.fullmatch(pattern, path.name)]
-    if everything and (root / TOOL_DIR).is_dir() and not (root / TOOL_DIR).is_symlink():
+    if everything and _is_folder(root / TOOL_DIR):
         found.append(Removable(root / TOOL_DIR, "the compiler's own library"))
     return found
 
@@ -121,7 +121,7 @@ def remove(cache: Cache, items: list[Removable]) -> None:
     remove_leftovers(cache)
     for item in items:
         try:
-            if item.path.is_dir():
+            if _is_folder(item.path):
                 shutil.rmtree(item.path)
             else:
                 item.path.unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def _foreign(root: Path) -> Iterator[Path]:
     for item in _all(root):
         if item.name in _OWN:
             continue
-        if item.is_symlink() or not item.is_dir() or item.name[0] == ".":
+        if not _is_folder(item) or item.name[0] == ".":
             yield item
             continue
         for place in _all(item):
@@ -174,12 +174,12 @@ def _foreign(root: Path) -> Iterator[Path]:
                     yield key
                     continue
                 for build in _all(key):
-                    if not is_build_name(build) or not (build / MANIFEST).is_file():
+                    if not is_build_name(build) or not os.path.isfile(build / MANIFEST):
                         yield build
 
 
 def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -60,7 +60,10 @@ def find_prebuilt(
         opened = open_any(folder) if problem is None else None
         if opened is not None:
             with opened:
-                problem, file = open_library(opened, entry)
+                try:
+                    problem, file = open_library(opened, entry)
+                except PermissionError as error:
+                    problem = f"expected a readable file, got {error.strerror}"
             if problem is None:
                 return Entry(folder, entry.manifest, file)
         problems.append(problem or "expected a readable folder, got none")

@@ -92,7 +92,7 @@ def unknown_arch(output: str, archs: tuple[str, ...]) -> str | None:
     for arch in archs:
         name = re.escape(arch.partition(":")[0])
         said = (
-            rf"invalid target ID '{name}",
+            rf"invalid target ID '{name}[':]",
             rf"(unknown target CPU|[Uu]nsupported HIP gpu architecture:?) '?{name}\b",
             rf"cannot find ROCm device library for {name}\b",
         )

@@ -25,7 +25,7 @@ from aiter.jit.cache import Entry
 from aiter.jit.errors import CacheError, JitError
 from aiter.jit.trust import check_trusted, open_cache
 
-RACE_SECONDS = 3.0
+RACE_SECONDS = 2.0
 
 
 def built(toy: Toy, value: int) -> Path:
@@ -129,11 +129,14 @@ def test_a_build_that_vanishes_anywhere_in_a_lookup_is_a_miss(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each of the steps of a lookup, and of a load, another process takes the cache away."""
-    for step in range(40):
+    built(toy, 1)
+    real = os.open
+    kept = toy.root / "kept"
+    shutil.copytree(toy.cache_dir, kept)
+    for step in range(1, 60):
         shutil.rmtree(toy.cache_dir, ignore_errors=True)
-        built(toy, 1)
+        shutil.copytree(kept, toy.cache_dir)
         left = step
-        real = os.open
 
         def vanishing(path: object, flags: int, *rest: object, **options: object) -> int:
             nonlocal left
@@ -358,8 +361,12 @@ def test_loads_go_by_content_and_not_by_the_name_of_a_descriptor(toy: Toy) -> No
 
 
 def test_a_machine_without_proc_is_told(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: str) -> str:
-        raise FileNotFoundError(2, "No such file or directory", path)
+    real = os.readlink
+
+    def missing(path: str, **options: int) -> str:
+        if path == "/proc/self":
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return real(path, **options)
 
     built(toy, 7)
     monkeypatch.setattr(load_module.os, "readlink", missing)

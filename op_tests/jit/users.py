@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def as_user(uid: int, groups: list[int], body: Callable[[], object], umask: int 
             os.write(write_end, str(error).encode())
             status = 0
         except BaseException as error:  # NOTE: a forked child must not return into pytest.
-            os.write(write_end, repr(error).encode())
+            os.write(write_end, "".join(traceback.format_exception(error)).encode())
         finally:
             os._exit(status)
     os.close(write_end)
