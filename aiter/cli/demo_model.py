@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompt", type=whole(1, MOST_TOKENS), default=12, help="tokens in a sequence's prompt"
     )
     parser.add_argument("--steps", type=whole(1), default=16, help="tokens generated per sequence")
-    parser.add_argument("--layers", type=whole(1), default=4, help="decoder layers")
+    parser.add_argument("--layers", type=whole(1, 10_000), default=4, help="decoder layers")
     parser.add_argument("--experts", type=whole(1), default=32, help="experts (E)")
     parser.add_argument("--topk", type=whole(1, MOST_TOPK), default=4, help="experts per token (K)")
     parser.add_argument("--model-dim", type=whole(1), default=256, help="hidden size (D)")

@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(
         f"{PROGRAM} tune",
-        description=__doc__,
+        description=(__doc__ or "").replace("python -m aiter", PROGRAM),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -48,7 +48,6 @@ _OWN = {
     DEVICE_CODE_DIR,
     FAILED_DIR,
     LOCK_DIR,
-    MARKER,
     TOOL_DIR,
     TUNED_DIR,
     WORK_DIR,

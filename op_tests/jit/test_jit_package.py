@@ -147,3 +147,48 @@ def test_version_is_stated_once() -> None:
     assert pytest.importorskip("tomllib").loads((REPOSITORY / "pyproject.toml").read_text())[
         "project"
     ]["dynamic"] == ["version"]
+
+
+NAMED = """
+import json, logging
+import {name}.jit.load
+lines = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        lines.append(record.name)
+logging.getLogger({name!r}).addHandler(Keep())
+logging.getLogger({name!r}).setLevel("INFO")
+print(json.dumps([{name}.jit.module_for("module_toy", "cpu").__file__, lines]))
+"""
+
+
+def test_the_same_tree_under_a_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cache folder, log and command line go by the name that the package has."""
+    place, caches = tmp_path / "place", tmp_path / "caches"
+    toy_package(place)
+    shutil.copytree(place / "aiter", place / "second")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    for name in ("aiter", "second"):
+        file, lines = run(NAMED.format(name=name), PYTHONPATH=str(place))
+        assert Path(str(file)).is_relative_to(caches / name / "module_toy")
+        assert lines == [name, name]
+    environment = child_environment(PYTHONPATH=str(place))
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "second", *words], env=environment, cwd="/",
+                              capture_output=True, text=True, check=False)  # fmt: skip
+
+    assert command("--version").stdout.startswith("second ")
+    assert "usage: python -m second explain" in command("explain", "--help").stdout
+    built = command("build", "module_toy", "--force")
+    assert built.stderr.startswith("[second] building module_toy")
+    assert f"cache folder: {caches / 'second'}\n" in command("status").stdout
+    (caches / "second").chmod(0o777)
+    assert command("build", "module_toy").stderr.startswith(
+        f"error: cache folder {caches}/second: "
+    )
+    environment["AITER_NO_BUILD"] = "1"
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "empty")
+    assert (
+        "with `python -m second build module_toy --target" in command("build", "module_toy").stderr
+    )
