@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from ..jit import cleanup, paths
-from ..jit.cache import MANIFEST, Entry, changed_input, shown_path
 from ..jit.errors import JitError
 from ..jit.load import Loader, default_loader
+from ..jit.manifest import MANIFEST, Entry, changed_input, shown_path
 from ..jit.plan import abi_tag
 from ..jit.prebuilt import single_targets, tidy_prebuilt
 from ..jit.spec import load_spec

@@ -10,9 +10,10 @@ import sys
 
 from .._version import __version__
 from ..jit import envs, paths, plan
-from ..jit.cache import COMPILER_DIR, subfolders
+from ..jit.cache import COMPILER_DIR
 from ..jit.compilers import compiler_version, find_compiler
 from ..jit.errors import JitError
+from ..jit.manifest import subfolders
 from ..jit.target import KINDS, named_target
 from ..jit.toolchain import target_environment
 from .table import format_table

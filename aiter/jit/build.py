@@ -24,21 +24,13 @@ from pathlib import Path
 
 from . import envs, toolchain
 from .builders import plan_lock, private_folder
-from .cache import (
-    BUILD_LOG,
-    FAILED_DIR,
-    TOOL_DIR,
-    Cache,
-    Entry,
-    Header,
-    file_sha256,
-    stat_of,
-)
+from .cache import BUILD_LOG, FAILED_DIR, TOOL_DIR, Cache
 from .driver import Job, JobFailed, first_error, parse_depfile, run_jobs
 from .errors import BuildError
 from .folders import file_mode
 from .full_disk import why_compiler_failed
 from .log import get_logger
+from .manifest import Entry, Header, file_sha256, stat_of
 from .plan import Plan
 from .progress import Progress
 from .rocm_flags import unknown_arch

@@ -31,16 +31,14 @@ from .cache import (
     DEVICE_CODE_DIR,
     FAILED_DIR,
     LOCK_DIR,
-    MANIFEST,
     TOOL_DIR,
     TUNED_DIR,
     WORK_DIR,
     Cache,
-    Entry,
-    is_build_name,
 )
 from .errors import CacheError
 from .folders import MARKER, is_marked
+from .manifest import MANIFEST, Entry, is_build_name
 
 _OWN = {
     BROKEN_DIR,

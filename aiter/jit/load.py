@@ -36,9 +36,10 @@ from pathlib import Path
 from types import ModuleType
 
 from . import envs, paths
-from .cache import COMPILER_DIR, Cache, Entry
+from .cache import COMPILER_DIR, Cache
 from .errors import CacheError, LoadError
 from .log import get_logger
+from .manifest import Entry
 from .plan import Plan, make_plan
 from .prebuilt import find_prebuilt
 from .spec import module_names

@@ -16,23 +16,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .cache import (
-    BROKEN_DIR,
-    COMPILER_DIR,
-    FAILED_DIR,
-    LOCK_DIR,
-    TOOL_DIR,
-    WORK_DIR,
-    Entry,
-    file_sha256,
-    foreign_part,
-    open_library,
-    read_manifest,
-    subfolders,
-)
+from .cache import BROKEN_DIR, COMPILER_DIR, FAILED_DIR, LOCK_DIR, TOOL_DIR, WORK_DIR
 from .errors import TargetError
 from .folders import MARKER
 from .log import get_logger
+from .manifest import Entry, file_sha256, foreign_part, open_library, read_manifest, subfolders
 from .plan import Plan, abi_tag, make_plan
 from .target import Target
 from .trust import open_any

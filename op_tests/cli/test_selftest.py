@@ -9,6 +9,7 @@ import torch
 from aiter import fused_moe
 from aiter.cli import selftest, selftest_checks
 from aiter.cli.selftest_checks import CHECKS, Skipped, difference, expected_route, logits_of
+from aiter.jit import BuildError
 
 CPU = torch.device("cpu")
 GPU_CHECKS = [name for name in CHECKS if name.startswith(("graph", "side", "two", "a device"))]
@@ -48,6 +49,22 @@ def test_a_wrong_routing_fails(
     output = capsys.readouterr()
     assert "selftest: NOT all right on cpu" in output.out
     assert "policy 1, M=3 E=16 K=2 normal torch.float32: sorted_ids[0]: expected" in output.err
+
+
+def test_what_ends_the_test_is_its_last_line(
+    few: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that cannot be built, say: no report without a line that says all right or not."""
+
+    def broken(*arguments: object) -> None:
+        raise BuildError("module_x", "cpu-wave64", "the compiler exited with status 1")
+
+    monkeypatch.setattr(selftest, "_report", broken)
+    assert selftest.main(["--device", "cpu"]) == 1
+    output = capsys.readouterr()
+    last = output.out.splitlines()[-1]
+    assert last == "selftest: NOT all right on cpu: 1 wrong, the first of them above"
+    assert "raised BuildError: building module_x for cpu-wave64 failed" in output.err
 
 
 def test_a_wrong_op_fails(

@@ -18,7 +18,7 @@ def rows() -> list[list[str]]:
 
 def test_every_fault_names_tests_that_exist() -> None:
     defined = set()
-    for folder in ("jit", "fire"):
+    for folder in ("jit", "cli", "fire"):
         for path in (REPOSITORY / "op_tests" / folder).glob("test_*.py"):
             defined |= set(re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE))
     table = rows()
