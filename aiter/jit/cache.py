@@ -32,7 +32,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import CacheError
 from .folders import file_mode, make_private_folder, write_atomically
@@ -73,8 +73,7 @@ class Miss:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Unfit:
+class _Unfit(NamedTuple):
     """A build that is not used: a header changed since, or there is something wrong with it."""
 
     changed: str = ""

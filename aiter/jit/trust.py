@@ -30,8 +30,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import envs
 from .errors import CacheError
@@ -81,8 +81,7 @@ class File(Opened):
             return file.read()
 
 
-@dataclass(frozen=True)
-class _Rules:
+class _Rules(NamedTuple):
     """Whom a cache folder trusts: this user, root, and the group if there is one."""
 
     root: Path
