@@ -48,11 +48,11 @@ def private_folder(cache: Cache) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        got = why_full(error, cache.root) or error.strerror or str(error)
+        full = why_full(error, cache.root)
         raise CacheError(
-            f"cache folder {cache.root}: expected to build in it, got {got}"
-            f" ({error.filename or 'no name'}); make room, or set AITER_JIT_DIR to a folder that can"
-            " be written"
+            f"cache folder {cache.root}: expected to build in it, got"
+            f" {full or error.strerror or error} ({error.filename or 'no name'});"
+            f"{' make room, or' if full else ''} set AITER_JIT_DIR to a folder that can be written"
         ) from error
 
 

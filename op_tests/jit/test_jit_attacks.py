@@ -6,17 +6,22 @@ first few needs root, who alone can act as two users.
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from toy import MODULE, Toy
+from toy import MODULE, Toy, child_environment
 from users import ALICE, BOB, OTHERS, only_root, place_for_all
 
 from aiter.jit import load as load_module
@@ -239,6 +244,49 @@ def test_a_parent_that_a_foreign_group_may_write_is_refused(place: Path, deep: i
     os.chown(parent, 0, 0)
     parent.chmod(0o775)
     assert refusal(root) == "", "root's group has nobody else in it"
+
+
+@only_root
+@pytest.mark.parametrize(
+    ("name", "members", "refused"),
+    [("me", [], False), ("me", ["other"], True), ("team", [], True)],
+)
+def test_a_group_that_has_nobody_else_in_it_is_no_other(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, members: list[str], refused: bool
+) -> None:
+    """As distributions give one to every user, with a umask that lets it write."""
+    parent = place / "parent"
+    parent.mkdir()
+    root = cache_in(parent)
+    os.chown(parent, 0, OTHERS)
+    parent.chmod(0o775)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=OTHERS, pw_name="me"))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=members))
+    assert ("writable by group" in refusal(root)) == refused
+
+
+IN_A_NAMESPACE = """
+import sys
+from pathlib import Path
+from aiter.jit.trust import open_cache
+print(open_cache(Path(sys.argv[1])) is not None)
+"""
+
+
+def test_owners_that_a_sandbox_does_not_map_count_as_roots(tmp_path: Path) -> None:
+    root = cache_in(tmp_path)
+    unshare = ["unshare", "--user", "--map-current-user"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"]).returncode != 0:
+        pytest.skip("no user namespaces here")
+    os.chown(root, os.geteuid(), -1)
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", IN_A_NAMESPACE, str(root)],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
 
 
 @only_root
