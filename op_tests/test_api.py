@@ -19,7 +19,8 @@ SORT_OUTPUTS = "sorted_weights sorted_expert_ids num_valid_ids moe_buf num_exper
 SIGNATURES: list[tuple[Callable[..., object], str]] = [
     (
         aiter.topk_softmax,
-        "topk_weights topk_indices token_expert_indices gating_output need_renorm",
+        "topk_weights topk_indices token_expert_indices gating_output need_renorm num_shared_experts=0"
+        " shared_expert_scoring_func=",
     ),
     (
         aiter.moe_sorting_opus_get_workspace_size,

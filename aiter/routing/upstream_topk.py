@@ -153,6 +153,10 @@ def topk_softmax(
 
     With S = `num_shared_experts` above 0 the outputs are [M, K + S], the last S slots hold the ids E to
     E + S - 1 and weigh 1, or with "sigmoid" the sigmoid of the S logits behind the E.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+        aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
     if num_shared_experts == 0 and shared_expert_scoring_func == "":
         _topk_softmax(topk_weights, topk_indices, token_expert_indices, gating_output, need_renorm)

@@ -26,7 +26,7 @@ namespace aiter {
 template <int kValues, int kBest>
 class KeptKeys {
  public:
-  static constexpr int kLanes = 32;
+  static constexpr int kLanes = kMinWaveSize;
   static constexpr int kRowsPerWave = kWaveSize / kLanes;
 
   static __device__ __forceinline__ int lane_in_row() { return lane_idx() % kLanes; }

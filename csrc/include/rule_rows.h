@@ -32,7 +32,7 @@
 
 namespace aiter {
 
-constexpr int kRuleLanes = 32;    // that take a row
+constexpr int kRuleLanes = kMinWaveSize;    // that take a row
 constexpr int kMaxRuleTopk = 32;  // of RuleRows
 constexpr int kMaxRulePlaces = 1024;
 constexpr int kMaxGroupPlaces = kRuleLanes * kKeysPerChunk;

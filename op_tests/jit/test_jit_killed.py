@@ -56,7 +56,8 @@ def kill_at(toy: Toy, stage: str, number: int) -> subprocess.Popen[str]:
     wait_for(mark.exists)
     waiting = start(toy, "print('ready', flush=True)\n" + LOAD)
     assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "ready\n"
+    # NOTE: a buffered read could take what is printed next along, and keep it from `communicate`.
+    assert os.read(waiting.stdout.fileno(), len("ready\n")) == b"ready\n"
     time.sleep(0.5)
     builder.send_signal(number)
     builder.communicate(timeout=PATIENCE_SECONDS)
