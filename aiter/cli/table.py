@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -45,12 +46,17 @@ def format_table(
         and all(_NUMBER.fullmatch(cell) for cell in column)
         for column in columns
     ]
-    limit = shutil.get_terminal_size((0, 0)).columns if width is None else width
+    limit = width if width is not None else _terminal_width()
     widths = fitting_widths(natural, numeric, limit) if limit else natural
     if widths is None:
         return _as_records(headers, cells, limit)
     lines = [list(headers), ["-" * width for width in widths], *cells]
     return "\n".join(text for line in lines for text in _wrapped(line, widths, numeric))
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal that stdout is; 0 where it is none."""
+    return shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
 
 
 def fitting_widths(natural: Sequence[int], numeric: Sequence[bool], limit: int) -> list[int] | None:

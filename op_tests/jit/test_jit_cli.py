@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from toy import MODULE, Toy, child_environment
@@ -245,14 +245,14 @@ WIDE = (("name", "count", "what it is for"), [
 @pytest.mark.parametrize("width", [1, 20, 29, 30, 40, 60, 93, 94, 200])
 def test_a_table_is_as_wide_as_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
     table = format_table(*WIDE)
     assert table == format_table(*WIDE, width=width)
     assert max(map(len, table.splitlines())) <= width
 
 
 def test_a_table_for_other_programs_has_a_line_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr(sys, "__stdout__", None)
+    monkeypatch.setenv("COLUMNS", "30")
     assert len(format_table(*WIDE).splitlines()) == 4
 
 

@@ -57,7 +57,10 @@ def kill_at(toy: Toy, stage: str, number: int) -> subprocess.Popen[str]:
     waiting = start(toy, "print('ready', flush=True)\n" + LOAD)
     assert waiting.stdout is not None
     # NOTE: a buffered read could take what is printed next along, and keep it from `communicate`.
-    assert os.read(waiting.stdout.fileno(), len("ready\n")) == b"ready\n"
+    line = b""
+    while len(line) < len("ready\n"):
+        line += os.read(waiting.stdout.fileno(), 1) or b"?"
+    assert line == b"ready\n"
     time.sleep(0.5)
     builder.send_signal(number)
     builder.communicate(timeout=PATIENCE_SECONDS)
