@@ -80,7 +80,12 @@ class SortedOutputs:
             buffer.check_guards()
 
     def check(
-        self, case: Case, inputs: Inputs, expected: tuple[Tensor, ...], handed_over: int = 0
+        self,
+        case: Case,
+        inputs: Inputs,
+        expected: tuple[Tensor, ...],
+        given_ids: Tensor | None = None,
+        handed_over: int = 0,
     ) -> None:
         """Guards, values, invariants, and nothing written behind the slots in use, the first
         `handed_over` ones, and the rows of ``moe_buf`` that count.
@@ -97,10 +102,12 @@ class SortedOutputs:
         self.buffers[1].check_untouched_from(max(num_valid, handed_over))
         self.buffers[2].check_untouched_from(num_valid // case.block_size)
         self.buffers[4].check_zero_then_untouched(case.local_tokens)
-        check_sorted_alone(case, inputs, self.tensors)
+        check_sorted_alone(case, inputs, self.tensors, given_ids)
 
 
-def check_sorted_alone(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
+def check_sorted_alone(
+    case: Case, inputs: Inputs, outputs: tuple[Tensor, ...], given_ids: Tensor | None = None
+) -> None:
     """The invariants that need no reference, on the five tensors of ``case``."""
     experts, weights = check_structure(
         outputs,
@@ -109,7 +116,10 @@ def check_sorted_alone(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) 
         topk=case.topk,
         block_size=case.block_size,
         mask=inputs.mask,
+        ids=None if given_ids is None else given_ids[: case.local_tokens],
     )
+    if given_ids is not None:
+        return
     check_selection(experts, inputs.gating[: case.local_tokens])
     if case.need_renorm and inputs.mask is None:
         check_weight_sums(weights)
@@ -130,6 +140,20 @@ def expected_sorted(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     )
 
 
+def expected_of_ids(case: Case, inputs: Inputs, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """The reference's five tensors for ready ids, computed on the CPU."""
+    return reference.moe_sorting(
+        ids.cpu(),
+        weights.cpu(),
+        case.num_experts,
+        case.model_dim,
+        case.moebuf_dtype,
+        case.block_size,
+        None if inputs.mask is None else inputs.mask.cpu(),
+        None if inputs.num_local_tokens is None else inputs.num_local_tokens.cpu(),
+    )
+
+
 def fused_arguments(case: Case, inputs: Inputs, outputs: SortedOutputs) -> dict[str, Any]:
     """The arguments of ``fused_topk_moe_sorting_fwd``, by name and in its order."""
     return {
@@ -142,6 +166,11 @@ def fused_arguments(case: Case, inputs: Inputs, outputs: SortedOutputs) -> dict[
         "local_expert_mask": inputs.mask,
         "num_local_tokens": inputs.num_local_tokens,
     }
+
+
+def has_clusters() -> bool:
+    """Whether the current GPU has clusters, and so launches that hand nothing over unasked."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> tuple[Tensor, ...]:
@@ -160,9 +189,9 @@ def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> t
             op(*arguments.values(), **options)
         target.synchronize()
         frozen.check()
-        may_hand_over = hands_over or (target.device != "cpu" and torch.version.hip is not None)
+        may_hand_over = hands_over or (target.device != "cpu" and not has_clusters())
         handed_over = case.num_tokens * case.topk if may_hand_over else 0
-        outputs.check(case, inputs, expected_sorted(case, inputs), handed_over)
+        outputs.check(case, inputs, expected_sorted(case, inputs), handed_over=handed_over)
         return outputs.tensors
 
 
@@ -205,17 +234,24 @@ WORKSPACE_OFFSET = 16
 
 
 def run_moe_sorting(
-    case: Case, target: Target, op: Op, policy: int, workspace_size: Callable[..., int]
+    case: Case,
+    target: Target,
+    op: Op,
+    policy: int,
+    workspace_size: Callable[..., int],
+    given_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Call ``op`` as ``moe_sorting_opus_fwd`` and check everything; returns the outputs.
 
-    The ids come from the reference's selection; rows from ``n`` on hold garbage. The workspace has
-    exactly the size that ``workspace_size`` asks for, and poison for contents.
+    The ids come from the reference's selection unless ``given_ids`` [M, K] are there, which may be
+    any; rows from ``n`` on hold garbage. The workspace has exactly the size that ``workspace_size``
+    asks for, and poison for contents.
     """
     with reporting(f"policy {policy}, {case}", target):
         device = target.device
         inputs = make_inputs(case, device)
         weights, ids = reference.topk_softmax(inputs.gating.cpu(), case.topk, case.need_renorm)
+        ids = ids if given_ids is None else given_ids.clone()
         ids[case.local_tokens :] = torch.iinfo(torch.int32).max
         weights[case.local_tokens :] = float("nan")
         ids, weights = ids.to(device), weights.to(device)
@@ -238,5 +274,8 @@ def run_moe_sorting(
         target.synchronize()
         frozen.check()
         workspace.check_guards()
-        outputs.check(case, inputs, expected_sorted(case, inputs))
+        if given_ids is None:
+            outputs.check(case, inputs, expected_sorted(case, inputs))
+        else:
+            outputs.check(case, inputs, expected_of_ids(case, inputs, ids, weights), given_ids)
         return outputs.tensors

@@ -21,6 +21,17 @@ from torch import Tensor
 from ..integrations.transformers import Patched, use_aiter
 from ..jit import cpu_wave
 from ..ops.device import current_device
+from .options import (
+    MOST_SEED,
+    MOST_TOKENS,
+    MOST_TOPK,
+    PROGRAM,
+    Parser,
+    check_memory,
+    check_topk,
+    existing_device,
+    whole,
+)
 from .table import format_table
 
 VOCABULARY = 4096
@@ -40,7 +51,9 @@ _WEIGHT_STD = 0.2  # large enough for every step to matter, and for distinct log
 
 def main(argv: Sequence[str]) -> int:
     """Runs the demo; 0 if the tokens are equal, 1 if not or if transformers is not there."""
-    options = _parse(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    check_topk(parser, options.topk, options.experts)
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
@@ -51,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         )
         return 1
     device = current_device(options.device)
+    check_memory(parser, _bytes_of(options), device)
     on_cpu = device.type == "cpu"
     where = f"cpu target, wave {options.wave}" if on_cpu else torch.cuda.get_device_name(device)
     model = _make_model(transformers, options).to(device=device, dtype=_DTYPES[options.dtype])
@@ -68,24 +82,40 @@ def main(argv: Sequence[str]) -> int:
     return _report(expected, got)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m aiter demo --model MODEL", description=__doc__, allow_abbrev=False
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(f"{PROGRAM} demo --model MODEL", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", choices=MODELS, required=True, help="the architecture")
-    parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
+    parser.add_argument(
+        "--device",
+        type=existing_device,
+        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
+    )
     parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the weights")
-    parser.add_argument("--sequences", type=int, default=2, help="generated at once")
-    parser.add_argument("--prompt", type=int, default=12, help="tokens in a sequence's prompt")
-    parser.add_argument("--steps", type=int, default=16, help="tokens generated per sequence")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers")
-    parser.add_argument("--experts", type=int, default=32, help="experts (E)")
-    parser.add_argument("--topk", type=int, default=4, help="experts per token (K)")
-    parser.add_argument("--model-dim", type=int, default=256, help="hidden size (D)")
-    parser.add_argument("--width", type=int, default=128, help="width of an expert")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--sequences", type=whole(1, MOST_TOKENS), default=2, help="generated at once"
+    )
+    parser.add_argument(
+        "--prompt", type=whole(1, MOST_TOKENS), default=12, help="tokens in a sequence's prompt"
+    )
+    parser.add_argument("--steps", type=whole(1), default=16, help="tokens generated per sequence")
+    parser.add_argument("--layers", type=whole(1, 10_000), default=4, help="decoder layers")
+    parser.add_argument("--experts", type=whole(1), default=32, help="experts (E)")
+    parser.add_argument("--topk", type=whole(1, MOST_TOPK), default=4, help="experts per token (K)")
+    parser.add_argument("--model-dim", type=whole(1), default=256, help="hidden size (D)")
+    parser.add_argument("--width", type=whole(1), default=128, help="width of an expert")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of weights and tokens")
+    return parser
+
+
+def _bytes_of(options: argparse.Namespace) -> int:
+    """About what weights and activations take, in float32."""
+    per_layer = options.experts * 3 * options.width + options.experts + 512
+    rows = options.sequences * (options.prompt + options.steps)
+    return 4 * int(
+        options.model_dim * (options.layers * per_layer + 2 * VOCABULARY) + rows * options.model_dim
+    )
 
 
 def _make_model(transformers: Any, options: argparse.Namespace) -> Any:

@@ -5,11 +5,12 @@
 //   moe_buf [n * D] items, rows below n zeroed
 //
 // The first workgroups route, all others zero moe_buf. On targets that have clusters (cluster.h) up
-// to 16 workgroups route, each a range of rows of its own; elsewhere it is one. Phases of a routing
-// workgroup, with a barrier between them:
+// to 16 workgroups route, each a range of rows of its own; elsewhere one, or up to 64 that select, each from a
+// range of rows, and hand over to the last of them, which sorts alone. Phases of a routing workgroup, with a
+// barrier between them:
 //   1 clear    all threads     the bitmask: before memory is touched where an earlier launch may still run, and
 //                              elsewhere while the logits are on their way
-//   2 top-k    a wave per row or a few (group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
+//   2 top-k    a wave per row or a few (key_topk.h, group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
 // then, in a workgroup that routes alone while n <= B (single_blocks.h),
 //   3 padding  all threads     all blocks, whole
 //   4 entries  a thread each   over the padding; expert ids
@@ -19,9 +20,16 @@
 //   4 write    all threads     own entries to start + rank; its share of the padding
 //
 // Three or four barriers in all, and none for a single token (one_token.h); in a cluster there are two waits
-// more, the first of which is over during top-k. What workgroups tell each other is one count per expert,
-// through LDS: nothing in global memory is shared, so launches on several streams and graphs that are
-// replayed at the same time do not meet.
+// more, the first of which is over during top-k. What workgroups of a cluster tell each other is one count per
+// expert, through LDS.
+//
+// A hand-over (device/handover.h) comes between 2 and 3: ids and weights of all slots of a row, by rule or not, go
+// from LDS to the first M*K places of sorted_ids and sorted_weights, which nobody has written yet, and the last
+// workgroup has those of all rows, and their hit bits, in LDS before it writes there. What it leaves behind
+// num_valid_ids[0] is undefined. Beside the outputs workgroups share a ticket, which is the stream's or the
+// record's own: launches on several streams and graphs that are replayed at the same time do not meet. top-k
+// outputs are each workgroup's own rows. LDS has to hold all rows; and in the slot format with zero experts, where
+// E*B < K leaves fewer than M*K places, nothing is handed over, by choice or as an error if asked for.
 //
 // Before its first load of logits a kernel knows 14 words of arguments (FusedFirst), which it has loaded at once or,
 // on gfx942 and gfx950, has found in registers. num_local_tokens, the mask and the other arguments are loaded at
@@ -32,7 +40,7 @@
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
-// multiple of 4. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
+// multiple of 4, and 24 bytes a thread where top-k is by keys. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
 //
 // What steps brought, in us per call on an H100 (graph slope, bf16, 2026-11-23), by the best number of
 // workgroups:
@@ -62,7 +70,7 @@
 #include "device/cluster.h"
 #include "device/handover.h"
 #include "expert_sort.h"
-#include "group_topk.h"
+#include "key_topk.h"
 #include "one_token.h"
 #include "single_blocks.h"
 
@@ -74,7 +82,7 @@ struct FusedLds {
   static constexpr uint32_t kTotals = 0;
   static constexpr uint32_t kInbox = kTotals + sizeof(uint32_t) * 2 * kMaxWavesPerBlock;
   static constexpr uint32_t kHits = kInbox + 16;
-  uint32_t counts, weights;
+  uint32_t counts, rows, weights;
 };
 
 // Everything the launch choice depends on, and the choice.
@@ -88,21 +96,25 @@ struct FusedConfig {
 // words in all, so that they can be there when the kernel begins (aiter/jit/rocm_flags.py).
 struct FusedFirst {
   const void* gating;
-  int64_t row_stride;               // in items
+  int64_t row_stride;               // in items of the class of rows
   const int32_t* num_local_tokens;  // as in SortParams, and so is
   const int32_t* expert_mask;       // this one
   int num_tokens, num_experts;      // as in SortShape, and so is
   int topk;                         // this one
   int tokens_per_block;             // of each routing workgroup
   int num_threads;                  // of a workgroup
-  uint32_t flags;                   // kNeedRenorm ... kHandsOver; num_routing << 8
+  uint32_t flags;                   // kNeedRenorm ... kDrops; LogitType << 6; num_routing << 8
 
   static constexpr uint32_t kNeedRenorm = 1;
-  static constexpr uint32_t kWideRows = 2;   // group_topk.h
+  static constexpr uint32_t kWideRows = 2;   // RowFormat::wide
   static constexpr uint32_t kOneToken = 4;   // the case of one_token.h
   static constexpr uint32_t kHandsOver = 8;  // workgroups hand over through memory
-  static constexpr int kRoutingShift = 8;
+  static constexpr uint32_t kDrops = 16;     // experts that are left out have no blocks
+  static constexpr int kTypeShift = 6, kRoutingShift = 8;
   __device__ __forceinline__ bool is(uint32_t flag) const { return (flags & flag) != 0; }
+  __device__ __forceinline__ RowFormat row_format() const {
+    return {is(kWideRows) ? 1u : 0u, static_cast<LogitType>(flags >> kTypeShift & 3)};
+  }
   // Workgroups that route.
   __device__ __forceinline__ int num_routing() const {
     return static_cast<int>(flags >> kRoutingShift);
@@ -131,7 +143,9 @@ struct FusedLdsPlan {
   size_t total;  // bytes
 };
 
-inline FusedLdsPlan plan_fused_lds(int num_rows, int num_experts, int topk, int cluster_size) {
+// `row_bytes`: of all waves, for what top-k keeps of rows.
+inline FusedLdsPlan plan_fused_lds(int num_rows, int num_experts, int topk, int cluster_size,
+                                   int row_bytes) {
   const size_t num_entries = static_cast<size_t>(num_rows) * topk;
   const size_t per_expert = sizeof(uint32_t) * padded_experts(num_experts);
   // Behind the bitmask the starts and the tails.
@@ -143,6 +157,7 @@ inline FusedLdsPlan plan_fused_lds(int num_rows, int num_experts, int topk, int 
   };
   FusedLdsPlan plan;
   plan.lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
+  plan.lds.rows = take(row_bytes);  // on a 16-byte boundary, as all before
   plan.lds.weights = take(sizeof(float) * num_entries);
   take(sizeof(uint16_t) * num_entries);  // experts
   plan.total = (end + 15) / 16 * 16;
@@ -232,7 +247,19 @@ struct RoutingBlock {
   }
 };
 
+// What a kernel of plain softmax and the slot format has beside FusedParams, of which there is nothing; see
+// fused_topk_moe_sorting_rules.h for the other kind.
+struct NoRule {
+  static constexpr bool kAnySort = false;  // kAny of expert_sort.h
+  using Sink = FusedSink;
+
+  template <typename Rows>
+  __device__ __forceinline__ void set(Rows&) const {}
+  __device__ __forceinline__ Sink sink(const FusedSink& of_rows, int) const { return of_rows; }
+};
+
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
+template <bool kAny>
 __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block,
                                  bool is_first_local, char* lds_base) {
   const auto words = [&](uint32_t offset) {
@@ -250,7 +277,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   const bool has_single_blocks = block.is_alone() && block.num_local <= p.shape.block_size &&
                                  p.shape.num_experts <= kMaxSetExperts;
   if (has_single_blocks) {
-    write_single_blocks(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
+    write_single_blocks<kAny>(p.shape, block.num_local, hits, block.sets, p.sort, num_entries,
+                              entry_at);
     return;
   }
 
@@ -263,9 +291,9 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   }
   uint32_t* const lds_starts = hits.words + hits.stride * hits.num_words;
   const SortLds sort_lds{lds_starts, lds_starts + hits.stride, words(FusedLds::kTotals)};
-  assign_blocks(p.shape, block.num_local, is_first_local, block.rank == 0, block.wave, sort_lds,
-                p.sort,
-                [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e); });
+  assign_blocks<kAny>(
+      p.shape, block.num_local, is_first_local, block.rank == 0, block.wave, sort_lds, p.sort,
+      [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e); });
   __syncthreads();
 
   AITER_LOOP
@@ -274,14 +302,15 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     const uint32_t start = sort_lds.starts[entry.expert_idx];
     if (start == kNoSlot) continue;
     const int row = entry.token - block.first_token;
-    write_entry(p.sort, start + hits.rank(row, entry.expert_idx), entry);
+    write_entry<kAny>(p.shape, p.sort, start + hits.rank(row, entry.expert_idx), entry);
   }
   // The last threads pad first, as the first ones have most of the entries.
-  write_padding(p.shape, block.num_local, sort_lds.tails, p.sort,
-                (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
-                block.cluster_size * blockDim.x);
+  write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
+                      (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
+                      block.cluster_size * blockDim.x);
 }
 
+template <bool kAny>
 __device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, char* lds_base) {
   const auto words = [&](uint32_t offset) {
     return reinterpret_cast<uint32_t*>(lds_base + offset);
@@ -295,7 +324,8 @@ __device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, c
   block.lds_rows = first.lds_rows();
   block.hits = {words(FusedLds::kHits), padded_experts(first.num_experts),
                 hit_words(block.lds_rows)};
-  block.sets = SingleBlocks::in(words(FusedLds::kTotals), first.expert_mask != nullptr);
+  block.sets = SingleBlocks::in(words(FusedLds::kTotals),
+                                kAny ? first.is(FusedFirst::kDrops) : first.expert_mask != nullptr);
   block.inbox = reinterpret_cast<Inbox*>(lds_base + FusedLds::kInbox);
   return block;
 }
@@ -371,10 +401,11 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
   return true;
 }
 
-template <typename Rows>
+template <typename Rows, typename Rule>
 __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams& p,
-                                      char* lds_base) {
-  RoutingBlock block = routing_block(first, lds_base);
+                                      const Rule& rule, char* lds_base) {
+  constexpr bool kAny = Rule::kAnySort;
+  RoutingBlock block = routing_block<kAny>(first, lds_base);
   const int rows_there = first.num_tokens - block.first_token;
   const int last_row = rows_there - 1;
   const auto row_at = [&](int row) {
@@ -389,15 +420,20 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
 
   // What memory says, of which nothing waits for another. Rows that turn out not to count are loaded in vain.
   Rows logits;
+  rule.set(logits);
   if (first_row < (rows_there < first.tokens_per_block ? rows_there : first.tokens_per_block)) {
-    logits.load(row_at(first_row + own_row), first.num_experts, first.is(FusedFirst::kWideRows));
+    logits.load(row_at(first_row + own_row), first.num_experts, first.row_format());
   }
   const int said_tokens =
       first.num_local_tokens != nullptr ? scalar_load(first.num_local_tokens) : first.num_tokens;
-  const bool has_expert = static_cast<int>(threadIdx.x) < first.num_experts;
+  const FusedParams& early = loaded_anew(p, sizeof(FusedFirst));
+  const int num_masked = kAny ? early.shape.num_real : first.num_experts;
+  const bool has_expert = static_cast<int>(threadIdx.x) < num_masked;
   uint32_t first_mask = has_expert ? 1 : 0;
   if (first.expert_mask != nullptr && has_expert) first_mask = first.expert_mask[threadIdx.x];
-  const FusedParams& early = loaded_anew(p, sizeof(FusedFirst));
+  if constexpr (kUsesLds<Rows>) {
+    logits.use(lds_base + early.lds.rows + block.wave * best_keys_lds_bytes(kWaveSize));
+  }
   float* const lds_weights = reinterpret_cast<float*>(lds_base + early.lds.weights);
   uint16_t* const lds_experts = block.experts_behind(lds_weights, first.topk);
   if (!kLaunchesOverlap) clear_lds(first, block);
@@ -411,8 +447,9 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   const bool hands_over = first.is(FusedFirst::kHandsOver);
   const int first_place = hands_over ? block.first_token : 0;
   const int num_kept = hands_over ? block.num_local : block.num_rows;
-  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, num_kept, early.shape.block_size,
-                 0,       {}};
+  typename Rule::Sink sink = rule.sink(
+      {nullptr, nullptr, block.hits, block.sets.hit, num_kept, early.shape.block_size, 0, {}},
+      block.first_token - first_place);
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
@@ -424,7 +461,7 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
               row < block.num_rows, sink);
     first_row += rows_at_once;
     if (first_row < block.num_rows) {
-      logits.load(row_at(first_row + own_row), first.num_experts, first.is(FusedFirst::kWideRows));
+      logits.load(row_at(first_row + own_row), first.num_experts, first.row_format());
     } else {
       drop(logits);
     }
@@ -432,18 +469,25 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   const bool is_first_local = awaited(first_mask) != 0;
   const FusedParams& rest = loaded_anew(p, sizeof(FusedFirst));
   if ((anew(static_cast<int>(first.flags)) & FusedFirst::kOneToken) != 0) {
-    write_one_token(rest.shape, block.num_local, block.wave, rest.sort, sink.last);
+    write_one_token<kAny>(rest.shape, block.num_local, block.wave, rest.sort, sink.last);
     return;
   }
   if (first.is(FusedFirst::kHandsOver)) {
     if (!take_over(rest, block, first.num_routing(), lds_base)) return;
   }
-  block.sets.post_mask(first.num_experts, first.expert_mask, is_first_local);
+  block.sets.post_mask<kAny>(rest.shape, rest.sort, is_first_local);
   __syncthreads();
   // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
   block.hits.stride = padded_experts(anew(first.num_experts));
   block.hits.num_words = hit_words(anew(block.lds_rows));
-  sort_rows(rest, block, is_first_local, lds_base);
+  sort_rows<kAny>(rest, block, is_first_local, lds_base);
+}
+
+// What the workgroups do that do not route.
+__device__ __forceinline__ void zero_rows(const FusedFirst& first, const FusedParams& p) {
+  wait_for_earlier_launch();
+  let_next_launch_begin();
+  zero_moe_buf(p.sort, local_tokens(first.num_local_tokens, first.num_tokens), first.num_routing());
 }
 
 template <typename Rows>
@@ -456,12 +500,9 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
   const FusedFirst first{gating,      row_stride, num_local_tokens, expert_mask, num_tokens,
                          num_experts, topk,       tokens_per_block, num_threads, flags};
   if (AITER_UNLIKELY(blockIdx.x >= static_cast<unsigned>(first.num_routing()))) {
-    wait_for_earlier_launch();
-    let_next_launch_begin();
-    zero_moe_buf(p.sort, local_tokens(num_local_tokens, num_tokens), first.num_routing());
-    return;
+    return zero_rows(first, p);
   }
-  if constexpr (Rows::kIsUsed) route<Rows>(first, p, lds_base);
+  if constexpr (Rows::kIsUsed) route<Rows>(first, p, NoRule{}, lds_base);
 }
 
 }  // namespace aiter

@@ -1,8 +1,12 @@
 // The checked launcher of the fused launch.
 #include <algorithm>
 
+#include "device/handover_tickets.h"
 #include "fused_topk_moe_sorting.h"
 #include "fused_topk_moe_sorting_api.h"
+#include "fused_topk_moe_sorting_rules.h"
+#include "rule_checks.h"
+#include "rule_launch.h"
 #include "sort_launch.h"
 
 namespace aiter {
@@ -12,10 +16,11 @@ namespace {
 constexpr int kClusterSizes[] = {1, 8, 16};
 constexpr int kMaxHandoverSize = 64;
 
-// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
+// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows. What top-k by keys needs
+// beside is no condition, as the rows go without where there is none left.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
-  return plan_fused_lds(num_rows, num_experts, topk, cluster_size).total <=
+  return plan_fused_lds(num_rows, num_experts, topk, cluster_size, 0).total <=
          static_cast<size_t>(limits.lds_bytes);
 }
 
@@ -63,6 +68,13 @@ struct RoutingChoice {
   bool hands_over;
 };
 
+// Whether sorted_ids and sorted_weights have a place for every row's winners, which is where a hand-over leaves them:
+// always, unless most of them may be zero experts, for which the slot format has no places.
+bool has_slots_for_handover(const SortShape& shape) {
+  const int num_placed = shape.flat_ids ? shape.num_experts : shape.num_real;
+  return int64_t{num_placed} * shape.block_size >= shape.topk;
+}
+
 // The number of workgroups that hand over, where there are no clusters; 1: not worth it. Each gets so many rows that
 // its waves have a SIMD for themselves, and what the hand-over takes, about 2,300 cycles, has to be less than
 // what a single workgroup would take longer, 2 us at kUnhurriedRounds (docs/rocm.md).
@@ -101,7 +113,9 @@ int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bo
     }
   }
   const int most =
-      std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;
+      std::min(limits.max_threads_per_block,
+               rows.max_threads != 0 ? rows.max_threads : max_row_threads(rows.values)) /
+      limits.wave_size;
   return std::clamp((wanted + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
                     most);
 }
@@ -113,12 +127,13 @@ FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_
   const int cluster_size = routing.hands_over ? 1 : size;
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
+  const int num_waves =
+      choose_waves(shape, rows, config.tokens_per_block, cluster_size == 1, one_token, limits);
   const FusedLdsPlan plan =
       plan_fused_lds(routing.hands_over ? shape.num_tokens : config.tokens_per_block,
-                     shape.num_experts, shape.topk, cluster_size);
+                     shape.num_experts, shape.topk, cluster_size, num_waves * rows.lds_bytes);
   config.lds = plan.lds;
-  config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
-                                                              cluster_size == 1, one_token, limits);
+  config.launch.num_threads = limits.wave_size * num_waves;
   config.launch.num_blocks =
       (size + zeroing_blocks(zero_bytes, limits) + cluster_size - 1) / cluster_size * cluster_size;
   config.launch.lds_bytes = plan.total;
@@ -170,6 +185,14 @@ RoutingChoice check_routing(const FusedTopkMoeSortingArgs& args, const SortShape
   int size = args.handover_size != 0 ? static_cast<int>(args.handover_size)
                                      : choose_handover_size(shape, rows);
   size = std::max(1, std::min(size, shape.num_tokens));
+  if (size > 1 && !has_slots_for_handover(shape)) {
+    if (args.handover_size != 0) {
+      fail_argument("handover_size",
+                    "1 or None, as sorted_ids has no slots for the topk * M ids of a hand-over",
+                    std::to_string(args.handover_size));
+    }
+    size = 1;
+  }
   return {size, size > 1};
 }
 
@@ -182,9 +205,12 @@ int64_t fused_topk_moe_sorting_max_tokens(int64_t num_experts, int64_t topk, int
 }
 
 struct FusedLaunch {
+  // Of plain softmax in the slot format, else null and
   decltype(&fused_topk_moe_sorting_kernel<WaveRow<float, 2>>) kernel;
+  FusedRulesKernel rules_kernel;
   FusedFirst first;
   FusedParams params;
+  FusedRule rule;  // of the latter
   LaunchShape shape;
   DeviceLimits limits;
   int device_index;
@@ -192,19 +218,115 @@ struct FusedLaunch {
 
 namespace {
 
-FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
-  check_experts_and_topk(args.num_experts, args.topk);
-  check_gating(args.gating_output, args.num_experts);
-  const int64_t num_tokens = args.gating_output.shape[0];
-  check_sort_tensors(args.sort, num_tokens, args.num_experts, args.topk, args.unit_size);
-  check_placement(args.sort, {&args.gating_output});
+// Which kernels take a call, and how many experts and slots its sort has.
+struct Problem {
+  RoutingRule rule;
+  bool by_rule;
+  int64_t num_experts, num_slots;  // E + S + Z, K + S
+};
 
+Problem problem_of(const FusedTopkMoeSortingArgs& args) {
+  Problem problem;
+  problem.by_rule = args.rule || args.correction_bias || args.topk_weights || args.flat_ids;
+  problem.rule =
+      args.rule ? RoutingRule::of(args.rule->data()) : RoutingRule::plain(args.need_renorm);
+  problem.num_experts = args.num_experts + problem.rule.num_zero_experts;
+  problem.num_slots = args.topk + problem.rule.num_shared_experts;
+  return problem;
+}
+
+void check_topk_out(const FusedTopkMoeSortingArgs& args, int64_t num_slots) {
+  if (!args.topk_weights) return;
+  for (const TensorView* t : {&*args.topk_weights, &*args.topk_ids}) {
+    check_dtype(*t, {t == &*args.topk_weights ? DType::f32 : DType::i32});
+    check_shape(*t, {args.gating_output.shape[0], num_slots});
+    check_rows(*t);
+  }
+  const SortTensors& sort = args.sort;
+  check_same_device({&args.gating_output, &*args.topk_weights, &*args.topk_ids});
+  check_no_overlap({&*args.topk_weights, &*args.topk_ids},
+                   {&sort.sorted_ids, &sort.sorted_weights, &sort.sorted_expert_ids,
+                    &sort.num_valid_ids, &sort.moe_buf},
+                   {&args.gating_output, or_null(args.correction_bias), sort.expert_mask_or_null(),
+                    sort.num_local_tokens_or_null()});
+}
+
+void check(const FusedTopkMoeSortingArgs& args, const Problem& problem) {
+  const int64_t num_tokens = args.gating_output.shape[0];
+  const int64_t num_zero = problem.rule.num_zero_experts;
+  if (problem.by_rule) {
+    check_num_logits(problem.rule, args.gating_output, args.num_experts);
+    check_rule(problem.rule, args.correction_bias, args.gating_output, problem.num_slots);
+  } else {
+    check_experts_and_topk(args.num_experts, args.topk);
+    check_gating(args.gating_output, args.num_experts);
+  }
+  check_sort_tensors(args.sort, num_tokens, args.num_experts + (args.flat_ids ? num_zero : 0),
+                     problem.num_slots, args.unit_size, args.flat_ids ? num_zero : 0);
+  if (args.correction_bias) {
+    check_placement(args.sort, {&args.gating_output, &*args.correction_bias});
+  } else {
+    check_placement(args.sort, {&args.gating_output});
+  }
+  check_topk_out(args, problem.num_slots);
+}
+
+FusedRule fused_rule(const FusedTopkMoeSortingArgs& args, const Problem& problem) {
+  FusedRule rule{};
+  rule.row = row_rule(problem.rule, args.correction_bias, args.gating_output, problem.num_slots);
+  if (args.topk_weights) {
+    rule.topk_weights = static_cast<float*>(args.topk_weights->data);
+    rule.topk_ids = static_cast<int32_t*>(args.topk_ids->data);
+    rule.weights_stride = args.topk_weights->stride[0];
+    rule.ids_stride = args.topk_ids->stride[0];
+  }
+  return rule;
+}
+
+FusedFirst fused_first(const FusedTopkMoeSortingArgs& args, const SortShape& shape,
+                       const SortParams& sort, const RowChoice& rows, const FusedConfig& config,
+                       const RoutingChoice& routing, bool one_token) {
+  const bool leaves_out = sort.expert_mask != nullptr || shape.num_real < shape.num_experts;
+  FusedFirst first;
+  first.gating = args.gating_output.data;
+  first.row_stride = rows.row_stride;
+  first.num_local_tokens = sort.num_local_tokens;
+  first.expert_mask = sort.expert_mask;
+  first.num_tokens = shape.num_tokens;
+  first.num_experts = shape.num_experts;
+  first.topk = shape.topk;
+  first.tokens_per_block = config.tokens_per_block;
+  first.num_threads = static_cast<int>(config.launch.num_threads);
+  first.flags = (args.need_renorm ? FusedFirst::kNeedRenorm : 0) |
+                (rows.format.wide != 0 ? FusedFirst::kWideRows : 0) |
+                (one_token ? FusedFirst::kOneToken : 0) |
+                (routing.hands_over ? FusedFirst::kHandsOver : 0) |
+                (leaves_out && !shape.flat_ids ? FusedFirst::kDrops : 0) |
+                static_cast<uint32_t>(rows.format.type) << FusedFirst::kTypeShift |
+                static_cast<uint32_t>(routing.size) << FusedFirst::kRoutingShift;
+  return first;
+}
+
+FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
+  const Problem problem = problem_of(args);
+  check(args, problem);
+  const int64_t num_tokens = args.gating_output.shape[0];
   const int device_index = args.gating_output.device_index;
   const DeviceLimits limits = device_limits(device_index);
   const SortShape shape =
-      sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
-  const RowChoice rows = choose_rows(args.gating_output, shape.num_experts, shape.topk,
-                                     args.need_renorm, limits.wave_size);
+      sort_shape(num_tokens, problem.num_experts, problem.num_slots, args.unit_size, args.sort,
+                 args.flat_ids, problem.rule.num_zero_experts);
+  FusedRule rule{};
+  if (problem.by_rule) rule = fused_rule(args, problem);
+  const auto choose = [&](bool lds_is_full) {
+    if (problem.by_rule) {
+      rule.row.in_memory = lds_is_full;
+      return rule_row_choice(rule.row, args.gating_output, limits.wave_size);
+    }
+    return choose_rows(args.gating_output, shape.num_experts, shape.topk, args.need_renorm,
+                       limits.wave_size, lds_is_full);
+  };
+  RowChoice rows = choose(false);
   const RoutingChoice routing = check_routing(args, shape, rows, limits);
 
   FusedParams params;
@@ -212,24 +334,22 @@ FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
   params.sort = sort_params(args.sort);
   params.ticket = nullptr;
   const bool one_token = routing.size == 1 && is_one_token(shape, params.sort);
-  const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
-                                           routing, one_token, limits);
+  const auto configure = [&] {
+    return choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens, routing, one_token,
+                         limits);
+  };
+  FusedConfig config = configure();
+  if (config.launch.lds_bytes > static_cast<size_t>(limits.lds_bytes)) {
+    rows = choose(true);
+    config = configure();
+  }
   params.lds = config.lds;
-  FusedFirst first;
-  first.gating = args.gating_output.data;
-  first.row_stride = args.gating_output.stride[0];
-  first.num_local_tokens = params.sort.num_local_tokens;
-  first.expert_mask = params.sort.expert_mask;
-  first.num_tokens = shape.num_tokens;
-  first.num_experts = shape.num_experts;
-  first.topk = shape.topk;
-  first.tokens_per_block = config.tokens_per_block;
-  first.num_threads = static_cast<int>(config.launch.num_threads);
-  first.flags = (args.need_renorm ? FusedFirst::kNeedRenorm : 0) |
-                (rows.wide ? FusedFirst::kWideRows : 0) | (one_token ? FusedFirst::kOneToken : 0) |
-                (routing.hands_over ? FusedFirst::kHandsOver : 0) |
-                static_cast<uint32_t>(routing.size) << FusedFirst::kRoutingShift;
-  FusedLaunch prepared{nullptr, first, params, config.launch, limits, device_index};
+  const FusedFirst first = fused_first(args, shape, params.sort, rows, config, routing, one_token);
+  FusedLaunch prepared{nullptr, nullptr, first, params, rule, config.launch, limits, device_index};
+  if (problem.by_rule) {
+    prepared.rules_kernel = fused_rules_kernel(rule.row);
+    return prepared;
+  }
   dispatch_rows(args.gating_output.dtype, rows, [&](auto tag) {
     prepared.kernel = fused_topk_moe_sorting_kernel<typename decltype(tag)::type>;
   });
@@ -244,16 +364,23 @@ std::shared_ptr<const FusedLaunch> prepare_fused_launch(const FusedTopkMoeSortin
 
 void make_fused_launch(const FusedLaunch& prepared, void* stream) {
   const DeviceGuard guard(prepared.device_index);
-  const FusedFirst& first = prepared.first;
   FusedParams params = prepared.params;
-  if ((first.flags & FusedFirst::kHandsOver) != 0) {
+  if ((prepared.first.flags & FusedFirst::kHandsOver) != 0) {
     params.ticket = ticket_for(prepared.device_index, static_cast<hipStream_t>(stream));
   }
+  const auto make = [&](auto kernel, const auto&... rule) {
+    const FusedFirst& first = prepared.first;
+    launch(kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream), first.gating,
+           first.row_stride, first.num_local_tokens, first.expert_mask, first.num_tokens,
+           first.num_experts, first.topk, first.tokens_per_block, first.num_threads, first.flags,
+           params, rule...);
+  };
   try {
-    launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
-           first.gating, first.row_stride, first.num_local_tokens, first.expert_mask,
-           first.num_tokens, first.num_experts, first.topk, first.tokens_per_block,
-           first.num_threads, first.flags, params);
+    if (prepared.kernel != nullptr) {
+      make(prepared.kernel);
+    } else {
+      make(prepared.rules_kernel, prepared.rule);
+    }
   } catch (...) {
     if (params.ticket != nullptr) forget_arrivals(params.ticket);
     throw;
@@ -273,6 +400,9 @@ void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, v
   moved.first.gating = memory[kGatingOutput];
   moved.first.num_local_tokens = sort.num_local_tokens;
   moved.first.expert_mask = sort.expert_mask;
+  moved.rule.row.bias = memory[kCorrectionBias];
+  moved.rule.topk_weights = static_cast<float*>(memory[kTopkWeights]);
+  moved.rule.topk_ids = static_cast<int32_t*>(memory[kTopkIds]);
   make_fused_launch(moved, stream);
 }
 

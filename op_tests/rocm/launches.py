@@ -18,11 +18,13 @@ from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
 from amdgcn.wave import Fault
 from choices import (
+    LOGIT_TYPES,
     MAX_THREADS,
     MAX_WAVES_PER_BLOCK,
     SORT_LDS_WORDS,
     TARGET_TILES,
     WAVES_PER_BLOCK,
+    RowChoice,
     choose_handover_size,
     choose_rows,
     fused_threads,
@@ -67,7 +69,7 @@ class SortParams(ctypes.Structure):
 class FusedLds(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
-    _fields_ = [("counts", _u32), ("weights", _u32)]
+    _fields_ = [("counts", _u32), ("rows", _u32), ("weights", _u32)]
 
 
 class FusedFirst(ctypes.Structure):
@@ -78,6 +80,12 @@ class FusedFirst(ctypes.Structure):
         ("expert_mask", _ptr), ("num_tokens", _i32), ("num_experts", _i32), ("topk", _i32),
         ("tokens_per_block", _i32), ("num_threads", _i32), ("flags", _u32),
     ]  # fmt: skip
+
+
+class RowFormat(ctypes.Structure):
+    """row_topk.h"""
+
+    _fields_ = [("wide", _u32), ("type", _u32)]
 
 
 class FusedParams(ctypes.Structure):
@@ -98,7 +106,7 @@ class TopkSoftmaxParams(ctypes.Structure):
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_tokens", _i32),
         ("num_experts", _i32), ("topk", _i32), ("need_renorm", ctypes.c_bool),
-        ("wide_rows", ctypes.c_bool), ("topk_weights", _ptr), ("topk_indices", _ptr),
+        ("row_format", RowFormat), ("topk_weights", _ptr), ("topk_indices", _ptr),
         ("token_expert_indices", _ptr),
     ]  # fmt: skip
 
@@ -170,12 +178,12 @@ class Device:
         memory = GlobalMemory()
         params = TopkSoftmaxParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
-            row_stride=gating_output.stride(0),
+            row_stride=row_stride(rows, gating_output),
             num_tokens=num_tokens,
             num_experts=num_experts,
             topk=topk_weights.shape[1],
             need_renorm=need_renorm,
-            wide_rows=rows.wide,
+            row_format=row_format(rows, gating_output),
             topk_weights=_map(memory, "topk_weights", topk_weights),
             topk_indices=_map(memory, "topk_indices", topk_indices),
             token_expert_indices=_map(memory, "token_expert_indices", token_expert_indices),
@@ -184,7 +192,8 @@ class Device:
         blocks = (num_tokens + rows_per_block - 1) // rows_per_block
         threads = WAVES_PER_BLOCK * self.wave_size
         name = f"topk_softmax<{rows.name}>"
-        self._launch("module_topk_softmax", name, memory, params, blocks, threads, 0)
+        lds_bytes = WAVES_PER_BLOCK * rows.lds_bytes
+        self._launch("module_topk_softmax", name, memory, params, blocks, threads, lds_bytes)
 
     def fused_topk_moe_sorting_fwd(
         self,
@@ -208,22 +217,25 @@ class Device:
         num_tokens = gating_output.shape[0]
         outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
-        lds, lds_bytes = plan_fused_lds(num_tokens, num_experts, topk)
         rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
         shape = (num_tokens, num_experts, topk, unit_size)
         size = choose_handover_size(shape, rows) if handover_size is None else handover_size
         size = max(1, min(size, num_tokens))
         one_token = size == 1 and is_one_token(num_tokens, topk, local_expert_mask is not None)
         tokens_per_block = (num_tokens + size - 1) // size
-        ticket = np.zeros(1, np.uint32)
-        params = FusedParams(sort_shape(*shape, sort), sort, lds, memory.add("ticket", ticket))
+        sorted_shape = sort_shape(*shape, sort)
         threads = fused_threads(
             shape, tokens_per_block, rows, self.wave_size, one_token,
-            bool(params.shape.wide_stores),
+            bool(sorted_shape.wide_stores),
         )  # fmt: skip
+        row_bytes = threads // self.wave_size * rows.lds_bytes
+        lds, lds_bytes = plan_fused_lds(num_tokens, num_experts, topk, row_bytes)
+        ticket = np.zeros(1, np.uint32)
+        params = FusedParams(sorted_shape, sort, lds, memory.add("ticket", ticket))
+        has_mask = local_expert_mask is not None
         first = FusedFirst(
             gating=_map(memory, "gating_output", gating_output, writable=False),
-            row_stride=gating_output.stride(0),
+            row_stride=row_stride(rows, gating_output),
             num_local_tokens=sort.num_local_tokens,
             expert_mask=sort.expert_mask,
             num_tokens=num_tokens,
@@ -231,7 +243,13 @@ class Device:
             topk=topk,
             tokens_per_block=tokens_per_block,
             num_threads=threads,
-            flags=need_renorm | rows.wide << 1 | one_token << 2 | (size > 1) << 3 | size << 8,
+            flags=need_renorm
+            | rows.wide << 1
+            | one_token << 2
+            | (size > 1) << 3
+            | has_mask << 4
+            | LOGIT_TYPES.index(gating_output.dtype) << 6
+            | size << 8,
         )
         self._launch(
             "module_fused_topk_moe_sorting",
@@ -310,12 +328,27 @@ class Device:
         self.statistics[name] = run(kernel, memory, launch)
 
 
-def plan_fused_lds(num_tokens: int, num_experts: int, topk: int) -> tuple[FusedLds, int]:
+def plan_fused_lds(
+    num_tokens: int, num_experts: int, topk: int, row_bytes: int
+) -> tuple[FusedLds, int]:
     """Where the workgroup that has all rows keeps what, and the bytes (fused_topk_moe_sorting.h)."""
     entries = num_tokens * topk
     per_expert = 4 * ((num_experts + 3) // 4 * 4)
-    weights = 4 * 2 * MAX_WAVES_PER_BLOCK + 16 + per_expert * ((num_tokens + 31) // 32 + 2)
-    return FusedLds(weights, weights), (weights + 6 * entries + 15) // 16 * 16
+    rows = 4 * 2 * MAX_WAVES_PER_BLOCK + 16 + per_expert * ((num_tokens + 31) // 32 + 2)
+    weights = rows + row_bytes
+    return FusedLds(rows, rows, weights), (weights + 6 * entries + 15) // 16 * 16
+
+
+def row_format(rows: RowChoice, gating: Tensor) -> RowFormat:
+    """What loads of rows have to know (sort_launch.h)."""
+    return RowFormat(wide=int(rows.wide), type=LOGIT_TYPES.index(gating.dtype))
+
+
+def row_stride(rows: RowChoice, gating: Tensor) -> int:
+    """Between rows, in what the class of rows counts (sort_launch.h)."""
+    return int(gating.stride(0)) * (
+        gating.element_size() // rows.item_bytes if rows.item_bytes else 1
+    )
 
 
 def divisor(number: int) -> Divisor:

@@ -354,20 +354,32 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
 
 
 def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    """32-bit atomics, with or without the old value as a result; lanes go one after the other."""
     operation, _, bits = kind.partition("_")
-    if operation not in _ATOMICS or bits not in ("u32", "b32"):
+    returns = bits.startswith("rtn_")
+    if operation not in _ATOMICS or bits.removeprefix("rtn_") not in ("u32", "b32"):
         raise Fault(f"unknown instruction {instruction.mnemonic}")
     _only(instruction, "offset")
     function = _ATOMICS[operation]
-    where = _lds_offsets(instruction.operands[0], _number(instruction, "offset"))
-    value = read_lanes(instruction.operands[1])
+    first = int(returns)
+    where = _lds_offsets(instruction.operands[first], _number(instruction, "offset"))
+    value = read_lanes(instruction.operands[first + 1])
+    write = _writer(instruction.operands[0], "b32") if returns else None
 
     def run(w: Wave) -> None:
-        if w.mask.any():
-            offsets = where(w)
-            words = memories.local().atomic(offsets, w.index, w.epoch)
-            memories.note_banks(instruction.line, w, offsets, 4, is_atomic=True)
+        if not w.mask.any():
+            return
+        offsets = where(w)
+        words = memories.local().atomic(offsets, w.index, w.epoch, returns)
+        memories.note_banks(instruction.line, w, offsets, 4, is_atomic=True)
+        if write is None:
             function.at(words, offsets // 4, value(w)[w.mask])
+            return
+        before = []
+        for word, new in zip(offsets // 4, value(w)[w.mask], strict=True):
+            before.append(words[word])
+            words[word] = function(words[word], new)
+        write(w, np.array(before, np.uint32).view(np.uint8).reshape(-1, 4))
 
     return run
 
