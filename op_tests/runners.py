@@ -168,16 +168,18 @@ def fused_arguments(case: Case, inputs: Inputs, outputs: SortedOutputs) -> dict[
     }
 
 
-def has_clusters() -> bool:
-    """Whether the current GPU has clusters, and so launches that hand nothing over unasked."""
-    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+def hands_over_unasked(target: Target) -> bool:
+    """Whether workgroups may hand over without being asked to: on GPUs without clusters."""
+    if target.device == "cpu":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(target.device)[0] < 9
 
 
 def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> tuple[Tensor, ...]:
     """Call ``op`` as ``fused_topk_moe_sorting_fwd`` and check everything; returns the outputs.
 
     `hands_over`: workgroups leave their selection in the first slots, which those in use need not
-    cover; AMD GPUs may do so unasked.
+    cover; GPUs without clusters may do so unasked.
     """
     with reporting(case, target):
         inputs = make_inputs(case, target.device)
@@ -189,7 +191,7 @@ def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> t
             op(*arguments.values(), **options)
         target.synchronize()
         frozen.check()
-        may_hand_over = hands_over or (target.device != "cpu" and not has_clusters())
+        may_hand_over = hands_over or hands_over_unasked(target)
         handed_over = case.num_tokens * case.topk if may_hand_over else 0
         outputs.check(case, inputs, expected_sorted(case, inputs), handed_over=handed_over)
         return outputs.tensors

@@ -18,6 +18,7 @@ from checks import check_equal
 from hypothesis import given, settings
 from route_calls import has_clusters
 from rule_cases import BIASES, LOGITS, MODELS, Problem, check_routing, num_logits, problems
+from runners import hands_over_unasked
 from targets import Target, select_targets
 from torch import Tensor
 
@@ -98,8 +99,10 @@ class Call:
         device = self.target.device
         return [GuardedBuffer(f"output {i}", *s, device) for i, s in enumerate(shapes)]
 
-    def route(self, policy: int, cluster_size: int | None = None) -> tuple[Outputs, Tensor, Tensor]:
-        """(sorted buffers, weights, ids) on the CPU; `cluster_size` calls the op itself."""
+    def route(
+        self, policy: int, cluster_size: int | None = None, handover_size: int | None = None
+    ) -> tuple[Outputs, Tensor, Tensor]:
+        """(sorted buffers, weights, ids) on the CPU; a size calls the op itself."""
         buffers = self.buffers()
         five = tuple(buffer.tensor for buffer in buffers[:5])
         topk_out = tuple(buffer.tensor[:, : self.slots] for buffer in buffers[5:])
@@ -109,7 +112,7 @@ class Call:
             "num_local_tokens": num_local, "id_format": self.id_format,
         }  # fmt: skip
         with self.target.active():
-            if cluster_size is None:
+            if cluster_size is None and handover_size is None:
                 topk_routing_sorting(
                     gating, self.topk, self.num_experts, MODEL_DIM, torch.bfloat16,  # type: ignore[arg-type]
                     block_size=self.block_size, expert_mask=mask, dispatch_policy=policy,
@@ -121,31 +124,40 @@ class Call:
                 aiter.fused_topk_moe_sorting_fwd(
                     gating, *five, self.num_experts, self.topk, self.block_size,  # type: ignore[arg-type]
                     self.rule.need_renorm, local_expert_mask=mask, cluster_size=cluster_size,
-                    **options,
+                    handover_size=handover_size, **options,
                 )  # fmt: skip
         self.target.synchronize()
         for buffer in buffers:
             buffer.check_guards()
-        self.check_rest(buffers)
+        self.check_rest(buffers, handover_size is not None)
         weights, ids = (t[: self.rows].cpu().contiguous() for t in topk_out)
         return tuple(t.cpu() for t in five), weights, ids
 
-    def check_rest(self, buffers: list[GuardedBuffer]) -> None:
-        """Nothing is written behind the slots in use."""
-        num_valid = int(buffers[3].tensor[0])
-        for index, first in ((0, num_valid), (1, num_valid), (2, num_valid // self.block_size)):
+    def check_rest(self, buffers: list[GuardedBuffer], hands_over: bool) -> None:
+        """Nothing is written behind the slots in use, or those that a hand-over needs."""
+        num_valid = used = int(buffers[3].tensor[0])
+        if hands_over or hands_over_unasked(self.target):
+            used = max(num_valid, len(self.gating) * self.slots)
+        for index, first in ((0, used), (1, used), (2, num_valid // self.block_size)):
             buffers[index].check_untouched_from(first)
         buffers[4].check_zero_then_untouched(self.rows)
+
+    def has_slots_for_handover(self) -> bool:
+        """Whether `sorted_ids` has one for every winner of a row, which zero experts need not have."""
+        zero = self.rule.num_zero_experts if self.id_format == "flat" else 0
+        return (self.num_experts + zero) * self.block_size >= self.slots
 
     def check(self) -> None:
         """Every way against the reference."""
         sizes: list[int | None] = [None, 1]
         if has_clusters(self.target):
             sizes += [2, 8]
-        ways = [(0, size) for size in sizes] + [(1, None), (2, None)]
+        ways = [(0, size, None) for size in sizes] + [(1, None, None), (2, None, None)]
+        if self.has_slots_for_handover():
+            ways += [(0, None, size) for size in (2, 5)]
         first: tuple[Outputs, Tensor, Tensor] | None = None
-        for policy, cluster_size in ways:
-            sorted_buffers, weights, ids = got = self.route(policy, cluster_size)
+        for way in ways:
+            sorted_buffers, weights, ids = got = self.route(*way)
             if first is None:
                 first = got
                 check_routing((weights, ids), self.gating[: self.rows], self.rule, self.bias)
@@ -259,6 +271,25 @@ def test_same_bits_at_any_number_of_rows(target: Target) -> None:
     for weights, ids in results[1:]:
         assert torch.equal(weights.view(torch.int32), results[0][0].view(torch.int32))
         assert torch.equal(ids, results[0][1])
+
+
+def test_more_slots_than_places_are_not_handed_over(target: Target) -> None:
+    """Zero experts that may take most slots of a row leave no places for a hand-over."""
+    rule = RoutingRule(num_zero_experts=6)
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(5))
+    for id_format, block_size, hands_over in (
+        ("slot", 1, False),
+        ("slot", 2, True),
+        ("flat", 1, True),
+    ):
+        call = Call(target, logits, 4, rule, None, block_size=block_size, id_format=id_format)
+        assert call.has_slots_for_handover() == hands_over
+        call.check()
+        if not hands_over:
+            with pytest.raises(
+                ValueError, match="handover_size: expected 1 or None, as sorted_ids"
+            ):
+                call.route(0, None, 2)
 
 
 def test_repeated_calls_are_known(target: Target) -> None:
