@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
-from .layer.experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
+from .layer.experts import (
+    BLOCK_SIZES,
+    Activation,
+    Backend,
+    Experts,
+    expert_backend,
+    run_experts,
+)
 from .layer.types import ActivationType, QuantType
 from .routing.buffers import SortedBuffers
 from .routing.calls import (
@@ -48,7 +55,7 @@ def fused_moe(
     topk_weight: Tensor,
     topk_ids: Tensor,
     expert_mask: Tensor | None = None,
-    activation: ActivationType = ActivationType.Silu,
+    activation: Activation = ActivationType.Silu,
     quant_type: QuantType = QuantType.No,
     doweight_stage1: bool = False,
     w1_scale: Tensor | None = None,
@@ -91,7 +98,8 @@ def fused_moe(
         topk_ids: [M, K] int32, contiguous, distinct in a row; global ids. Ids outside [0, E)
             contribute nothing.
         expert_mask: int32 [E] of 0 and 1, with E' ones, in the order of w1; None for E' = E.
-        activation: Silu, Gelu or Swiglu.
+        activation: Silu, Gelu or Swiglu; or a function of the first product, [R, rows of w1] of some
+            rows to [R, inter], which sees rows that nobody asked for and must keep rows apart.
         quant_type: QuantType.No.
         doweight_stage1: see above.
         w1_scale, w2_scale, a1_scale, a2_scale: None.
@@ -161,7 +169,7 @@ def fused_moe_from_logits(
     topk: int,
     renormalize: bool = True,
     expert_mask: Tensor | None = None,
-    activation: ActivationType = ActivationType.Silu,
+    activation: Activation = ActivationType.Silu,
     doweight_stage1: bool = False,
     block_size_M: int | None = None,  # noqa: N803
     num_local_tokens: Tensor | None = None,

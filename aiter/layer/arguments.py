@@ -150,8 +150,12 @@ def _check_sizes(hidden_states: Tensor, experts: Experts) -> None:
 
 def _check_activation(experts: Experts) -> None:
     activation = experts.activation
+    if callable(activation):
+        return
     if not isinstance(activation, ActivationType):
-        raise TypeError(f"activation: expected an ActivationType, got {type(activation).__name__}")
+        raise TypeError(
+            f"activation: expected an ActivationType or a function, got {type(activation).__name__}"
+        )
     if activation == ActivationType.No:
         raise ValueError("activation: expected Silu, Gelu or Swiglu, got No")
     gated = experts.w1.shape[1] == 2 * experts.w2.shape[2]

@@ -86,7 +86,7 @@ def topk_routing(
     order = torch.sort(keys, dim=1, descending=True, stable=True)
     ids = order.indices[:, :topk]
 
-    negligible = rule.packed[5] <= NEGLIGIBLE_EPS and rule.renorm_min <= NEGLIGIBLE_MIN
+    negligible = _eps(rule) <= NEGLIGIBLE_EPS and rule.renorm_min <= NEGLIGIBLE_MIN
     if plain and shifted is not None and rule.need_renorm and negligible:
         chosen = shifted.gather(1, ids)
         weights = chosen / _slot_sum(chosen)
@@ -184,6 +184,12 @@ def topk_routing_sorting(
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 
 
+def _eps(rule: RoutingRule) -> float:
+    if rule.renorm_eps is None:
+        return 0.0 if rule.scoring_func == "softmax" else 1e-20
+    return rule.renorm_eps
+
+
 def _f32(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
@@ -234,7 +240,7 @@ def _slot_sum(chosen: Tensor) -> Tensor:
 
 
 def _renormalised(chosen: Tensor, rule: RoutingRule) -> Tensor:
-    eps = _f32(rule.packed[5], chosen)
+    eps = _f32(_eps(rule), chosen)
     below = torch.maximum(_slot_sum(chosen), _f32(rule.renorm_min, chosen)) + eps
     return torch.where(below == 0, 0.0, chosen / below)
 
