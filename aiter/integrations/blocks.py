@@ -307,6 +307,7 @@ REFUSED: dict[str, str] = {
     "DogeCDMoE": "its experts are the pairs of two top-k of keys",
     "Gemma4TextDecoderLayer": "its weights are multiplied by a learned scale per expert",
     "InklingMoE": "its routed and shared experts are renormalised together",
+    "JetMoeAttention": "its experts are projections of an attention",
     "JetMoeMoA": "its experts are projections of an attention",
     "JetMoeMoE": "its experts are two lists of products, with a bias behind their sum",
     "Kolibri1SparseMoeBlock": "its correction bias is added to the logits",
