@@ -12,6 +12,7 @@ from ._version import __version__
 from .layer.types import ActivationType, QuantType
 from .ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from .ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from .ops.rule import RoutingRule
 from .routing.graph import fused_topk_moe_sorting_fwd, moe_sorting_opus_fwd, topk_softmax
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationType",
     "QuantType",
+    "RoutingRule",
     "__version__",
     "dtypes",
     "fused_topk_moe_sorting_fwd",

@@ -35,7 +35,8 @@ from aiter.jit import envs
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from aiter.routing import dispatch
-from aiter.routing import plan as routing_plan
+from aiter.routing import known as remembered
+from aiter.routing.basis import basis_of
 from aiter.routing.graph import fused_topk_moe_sorting_fwd
 
 SHAPES = ("128,4,2880", "256,8,7168", "512,10,4096", "896,16,3584")
@@ -204,9 +205,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     options = make_parser().parse_args()
     device = options.device or current_device()
-    origin = "" if options.from_csv else routing_plan.basis_of(device).origin
+    origin = "" if options.from_csv else basis_of(device).origin
     os.environ[envs.AITER_DISPATCH.name] = "capacity"
-    routing_plan.forget()
+    remembered.forget()
     bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)
     if origin:
         print(f"policy 0 is decided by {origin}")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from targets import CPU_WAVES, select_targets
 
-from aiter.routing import plan as routing_plan
+from aiter.routing import known as remembered
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
@@ -62,6 +62,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def nothing_known() -> Iterator[None]:
     """Plans and known calls of earlier tests are forgotten, and those of this one afterwards."""
-    routing_plan.forget()
+    remembered.forget()
     yield
-    routing_plan.forget()
+    remembered.forget()

@@ -19,9 +19,8 @@ from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from ..routing import dispatch
-from ..routing import plan as routing_plan
-from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
-from ..routing.graph import sorted_sizes
+from ..routing.basis import basis_of, choose
+from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, check_size, sorted_sizes
 from .table import format_table
 
 _SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
@@ -74,11 +73,11 @@ def _explain(options: argparse.Namespace) -> str:
     dispatch.check_policy(options.policy)
     device = current_device(options.device)
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
-    routing_plan.check_size("tokens", m, low=0)
-    routing_plan.check_size("model_dim", options.model_dim, low=0)
+    check_size("tokens", m, low=0)
+    check_size("model_dim", options.model_dim, low=0)
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
     problem = dispatch.Problem(m, e, k, options.model_dim, options.policy)
-    choice = routing_plan.choose(problem, most, device)
+    choice = choose(problem, most, device)
     workspace = 0
     if choice.path != "fused":
         sort_policy = dispatch.POLICY_OF_CHAIN[choice.path]
@@ -103,13 +102,13 @@ def _origin(choice: dispatch.Choice, device: torch.device) -> str:
     if choice.rule == "policy":
         return "the caller's dispatch_policy"
     row = choice.row
-    origin = routing_plan.basis_of(device).origin
+    origin = basis_of(device).origin
     return f"{origin}: {row.source}, {row.date}, `{row.command}`" if row else origin
 
 
 def _table(device: torch.device) -> str:
     """What counts on this device, and the built-in table of every architecture."""
-    basis = routing_plan.basis_of(device)
+    basis = basis_of(device)
     entries = [(str(device), row) for row in basis.rows]
     for name, family in dispatch.MEASURED.items():
         entries += [(name, row) for row in family]

@@ -25,8 +25,8 @@ from .. import fused_moe
 from ..jit import cpu_wave
 from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from ..routing import dispatch, tuned
-from ..routing import plan as routing_plan
+from ..routing import dispatch, known, tuned
+from ..routing.basis import basis_of
 from ..routing.dispatch import Crossover
 from ..routing.graph import fused_topk_moe_sorting_fwd
 from . import timing
@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
         except OSError as error:
             print(f"error: expected to write the cache folder, got {error}", file=sys.stderr)
             return 1
-        routing_plan.forget()
-        origin = routing_plan.basis_of(device).origin
+        known.forget()
+        origin = basis_of(device).origin
         print(f"\nkept in {path}; dispatch_policy 0 goes by {origin}")
     return 0
 

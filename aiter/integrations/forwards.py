@@ -29,7 +29,8 @@ from ..layer.arguments import DTYPES
 from ..layer.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from ..layer.types import ActivationType
 from ..ops.rule import RoutingRule
-from ..reference.rules import topk_routing
+from ..routing.buffers import empty_topk
+from ..routing.graph import topk_routing
 from .blocks import ARGUMENT, ROUTERS, Router
 
 
@@ -39,7 +40,6 @@ class Choice(NamedTuple):
     topk: int
     rule: RoutingRule
     correction_bias: Tensor | None
-    is_plain: bool  # softmax and top-k alone
 
 
 class Weights(NamedTuple):
@@ -60,12 +60,6 @@ def rule_of(spec: Router, router: Any) -> RoutingRule:
         ValueError: a value is none that a rule can have.
     """
     return _rule(tuple(spec.fields(router).items()))
-
-
-# NOTE: a tracer takes a rule for what it is, but cannot ask it for its properties.
-@torch.compiler.assume_constant_result
-def _is_plain(fields: tuple[tuple[str, Any], ...]) -> bool:
-    return _cached_rule(fields).is_plain
 
 
 @torch.compiler.assume_constant_result
@@ -124,9 +118,7 @@ def router_forward(
         bias = _named(router, str(spec.correction_bias)).reshape(-1)
     logits = _logits(spec, router, hidden_states)
     _refuse_gradients(router_logits=logits, correction_bias=bias)
-    fields = tuple(spec.fields(router).items())
-    plain = bias is None and _is_plain(fields)
-    return logits, logits, Choice(router.top_k, _rule(fields), bias, plain)
+    return logits, logits, Choice(router.top_k, rule_of(spec, router), bias)
 
 
 def _logits(spec: Router, router: Any, hidden_states: Tensor) -> Tensor:
@@ -197,15 +189,14 @@ def apply_experts(
 
 
 def _by_logits(rows: Tensor, logits: Tensor, choice: Choice, options: Mapping[str, Any]) -> Tensor:
-    topk, rule, bias, is_plain = choice
-    if is_plain:
-        return fused_moe_from_logits(
-            rows, gating_output=logits, topk=topk, renormalize=rule.need_renorm, **options
-        )
-    weights, ids = topk_routing(logits, topk, rule=rule, correction_bias=bias)
-    out = _by_ids(rows, weights, ids, options)
+    topk, rule, bias = choice
     if rule.num_zero_experts == 0:
-        return out
+        return fused_moe_from_logits(
+            rows, gating_output=logits, topk=topk, rule=rule, correction_bias=bias, **options
+        )
+    weights, ids = empty_topk(logits.shape[0], topk, logits.device)
+    topk_routing(weights, ids, logits, rule=rule, correction_bias=bias)
+    out = _by_ids(rows, weights, ids, options)
     zero = torch.where(ids >= options["w1"].shape[0], weights, 0.0).sum(dim=1, keepdim=True)
     return out + (zero * rows).to(out.dtype)
 

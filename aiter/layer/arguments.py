@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing.graph import traced
+from ..routing.tracing import traced
 from .experts import BACKENDS, Experts
 from .types import ActivationType, QuantType
 

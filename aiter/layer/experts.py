@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
-from ..routing.graph import traced
+from ..routing.tracing import traced
 from .types import ActivationType
 
 Backend = Literal["grouped_mm", "block_bmm"]

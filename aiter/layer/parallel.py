@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..fused_moe import fused_moe_from_logits
+from .calls import fused_moe_from_logits
 
 
 @dataclass(frozen=True)

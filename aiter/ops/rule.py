@@ -11,6 +11,7 @@ is known again by its identity, however often a caller makes the rule anew.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -26,10 +27,10 @@ _MOST = 65535  # experts that a launch can tell apart
 _MOST_SHARED = 254  # slots beside one routed slot
 
 # What a name is to compiled functions: its place. NOTE: csrc/include/routing_rule.h has the same.
-SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
-GROUP_SCORES = ("max", "top2")
-SELECT_ON = ("score", "logit")
-SHARED_SCORING_FUNCS = ("", "sigmoid")
+SCORING_FUNCS: tuple[ScoringFunc, ...] = ("softmax", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES: tuple[GroupScore, ...] = ("max", "top2")
+SELECT_ON: tuple[SelectOn, ...] = ("score", "logit")
+SHARED_SCORING_FUNCS: tuple[Literal["", "sigmoid"], ...] = ("", "sigmoid")
 
 # Up to these, renorm_eps and renorm_min change no bit of a softmax that is renormalised over the
 # chosen experts: its denominator is at least 1 there, and at most 65,535 times smaller over all.
@@ -118,10 +119,11 @@ class RoutingRule:
         )
         _check_float("shared_expert_weight", self.shared_expert_weight)
         _check_int("num_zero_experts", self.num_zero_experts, 0, _MOST)
-        if self.num_expert_group > 1 and self.num_zero_experts:
+        if self.num_zero_experts and (self.num_expert_group > 1 or self.num_shared_experts):
             raise ValueError(
-                "num_zero_experts: expected 0 where experts are in groups, got"
-                f" {self.num_zero_experts} with num_expert_group {self.num_expert_group}"
+                "num_zero_experts: expected 0 where experts are in groups or some are shared, got"
+                f" {self.num_zero_experts} with num_expert_group {self.num_expert_group} and"
+                f" num_shared_experts {self.num_shared_experts}"
             )
 
     @cached_property
@@ -145,7 +147,7 @@ class RoutingRule:
             float(self.shared_expert_weight),
             self.num_zero_experts,
         )
-        return _PACKED.setdefault(numbers, numbers)
+        return _KNOWN.setdefault(numbers, (numbers, self))[0]
 
     @property
     def is_plain(self) -> bool:
@@ -157,13 +159,45 @@ class RoutingRule:
         shared = self.num_shared_experts if self.shared_expert_scoring_func == "" else 0
         return num_experts - shared + self.num_zero_experts
 
+    def num_experts(self, width: int) -> int:
+        """The experts in the sort, the shared ones among them, for logits of that width."""
+        return width - self.num_logits(0)
+
     def __reduce__(self) -> tuple[object, ...]:
         # NOTE: made anew where it is unpickled, as `packed` is known by its identity in a process.
         return (RoutingRule, tuple(getattr(self, field.name) for field in fields(self)))
 
 
-def plain_rule(need_renorm: bool) -> RoutingRule:
-    """Softmax and top-k, renormalised or not."""
+def rule_of(packed: Sequence[float]) -> RoutingRule:
+    """The rule that packs itself into these numbers."""
+    numbers = tuple(packed)
+    if numbers in _KNOWN:
+        return _KNOWN[numbers][1]
+    score, groups, topk_group, group_score, renorm, eps, least, scale = numbers[:8]
+    select, logit_scale, softcap, shared, shared_score, shared_weight, zero = numbers[8:]
+    return RoutingRule(
+        SCORING_FUNCS[int(score)],
+        int(groups),
+        int(topk_group),
+        None if group_score < 0 else GROUP_SCORES[int(group_score)],
+        bool(renorm),
+        eps,
+        least,
+        scale,
+        SELECT_ON[int(select)],
+        logit_scale,
+        softcap,
+        int(shared),
+        SHARED_SCORING_FUNCS[int(shared_score)],
+        shared_weight,
+        int(zero),
+    )
+
+
+def plain_rule(need_renorm: bool, name: str = "need_renorm") -> RoutingRule:
+    """Softmax and top-k, renormalised or not; `name` is what the caller calls that."""
+    if not isinstance(need_renorm, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(need_renorm).__name__}")
     return _PLAIN[need_renorm]
 
 
@@ -191,5 +225,5 @@ def _check_float(name: str, value: object, low: float = -math.inf) -> None:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
-_PACKED: dict[Packed, Packed] = {}  # every tuple of numbers, by itself
+_KNOWN: dict[Packed, tuple[Packed, RoutingRule]] = {}  # every tuple of numbers, by its like
 _PLAIN = {renorm: RoutingRule(need_renorm=renorm) for renorm in (False, True)}

@@ -1,5 +1,5 @@
 // Softmax and top-k of several rows of 16-bit logits by one wave: row_topk.h's rules and results, for
-// K <= 8, E <= 512 and renormalised weights, by merging lists instead of a step per winner.
+// K <= 8, E <= 256 and renormalised weights, by merging lists instead of a step per winner.
 //
 // A group of kLanes lanes takes a row, so a wave of W takes W / kLanes of them. Lane l of a group holds
 // the logits 8l ... 8l + 7, 8(kLanes + l) ... + 7 and so on, kValues of them: loads of 16 bytes, where rows
@@ -26,7 +26,7 @@
 
 namespace aiter {
 
-constexpr int kMaxGroupExperts = 512;
+constexpr int kMaxGroupExperts = 256;
 constexpr int kMaxGroupTopk = 8;
 constexpr int kFewTokens = 512;
 
@@ -38,7 +38,6 @@ struct GroupShape {
 };
 
 __host__ __device__ constexpr GroupShape group_shape(int num_tokens, int num_experts, int topk) {
-  if (num_experts > 256) return {32, 16, 8};
   if (num_experts > 128)
     return num_tokens > kFewTokens ? GroupShape{8, 32, 8} : GroupShape{16, 16, 8};
   return {8, 16, topk > 4 ? 8 : 4};
@@ -56,13 +55,13 @@ class GroupRows {
   // Which of the wave's rows this lane works on.
   static __device__ __forceinline__ int row_in_wave() { return lane_idx() / kLanes; }
 
-  // `row` is the lane's; `wide`: it begins on a 16-byte boundary and E is a multiple of 8.
-  __device__ __forceinline__ void load(const T* row, int num_experts, bool wide) {
+  // `row` is the lane's.
+  __device__ __forceinline__ void load(const T* row, int num_experts, RowFormat format) {
     num_experts = anew(num_experts);
     AITER_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       const int first = first_expert(c);
-      if (wide) {
+      if (format.wide) {
         chunk_[c] = FourWords{};
         if (first < num_experts) chunk_[c] = *reinterpret_cast<const FourWords*>(row + first);
       } else {

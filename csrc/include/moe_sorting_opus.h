@@ -117,7 +117,7 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
     const int token = static_cast<int>(p.shape.by_topk.quotient(i));
     const uint32_t slot = start + hits.rank(token - tokens.first, expert_idx);
     const int k = static_cast<int>(i) - token * p.shape.topk;
-    write_entry(p.sort, slot, {expert_idx, token, k, p.topk_weights[i]});
+    write_entry<true>(p.shape, p.sort, slot, {expert_idx, token, k, p.topk_weights[i]});
   });
 }
 
@@ -130,11 +130,11 @@ __device__ __forceinline__ uint32_t advanced(uint32_t start, uint32_t entries) {
 __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
                                                const OpusLds& lds) {
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
-                              is_local(p.sort.expert_mask, threadIdx.x);
-  assign_blocks(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort, p.sort,
-                [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+                              is_local<true>(p.shape, p.sort, threadIdx.x);
+  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort,
+                      p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
-  write_padding(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
+  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }
 
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
