@@ -300,6 +300,9 @@ BLOCKS: dict[str, Block] = {
 
 ROUTERS = {block.router_class: block.spec for block in BLOCKS.values()}
 
+IN_F32 = ("OpenAIPrivacyFilterExperts",)
+"""Experts whose products are in float32 whatever the dtype of the weights."""
+
 REFUSED: dict[str, str] = {
     "DbrxFFN": "its weights are divided by a norm of any order",
     "DiffusionGemmaDecoderTextLayer": "its weights are multiplied by a learned scale per expert",

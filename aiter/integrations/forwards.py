@@ -17,7 +17,9 @@ Zero experts (LongCat) return their input: what they add is its multiple by the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
+from itertools import count
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ from ..layer.types import ActivationType
 from ..ops.rule import RoutingRule
 from ..routing.buffers import empty_topk
 from ..routing.graph import topk_routing
-from .blocks import ARGUMENT, ROUTERS, Router
+from .blocks import ARGUMENT, IN_F32, ROUTERS, Router
 
 
 class Choice(NamedTuple):
@@ -53,23 +55,33 @@ class Weights(NamedTuple):
     gate_up_interleaved: bool
 
 
+_rules = SimpleNamespace()  # rules by a name of their own
+_numbers = count()
+
+
 def rule_of(spec: Router, router: Any) -> RoutingRule:
     """The rule of a router as its attributes are now.
 
     Raises:
         ValueError: a value is none that a rule can have.
     """
-    return _rule(tuple(spec.fields(router).items()))
+    rule: RoutingRule = getattr(_rules, _name_of_rule(tuple(spec.fields(router).items())))
+    return rule
 
 
+# NOTE: a tracer cannot follow how a rule is made, and has to find it where it can guard it.
 @torch.compiler.assume_constant_result
-def _rule(fields: tuple[tuple[str, Any], ...]) -> RoutingRule:
-    return _cached_rule(fields)
+def _name_of_rule(fields: tuple[tuple[str, Any], ...]) -> str:
+    return _named_rule(fields)
 
 
-@lru_cache(maxsize=256)
-def _cached_rule(fields: tuple[tuple[str, Any], ...]) -> RoutingRule:
-    return RoutingRule(**dict(fields))
+@cache
+def _named_rule(fields: tuple[tuple[str, Any], ...]) -> str:
+    rule = RoutingRule(**dict(fields))
+    _ = rule.packed  # NOTE: what is cached on first use would be a side effect in a trace.
+    name = f"rule{next(_numbers)}"
+    setattr(_rules, name, rule)
+    return name
 
 
 def weights_of(experts: Any) -> Weights:
@@ -169,7 +181,7 @@ def apply_experts(
     parts = weights_of(experts)
     device = hidden_states.device.type
     dtype = parts.w1.dtype
-    if getattr(experts, "_aiter_f32", False):
+    if type(experts).__name__ in IN_F32:
         dtype = torch.float32
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

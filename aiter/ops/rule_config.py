@@ -185,7 +185,7 @@ def rule_from_config(config: Any) -> RoutingRule:
             raise ValueError(
                 f"config.topk_method: expected 'greedy' or 'group_limited_greedy', got {method!r}"
             )
-        fields |= {"num_expert_group": 1, "topk_group": 1}
+        fields |= {"num_expert_group": 1, "topk_group": 1, "group_score": None}
     if model_type == "axk2" and fields["num_expert_group"] > 1:
         raise ValueError(
             "config.n_group: expected None or 1 for model type 'axk2', whose router keeps the experts of"
