@@ -13,14 +13,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import _checkout  # noqa: F401
-import pytest
-import torch
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import _checkout  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from aiter import RoutingRule
-from aiter.integrations.blocks import BLOCKS, REFUSED
-from aiter.integrations.forwards import rule_of
-from aiter.integrations.transformers import use_aiter
+from aiter import RoutingRule  # noqa: E402
+from aiter.integrations.blocks import BLOCKS, REFUSED  # noqa: E402
+from aiter.integrations.forwards import rule_of  # noqa: E402
+from aiter.integrations.transformers import use_aiter  # noqa: E402
 
 transformers = pytest.importorskip("transformers")
 import tiny_models as tiny  # noqa: E402
