@@ -13,7 +13,12 @@ from .layer.types import ActivationType, QuantType
 from .ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from .ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from .ops.rule import RoutingRule
-from .routing.graph import fused_topk_moe_sorting_fwd, moe_sorting_opus_fwd, topk_softmax
+from .routing.graph import (
+    fused_topk_moe_sorting_fwd,
+    moe_sorting_opus_fwd,
+    topk_routing,
+    topk_softmax,
+)
 
 if TYPE_CHECKING:
     from .jit.warmup import warmup
@@ -28,6 +33,7 @@ __all__ = [
     "fused_topk_moe_sorting_max_tokens",
     "moe_sorting_opus_fwd",
     "moe_sorting_opus_get_workspace_size",
+    "topk_routing",
     "topk_softmax",
     "warmup",
 ]

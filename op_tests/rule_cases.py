@@ -7,8 +7,11 @@ KEY_ERROR allows, and compares exactly where scores are exact (`exact_logits`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from buffers import require
+from hypothesis import strategies as st
 from torch import Tensor
 
 from aiter.ops.rule import RoutingRule
@@ -26,6 +29,10 @@ KEY_ERROR = 2.0**-21
 NAN = float("nan")
 INF = float("inf")
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A rule with experts, K, kinds of logits and bias, a dtype and a seed.
+Problem = tuple[RoutingRule, int, int, str, str, torch.dtype, int]
 Answer = tuple[list[float], list[float] | None, RoutingRule, list[int], list[float]]
 
 
@@ -95,6 +102,65 @@ def exact_bias(size: int, generator: torch.Generator) -> Tensor:
     return bias
 
 
+def random_bias(size: int, generator: torch.Generator) -> Tensor:
+    """What training leaves: small numbers around 0."""
+    return torch.randn(size, generator=generator) * 0.1
+
+
+def _special(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 30.0, -30.0, -88.8, 89.0])
+    return values[torch.randint(len(values), shape, generator=generator)]
+
+
+LOGITS: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
+    "normal": lambda shape, generator: torch.randn(shape, generator=generator) * 2,
+    "low": lambda shape, generator: torch.randn(shape, generator=generator) - 20,
+    "special": _special,
+    "exact": exact_logits,
+}
+BIASES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "random": random_bias,
+    "large": lambda size, generator: (torch.rand(size, generator=generator) - 0.5) * 40_000,
+    "exact": exact_bias,
+    "nan": lambda size, generator: torch.where(
+        torch.rand(size, generator=generator) < 0.3, NAN, 0.25
+    ),
+}
+
+
+@st.composite
+def problems(draw: st.DrawFn, most_experts: int = 1 << 14) -> Problem:
+    """A rule with experts, K, kinds of logits and bias, a dtype and a seed."""
+    groups = draw(st.sampled_from([1, 1, 2, 3, 4, 8, 12, 33]))
+    width = draw(st.sampled_from([1, 2, 3, 7, 8, 16, 20, 24, 33, 64, 260]))
+    shared = draw(st.sampled_from([0, 0, 1, 3]))
+    select_on = draw(st.sampled_from(["score", "score", "score", "logit"]))
+    rule = RoutingRule(
+        scoring_func=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
+        num_expert_group=groups,
+        topk_group=draw(st.integers(1, groups)),
+        group_score=draw(st.sampled_from([None, "top2", "max"])),
+        need_renorm=draw(st.booleans()),
+        renorm_eps=draw(st.sampled_from([None, 0.0, 1e-20, 1e-3])),
+        renorm_min=draw(st.sampled_from([0.0, 1e-12, 0.5])),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5, -0.3])),
+        select_on=select_on,
+        logit_scale=draw(st.sampled_from([1.0, 1.0, 0.25, -1.5])),
+        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        num_shared_experts=shared,
+        shared_expert_scoring_func=draw(st.sampled_from(["", "sigmoid"])),
+        shared_expert_weight=0.75,
+        num_zero_experts=draw(st.sampled_from([0, 1, 9])) if groups == 1 else 0,
+    )
+    num_experts = groups * min(width, max(1, most_experts // groups))
+    topk = min(draw(st.sampled_from([1, 2, 6, 8, 16, 22, 32, 33, 70])), num_experts)
+    bias = "none" if select_on == "logit" else draw(st.sampled_from(["none", *BIASES]))
+    return (
+        rule, num_experts, topk, draw(st.sampled_from(list(LOGITS))), bias,
+        draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**20)),
+    )  # fmt: skip
+
+
 def num_logits(rule: RoutingRule, num_experts: int) -> int:
     """The width of the logits for E routed experts."""
     return rule.num_logits(num_experts + rule.num_shared_experts)
@@ -157,7 +223,8 @@ def _is_close_call(
     if rule.select_on == "logit" or bias is None:
         # NOTE: a bias would change the kind of the rule; logits are moved instead.
         shaken = [
-            gating.float() * (1 + KEY_ERROR * (2 * torch.rand(gating.shape, generator=generator) - 1))
+            gating.float()
+            * (1 + KEY_ERROR * (2 * torch.rand(gating.shape, generator=generator) - 1))
             for _ in range(tries)
         ]
         chosen = [

@@ -1,32 +1,35 @@
 """Does top-k by any rule choose and weigh experts as the contract says?
 
-Against its table, against the plain PyTorch reference (exactly where scores are exact, allowing for close
-calls elsewhere), against float64 for the arithmetic, and bit for bit between wave widths, numbers of rows
-and layouts. As a script: the largest error of every score on a device.
+Against its table, against the plain PyTorch reference (exactly where scores are exact, allowing for
+close calls elsewhere), against float64 for the arithmetic, and bit for bit between wave widths, numbers
+of rows and layouts. As a script: the largest error of every score on a device.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import FrozenInputs, GuardedBuffer
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from rule_cases import (
     ANSWERS,
+    BIASES,
+    DTYPES,
     INF,
+    LOGITS,
     MODELS,
-    NAN,
     Answer,
+    Problem,
     check_exact,
     check_routing,
     exact_bias,
     exact_logits,
     num_logits,
+    problems,
+    random_bias,
 )
 from targets import CPU_WAVES, Target, default_device, select_targets
 from torch import Tensor
@@ -35,8 +38,6 @@ import aiter
 from aiter.cli.table import format_table
 from aiter.ops.rule import RoutingRule
 from aiter.ops.topk_routing import topk_routing
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Largest relative errors against float64: csrc/include/rule_scores.h states them.
 MOST_ERROR = {"sigmoid": 2.0e-7, "sqrtsoftplus": 1.5e-7, "softcap": 2.5e-7}
@@ -92,10 +93,6 @@ def test_table_of_the_contract(target: Target, answer: Answer) -> None:
         torch.testing.assert_close(got[0], expected, rtol=2e-7, atol=0.0)
 
 
-def random_bias(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator) * 0.1
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_models(target: Target, model: str, dtype: torch.dtype) -> None:
@@ -113,63 +110,9 @@ def test_models(target: Target, model: str, dtype: torch.dtype) -> None:
         check_exact(route(target, logits, topk, rule, bias), logits, rule, bias)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[RoutingRule, int, int, str, str, torch.dtype, int]:
-    """A rule with experts, K, kinds of logits and bias, a dtype and a seed."""
-    groups = draw(st.sampled_from([1, 1, 2, 3, 4, 8, 12, 33]))
-    width = draw(st.sampled_from([1, 2, 3, 7, 8, 16, 20, 24, 33, 64, 260]))
-    shared = draw(st.sampled_from([0, 0, 1, 3]))
-    select_on = draw(st.sampled_from(["score", "score", "score", "logit"]))
-    rule = RoutingRule(
-        scoring_func=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])),
-        num_expert_group=groups,
-        topk_group=draw(st.integers(1, groups)),
-        group_score=draw(st.sampled_from([None, "top2", "max"])),
-        need_renorm=draw(st.booleans()),
-        renorm_eps=draw(st.sampled_from([None, 0.0, 1e-20, 1e-3])),
-        renorm_min=draw(st.sampled_from([0.0, 1e-12, 0.5])),
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5, -0.3])),
-        select_on=select_on,
-        logit_scale=draw(st.sampled_from([1.0, 1.0, 0.25, -1.5])),
-        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
-        num_shared_experts=shared,
-        shared_expert_scoring_func=draw(st.sampled_from(["", "sigmoid"])),
-        shared_expert_weight=0.75,
-        num_zero_experts=draw(st.sampled_from([0, 1, 9])) if groups == 1 else 0,
-    )
-    num_experts = groups * width
-    topk = min(draw(st.sampled_from([1, 2, 6, 8, 16, 22, 32, 33, 70])), num_experts)
-    bias = "none" if select_on == "logit" else draw(st.sampled_from(["none", *BIASES]))
-    return (
-        rule, num_experts, topk, draw(st.sampled_from(list(LOGITS))), bias,
-        draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**20)),
-    )  # fmt: skip
-
-
-def _special(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 30.0, -30.0, -88.8, 89.0])
-    return values[torch.randint(len(values), shape, generator=generator)]
-
-
-LOGITS: dict[str, Callable[[tuple[int, int], torch.Generator], Tensor]] = {
-    "normal": lambda shape, generator: torch.randn(shape, generator=generator) * 2,
-    "low": lambda shape, generator: torch.randn(shape, generator=generator) - 20,
-    "special": _special,
-    "exact": exact_logits,
-}
-BIASES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
-    "random": random_bias,
-    "large": lambda size, generator: (torch.rand(size, generator=generator) - 0.5) * 40_000,
-    "exact": exact_bias,
-    "nan": lambda size, generator: torch.where(
-        torch.rand(size, generator=generator) < 0.3, NAN, 0.25
-    ),
-}
-
-
 @settings(max_examples=60, deadline=None)
 @given(problem=problems())
-def test_random_rules(problem: tuple[RoutingRule, int, int, str, str, torch.dtype, int]) -> None:
+def test_random_rules(problem: Problem) -> None:
     """Any rule on any input; both wave widths agree to the bit on the CPU."""
     rule, num_experts, topk, kind, bias_kind, dtype, seed = problem
     generator = torch.Generator().manual_seed(seed)
@@ -187,7 +130,15 @@ def test_random_rules(problem: tuple[RoutingRule, int, int, str, str, torch.dtyp
 def test_plain_rules_are_topk_softmax(target: Target, dtype: torch.dtype, renorm: bool) -> None:
     """The same bits, whichever way each selects."""
     generator = torch.Generator().manual_seed(3)
-    for num_experts, topk in ((3, 2), (40, 8), (128, 4), (256, 8), (513, 11), (896, 16), (1100, 40)):
+    for num_experts, topk in (
+        (3, 2),
+        (40, 8),
+        (128, 4),
+        (256, 8),
+        (513, 11),
+        (896, 16),
+        (1100, 40),
+    ):
         for kind in ("normal", "special"):
             logits = LOGITS[kind]((7, num_experts), generator).to(dtype)
             got = route(target, logits, topk, RoutingRule(need_renorm=renorm), None)
@@ -308,7 +259,8 @@ def bad_calls() -> list[tuple[str, dict[str, object], type[Exception], str]]:
          "topk_ids: expected rows that do not overlap"),
         ("inner stride", {"topk_weights": torch.empty(2, 8)[:, ::2]}, ValueError,
          "topk_weights: expected inner stride 1, got 2"),
-        ("gating is double", {"gating_output": torch.zeros(2, 16).double()}, ValueError, "gating_output"),
+        ("gating is double", {"gating_output": torch.zeros(2, 16).double()}, ValueError,
+         "gating_output"),
     ]  # fmt: skip
 
 
@@ -327,10 +279,12 @@ def test_bad_input(
     }
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.device.type != "meta":
-            moved = value if target.device == "cpu" else value.to(target.device)
-            # NOTE: moving keeps strides only of dense tensors.
-            arguments[name] = moved if moved.stride() == value.stride() else moved.as_strided(
-                value.shape, value.stride()) if 0 in value.stride() else value.to(target.device)  # fmt: skip
+            # NOTE: the whole storage moves, as moving a view would make it dense.
+            storage = value.as_strided(
+                (value.untyped_storage().nbytes() // value.itemsize,), (1,), 0
+            )
+            moved = storage.to(target.device)
+            arguments[name] = moved.as_strided(value.shape, value.stride(), value.storage_offset())
     outputs = [arguments["topk_weights"], arguments["topk_ids"]]
     before = [o.clone() for o in outputs if isinstance(o, Tensor)]
     with target.active(), pytest.raises(error, match=text):

@@ -26,7 +26,7 @@ def topk_routing(
 
     Args:
         topk_weights: out, float32 [M, K + S]; inner stride 1, any row stride.
-        topk_ids: out, int32 [M, K + S], likewise; descending by key, ties by lower id, distinct in a row.
+        topk_ids: out, int32 [M, K + S], likewise; descending by key, ties by lower id.
         gating_output: [M, E + Z] float32, float16 or bfloat16, or [M, E + Z + S] where shared experts
             have logits of their own; inner stride 1, any row stride.
         rule: None for plain softmax, renormalised.

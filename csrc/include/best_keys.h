@@ -8,11 +8,11 @@
 // A row is looked at twice as a whole, and a key costs about four instructions whatever K is:
 //
 //   1 maxima     the group makes 2 kBest maxima, kBest >= K, each of as many keys
-//   2 threshold  the kBest-th largest of them: at least kBest keys are as large. A network sorts the maxima
-//                in lanes, by halves; the larger of one half and the other one turned round are the kBest
-//                best, and the least of these is the threshold
-//   3 candidates keys that are not below it; of random rows there are about 1.4 kBest. A lane notes its own as
-//                bits, then all lanes give their highest one a place in LDS, until none has any
+//   2 threshold  the K-th largest of them, or the kBest-th where K is near: at least K keys are as large. A network
+//                sorts the maxima in lanes, by halves; the larger of one half and the other one turned round
+//                are the kBest best
+//   3 candidates keys that are not below it; of random rows there are 1.2 to 1.4 times as many. A lane notes its own
+//                as bits, ballots over their number tell it its place in LDS
 //   4 order      each lane takes candidates, asks for their keys again (key_at) as it cannot index its
 //                registers, and counts those that are better: that is the slot
 //
@@ -30,8 +30,11 @@ namespace aiter {
 
 constexpr int kKeysPerChunk = 8;  // neighbouring experts of a lane
 
-// Rows of fewer keys have not enough maxima, each of four keys or more: their kBest-th is too low.
-__host__ __device__ constexpr int least_keys(int best) { return 5 * best; }
+// Rows of fewer keys have not enough maxima, each of eight keys or, in lanes that make two, of four: their
+// kBest-th is too low.
+__host__ __device__ constexpr int least_keys(int lanes, int best) {
+  return (lanes < 2 * best ? 5 : 10) * best;
+}
 
 // Candidates that a group has room for, in LDS.
 constexpr int kCandidatesPerLane = 3;
@@ -67,7 +70,7 @@ class BestKeys {
   static __device__ __forceinline__ Winner select_of(float (&keys)[kValues], Exists exists,
                                                      int topk, void* lds, KeyAt key_at) {
     uint64_t* const found = of_group(lds);
-    const float least = threshold(keys);
+    const float least = threshold(keys, topk);
     uint32_t own = 0;  // bit i: keys[i] is a candidate
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) own |= keys[i] >= least ? 1u << i : 0u;
@@ -108,6 +111,11 @@ class BestKeys {
   static constexpr int kMaximaPerLane = 2 * kBest / kLanes;
   static_assert(kMaximaPerLane == 1 || kMaximaPerLane == 2, "halves are of kBest lanes");
   static_assert(kValues <= 32, "a bit for each");
+
+  static __device__ __forceinline__ uint32_t of_group(WaveMask lanes) {
+    constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+    return static_cast<uint32_t>(lanes >> (lane_idx() / kLanes * kLanes)) & kAll;
+  }
 
   static __device__ __forceinline__ uint64_t* of_group(void* lds) {
     return static_cast<uint64_t*>(lds) + lane_idx() / kLanes * kRoom;
@@ -171,7 +179,7 @@ class BestKeys {
     }
   }
 
-  static __device__ __forceinline__ float threshold(const float (&keys)[kValues]) {
+  static __device__ __forceinline__ float threshold(const float (&keys)[kValues], int topk) {
     uint32_t best;
     if constexpr (kMaximaPerLane == 1) {
       best = sorted<kBest>(key_of(max_over<kWhole>(keys)));
@@ -183,30 +191,37 @@ class BestKeys {
           wave_exchange<kLanes - 1>(sorted<kBest>(key_of(max_over<kSecondHalf>(keys))));
       best = best > other ? best : other;
     }
+    if (topk <= kBest * 3 / 4) {  // few of them: in order, so that those behind do not count
+      best = ordered_from<kBest / 2>(best);
+      if (lane_idx() % kBest >= topk) best = ~0u;
+    }
     const uint32_t least = kLanes == kWaveSize ? ~wave_max(~best) : least_of<kBest>(best);
     return bit_cast<float>(bits_of_key(least));
   }
 
-  // Puts the experts of the bits `own` of the group's lanes in the lower halves of found[0], found[1], ..., as far as
-  // there is room, in any order; returns how many they are.
+  // Puts the experts of the bits `own` of the group's lanes in the lower halves of found[0], found[1], ..., in any
+  // order; returns how many they are, or more than there is room for, and then the places are not right.
   static __device__ __forceinline__ int collect(uint32_t own, uint64_t* found) {
+    constexpr int kDigits = 3;  // of a lane's number, of which a ballot tells one of all lanes
+    const uint32_t count = __popc(own);
+    const uint32_t lanes_below = (1u << lane_in_group()) - 1;
     uint32_t* const words = reinterpret_cast<uint32_t*>(found);
-    int count = 0;
-    wave_sync();
-    AITER_LOOP
-    for (;;) {
-      const WaveMask all = wave_ballot(own != 0);
-      if (all == 0) return count;
-      const uint32_t lanes =
-          static_cast<uint32_t>(all >> (lane_idx() / kLanes * kLanes)) & kLaneBits;
-      if (own != 0) {
-        const int i = highest_bit(own);
-        const int place = count + __popc(lanes & ((1u << lane_in_group()) - 1));
-        own ^= 1u << i;
-        if (place < kRoom) words[2 * place] = static_cast<uint32_t>(expert_of_register(i));
-      }
-      count += __popc(lanes);
+    int place = 0, total = 0;
+    AITER_UNROLL
+    for (int d = 0; d < kDigits; ++d) {
+      const uint32_t lanes = of_group(wave_ballot((count >> d & 1) != 0));
+      place += __popc(lanes & lanes_below) << d;
+      total += __popc(lanes) << d;
     }
+    if (of_group(wave_ballot(count >> kDigits != 0)) != 0) total = kRoom + 1;
+    if (total > kRoom) return total;
+    AITER_LOOP
+    while (own != 0) {
+      const int i = highest_bit(own);
+      own ^= 1u << i;
+      words[2 * place++] = static_cast<uint32_t>(expert_of_register(i));
+    }
+    return total;
   }
 
   // From experts in found[0 ... count - 1] to the winners in order, as (key, ~expert), in found[0 ... topk - 1].
@@ -288,8 +303,6 @@ class BestKeys {
       if (fails && lane_in_group() == 0) found[k] = static_cast<uint64_t>(best) << 32 | complement;
     }
   }
-
-  static constexpr uint32_t kLaneBits = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
 };
 
 }  // namespace aiter

@@ -66,6 +66,11 @@ __host__ __device__ constexpr int log2_ceil(int x) {
   return exponent;
 }
 
+// Threads of a workgroup: a row takes three registers of a lane per value.
+__host__ __device__ constexpr int max_rule_threads(int values) {
+  return values > 16 ? 256 : 512;
+}
+
 // Registers of a lane for a row in RuleRows, and the winners looked for; 0 for MemoryRuleRow.
 struct RuleRowShape {
   int values, best;
@@ -83,6 +88,11 @@ __device__ __forceinline__ float load_float(const void* items, FloatKind kind, i
   if (kind == FloatKind::f32) return static_cast<const float*>(items)[i];
   const uint16_t bits = static_cast<const uint16_t*>(items)[i];
   return kind == FloatKind::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
+}
+
+__device__ __forceinline__ uint32_t all_ones_if_nan(float x) {
+  constexpr uint32_t kInf = 0x7f800000u;
+  return all_ones_if_negative(kInf - (bit_cast<uint32_t>(x) & 0x7fffffffu));
 }
 
 // The row's maximum, and the sum of exp(x - maximum).
@@ -126,26 +136,30 @@ __device__ __forceinline__ uint32_t ordered_float(float x) {
 
 constexpr uint32_t kNotEligible = 0x007fffffu;  // ordered_float() of NaN
 
-// The two largest keys of a group; NaN is none.
+// The two largest keys of a group; -inf is none, as is a key that is NaN.
 struct BestTwo {
   float first, second;
 
   static __device__ __forceinline__ BestTwo none() {
     return {-__builtin_inff(), -__builtin_inff()};
   }
-  __device__ __forceinline__ void add(float key) {
-    const bool better = key > first;
-    const float lower = better ? first : key;
-    first = better ? key : first;
-    second = lower > second ? lower : second;
+  static __device__ __forceinline__ BestTwo of(float x, float y) {
+    x = without_nan(x);
+    y = without_nan(y);
+    return {x > y ? x : y, x > y ? y : x};
+  }
+  __device__ __forceinline__ BestTwo with(const BestTwo& other) const {
+    const bool mine = first > other.first;
+    const float lower = mine ? other.first : first;
+    const float upper_second = second > other.second ? second : other.second;
+    return {mine ? first : other.first, lower > upper_second ? lower : upper_second};
   }
   // With those of the lanes that differ in the bits kMask, each half of which agree.
   template <int kMask>
   __device__ __forceinline__ void merge() {
     const float theirs = bit_cast<float>(wave_exchange<kMask>(bit_cast<uint32_t>(first)));
     const float their_second = bit_cast<float>(wave_exchange<kMask>(bit_cast<uint32_t>(second)));
-    add(theirs);
-    second = their_second > second ? their_second : second;
+    *this = with({theirs, their_second});
   }
   // What the group is worth.
   __device__ __forceinline__ float value(const RowRule& r) const {
@@ -160,7 +174,7 @@ class RuleRows {
   using Item = unsigned char;  // rows are bytes apart
   using Keys = BestKeys<kRuleLanes, kValues, kBest>;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_row_threads(kValues);
+  static constexpr int kMaxThreads = max_rule_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
 
   // Which of the wave's rows this lane works on.
@@ -202,6 +216,16 @@ class RuleRows {
     return load_float(row_, rule_->logit_kind, candidate);
   }
 
+  // The loaded items are not needed any more. NOTE: not drop() of all, as the rule lies with the kernel's arguments
+  // only as long as no other pointer may take its place.
+  __device__ __forceinline__ void forget() {
+    AITER_UNROLL
+    for (int i = 0; i < kValues / 4; ++i) {
+      drop(logits_[i]);
+      drop(bias_[i]);
+    }
+  }
+
   __device__ __forceinline__ float sum_in_order(float x, int topk) const {
     return Keys::sum_in_order(x, topk, lds_);
   }
@@ -222,6 +246,12 @@ class RuleRows {
   __device__ __forceinline__ int num_in_chunk(int first) const {
     return group_of(first) < rule_->rule.num_expert_group ? rule_->group_width - member_of(first)
                                                           : 0;
+  }
+
+  // Negative if there is a candidate in register i.
+  __device__ __forceinline__ int none_from(int i) const {
+    const int chunk = i / kKeysPerChunk * kKeysPerChunk;
+    return i - chunk - num_in_chunk(Keys::expert_of_register(chunk));
   }
 
   __device__ __forceinline__ void load_items(const void* items, FloatKind kind, bool wide,
@@ -287,12 +317,11 @@ class RuleRows {
   __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues]) const {
     const RowRule& r = *rule_;
     convert(logits_, r.logit_kind, keys);
-    uint32_t allowed = 0;  // bit i: register i has a candidate, and its logit is none of NaN
+    uint32_t ruled_out[kValues];  // all ones where there is no candidate, or its logit is NaN
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int chunk = i / kKeysPerChunk * kKeysPerChunk;
-      const int count = num_in_chunk(Keys::expert_of_register(chunk));
-      if (i - chunk < count && keys[i] == keys[i]) allowed |= 1u << i;
+      ruled_out[i] =
+          ~all_ones_if_negative(static_cast<uint32_t>(none_from(i))) | all_ones_if_nan(keys[i]);
     }
     if (r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f) {
       AITER_UNROLL
@@ -301,8 +330,7 @@ class RuleRows {
     if (r.rule.scoring_func == kSoftmax) {
       softmax_scores(softmax, keys, !r.key_is_logit);
     } else if (!r.key_is_logit && r.rule.scoring_func == kSigmoid) {
-      AITER_UNROLL
-      for (int i = 0; i < kValues; ++i) keys[i] = sigmoid(keys[i]);
+      sigmoids(keys);
     } else if (!r.key_is_logit) {
       AITER_UNROLL
       for (int i = 0; i < kValues; ++i) keys[i] = sqrtsoftplus(keys[i]);
@@ -315,7 +343,7 @@ class RuleRows {
     }
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      keys[i] = eligible_key((allowed >> i & 1) != 0 ? 0.0f : __builtin_nanf(""), keys[i]);
+      keys[i] = bit_cast<float>(bit_cast<uint32_t>(eligible_key(0.0f, keys[i])) | ruled_out[i]);
     }
   }
 
@@ -326,9 +354,8 @@ class RuleRows {
     float terms[kValues];
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int chunk = i / kKeysPerChunk * kKeysPerChunk;
-      const bool exists = i - chunk < num_in_chunk(Keys::expert_of_register(chunk));
-      const uint32_t ordered = exists ? ordered_float(x[i]) : 0;
+      const uint32_t ordered =
+          ordered_float(x[i]) & all_ones_if_negative(static_cast<uint32_t>(none_from(i)));
       best = ordered > best ? ordered : best;
     }
     best = larger<1>(best);
@@ -339,9 +366,9 @@ class RuleRows {
     softmax.max = bit_cast<float>(bits_of_key(best));
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int chunk = i / kKeysPerChunk * kKeysPerChunk;
-      const bool exists = i - chunk < num_in_chunk(Keys::expert_of_register(chunk));
-      terms[i] = exists ? softmax_numerator(without_nan(x[i]), softmax.max) : 0.0f;
+      const float term = softmax_numerator(without_nan(x[i]), softmax.max);
+      terms[i] = bit_cast<float>(bit_cast<uint32_t>(term) &
+                                 all_ones_if_negative(static_cast<uint32_t>(none_from(i))));
     }
     float sums[kKeysPerChunk];
     AITER_UNROLL
@@ -392,9 +419,10 @@ class RuleRows {
     wave_sync();
     AITER_UNROLL
     for (int c = 0; c < kChunks; ++c) {
-      BestTwo best = BestTwo::none();
-      AITER_UNROLL
-      for (int j = 0; j < kKeysPerChunk; ++j) best.add(keys[c * kKeysPerChunk + j]);
+      const float* const of = keys + c * kKeysPerChunk;
+      BestTwo best = BestTwo::of(of[0], of[1])
+                         .with(BestTwo::of(of[2], of[3]))
+                         .with(BestTwo::of(of[4], of[5]).with(BestTwo::of(of[6], of[7])));
       if (lanes > 1) best.template merge<1>();
       if (lanes > 2) best.template merge<3>();
       if (lanes > 4) best.template merge<7>();
@@ -440,6 +468,11 @@ class RuleRows {
 
 template <int kValues, int kBest>
 constexpr bool kUsesLds<RuleRows<kValues, kBest>> = true;
+
+template <int kValues, int kBest>
+__device__ __forceinline__ void drop(RuleRows<kValues, kBest>& rows) {
+  rows.forget();
+}
 
 // Calls: follow; load; select; next K times.
 class MemoryRuleRow {
@@ -511,7 +544,8 @@ class MemoryRuleRow {
     BestTwo best = BestTwo::none();
     AITER_LOOP
     for (int i = 0; i < r.group_width; ++i) {
-      best.add(key_in_memory(r, row_, softmax_, group * r.group_width + i));
+      const float key = key_in_memory(r, row_, softmax_, group * r.group_width + i);
+      best = best.with({without_nan(key), -__builtin_inff()});
     }
     return ordered_pair(ordered_float(best.value(r)), group);
   }
@@ -540,6 +574,8 @@ class MemoryRuleRow {
   RowSoftmax softmax_;
   uint64_t last_ = 0, last_group_ = 0;  // winner and group that were taken last
 };
+
+__device__ __forceinline__ void drop(MemoryRuleRow&) {}
 
 // What a winner weighs before it is divided.
 template <typename Rows>

@@ -64,16 +64,18 @@ struct RowChoice {
   int rows_per_wave;
   int lds_bytes;  // of each wave
   RowFormat format;
-  int64_t row_stride;  // in items of the class of rows
+  int64_t row_stride;   // in items of the class of rows
+  int max_threads = 0;  // of a workgroup; 0 for those of max_row_threads()
 };
 
-// Lists are of 16-bit logits; beyond their limits and for f32, keys are.
+// Lists where there are some; beyond, keys for f32. A step per winner takes half of the time for 16-bit logits, and
+// as long as keys where there are few tokens, up to 12 winners or 512 experts.
 inline RowsBy choose_kind(const TensorView& gating, int num_experts, int topk, bool need_renorm) {
   if (!need_renorm) return RowsBy::wave;
-  if (gating.dtype != DType::f32 && topk <= kMaxGroupTopk && num_experts <= kMaxGroupExperts) {
-    return RowsBy::lists;
-  }
-  return has_key_group(num_experts, topk) ? RowsBy::keys : RowsBy::wave;
+  if (topk <= kMaxGroupTopk && num_experts <= kMaxGroupExperts) return RowsBy::lists;
+  const bool is_short = gating.dtype != DType::f32 && gating.shape[0] <= kFewTokens &&
+                        (topk <= 12 || num_experts <= 512);
+  return has_key_group(num_experts, topk) && !is_short ? RowsBy::keys : RowsBy::wave;
 }
 
 // `lds_is_full`: there is none for keys.
@@ -95,7 +97,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
   if (choice.by == RowsBy::lists) {
     choice.group = group_shape(num_tokens, num_experts, topk);
   } else {
-    choice.group = key_group_shape(num_tokens, num_experts, topk);
+    choice.group = key_group_shape(num_experts, topk);
     choice.lds_bytes = best_keys_lds_bytes(wave_size);
     choice.row_stride *= gating.itemsize;
   }
@@ -125,13 +127,10 @@ void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
     if (is(8, 16, 4)) return f(RowsTag<GroupRows<T, 8, 16, 4>>{});
     if (is(8, 16, 8)) return f(RowsTag<GroupRows<T, 8, 16, 8>>{});
     if (is(16, 16, 8)) return f(RowsTag<GroupRows<T, 16, 16, 8>>{});
-    return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    if (is(8, 32, 8)) return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    return f(RowsTag<GroupRows<T, 32, 16, 8>>{});
   };
   const auto by_keys = [&] {
-    if (is(8, 16, 8)) return f(RowsTag<KeyRows<8, 16, 8>>{});
-    if (is(8, 32, 8)) return f(RowsTag<KeyRows<8, 32, 8>>{});
-    if (is(16, 16, 8)) return f(RowsTag<KeyRows<16, 16, 8>>{});
-    if (is(16, 32, 16)) return f(RowsTag<KeyRows<16, 32, 16>>{});
     if (is(32, 16, 16)) return f(RowsTag<KeyRows<32, 16, 16>>{});
     if (is(32, 32, 16)) return f(RowsTag<KeyRows<32, 32, 16>>{});
     return f(RowsTag<KeyRows<32, 32, 32>>{});
@@ -157,7 +156,7 @@ void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
   if (choice.by == RowsBy::keys) return by_keys();
   switch (dtype) {
     case DType::f32:
-      return by_wave(float{});
+      return choice.by == RowsBy::lists ? by_lists(float{}) : by_wave(float{});
     case DType::f16:
       return choice.by == RowsBy::lists ? by_lists(F16{}) : by_wave(F16{});
     default:

@@ -81,7 +81,9 @@ int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bo
                                      : waves_for(shape.num_experts) + std::min(entry_waves, 4));
   }
   const int most =
-      std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;
+      std::min(limits.max_threads_per_block,
+               rows.max_threads != 0 ? rows.max_threads : max_row_threads(rows.values)) /
+      limits.wave_size;
   return std::clamp((wanted + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
                     most);
 }

@@ -71,12 +71,13 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
     """The choice for router logits [M, E] (choose_rows of sort_launch.h)."""
     num_tokens, num_experts = gating.shape
     dtype = _TYPE_NAMES[gating.dtype]
-    by_lists = (
+    by_lists = topk <= MAX_GROUP_TOPK and num_experts <= MAX_GROUP_EXPERTS
+    is_short = (
         gating.dtype != torch.float32
-        and topk <= MAX_GROUP_TOPK
-        and num_experts <= MAX_GROUP_EXPERTS
+        and num_tokens <= FEW_TOKENS
+        and (topk <= 12 or num_experts <= 512)
     )
-    by_keys = not by_lists and has_key_group(num_experts, topk)
+    by_keys = not by_lists and has_key_group(num_experts, topk) and not is_short
     if not need_renorm or not (by_lists or by_keys):
         values = row_values(num_experts, wave_size)
         return RowChoice(f"WaveRow<{dtype}, {values}>", values)
@@ -87,7 +88,7 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
         lanes, values, best = group_shape(num_tokens, num_experts, topk)
         name = f"GroupRows<{dtype}, {lanes}, {values}, {best}>"
         return RowChoice(name, values, wave_size // lanes, wide)
-    lanes, values, best = key_group_shape(num_tokens, num_experts, topk)
+    lanes, values, best = key_group_shape(num_experts, topk)
     name = f"KeyRows<{lanes}, {values}, {best}>"
     lds_bytes = 8 * CANDIDATES_PER_LANE * wave_size
     return RowChoice(name, values, wave_size // lanes, wide, 1, lds_bytes)
@@ -95,30 +96,25 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
 
 def group_shape(num_tokens: int, num_experts: int, topk: int) -> tuple[int, int, int]:
     """Lanes of a group, registers of a lane and winners looked for (group_topk.h)."""
+    if num_experts > 256:
+        return 32, 16, 8
     if num_experts > 128:
         return (8, 32, 8) if num_tokens > FEW_TOKENS else (16, 16, 8)
     return 8, 16, 8 if topk > 4 else 4
 
 
-def key_group_shape(num_tokens: int, num_experts: int, topk: int) -> tuple[int, int, int]:
+def key_group_shape(num_experts: int, topk: int) -> tuple[int, int, int]:
     """The same of key_topk.h."""
-    many = num_tokens > FEW_TOKENS
     if topk > 16:
         return 32, 32, 32
-    if num_experts > 512:
-        return 32, 32, 16
-    if topk > 8 or num_experts > 256:
-        return (16, 32, 16) if many or num_experts <= 128 else (32, 16, 16)
-    if num_experts > 128:
-        return (8, 32, 8) if many else (16, 16, 8)
-    return 8, 16, 8
+    return (32, 32, 16) if num_experts > 512 else (32, 16, 16)
 
 
 def has_key_group(num_experts: int, topk: int) -> bool:
     """Whether there is one for such rows (key_topk.h)."""
-    if topk > MAX_KEY_TOPK or num_experts > MAX_ROW_EXPERTS:
-        return False
-    return num_experts >= 5 * key_group_shape(1, num_experts, topk)[2]
+    lanes, _, best = key_group_shape(num_experts, topk)
+    least = (5 if lanes < 2 * best else 10) * best
+    return topk <= MAX_KEY_TOPK and least <= num_experts <= MAX_ROW_EXPERTS
 
 
 def row_values(num_experts: int, wave_size: int) -> int:

@@ -40,11 +40,14 @@ SHAPES = (
     (3, 385, 9, BF16), (3, 513, 11, F32), (2, 896, 16, BF16), (2, 1024, 3, F16), (2, 1500, 4, BF16),
     (2, 80, 70, F32), (2, 1100, 65, F16), (66, 40, 3, BF16),
 )  # fmt: skip
-# Where waves take several rows (group_topk.h): every instance beside those of SHAPES; aligned rows and
-# others; with all lanes' registers full and not; in one block per expert, and in more.
+# Where waves take several rows (group_topk.h, key_topk.h): every instance beside those of SHAPES; aligned
+# rows and others; with all lanes' registers full and not; in one block per expert, and in more.
 GROUPS = (
     (5, 30, 4, F16), (6, 64, 8, F16), (9, 100, 7, BF16), (5, 161, 8, F16), (9, 256, 8, BF16),
-    (3, 385, 8, BF16), (2, 512, 6, F16),
+    (3, 385, 8, BF16), (2, 512, 6, F16), (5, 96, 4, F32), (5, 127, 3, F32), (6, 128, 7, F32),
+    (5, 99, 8, F32), (5, 250, 8, F32), (6, 256, 5, F32), (3, 385, 8, F32), (3, 512, 4, F32),
+    (3, 256, 10, F32), (3, 161, 9, F32), (2, 896, 16, F32), (3, 517, 13, F16), (2, 512, 22, F32),
+    (2, 257, 32, F32),
 )  # fmt: skip
 # One token: sorted in registers up to K = 32 (one_token.h), in LDS beyond and with a mask; stores of
 # four slots and of one; more padding than threads; with num_local_tokens and without.
@@ -57,7 +60,9 @@ ONE_TOKEN = (
     Case(1, 70, 64, F32, num_local=1), Case(1, 64, 8, BF16, mask="random"),
     Case(1, 1100, 5, F16, logits="all_nan", slots_offset=8),
 )  # fmt: skip
-MANY_ROWS = ((513, 136, 2, BF16), (513, 131, 2, F16))
+MANY_ROWS = (
+    (513, 136, 2, BF16), (513, 131, 2, F16), (513, 132, 2, F32), (513, 131, 2, F32), (513, 160, 9, F16)
+)  # fmt: skip
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
     for index, (logits, dtype) in enumerate(
@@ -162,8 +167,9 @@ def test_all_groups_of_lanes_are_covered(arch: str) -> None:
         wide[rows.wide].add(rows.name.partition(", ")[2])
         names.add(rows.name)
     compiled = {name.partition("<")[2].removesuffix(">")
-                for name in kernels("module_topk_softmax", arch) if "GroupRows" in name}  # fmt: skip
-    assert len(compiled) == 10 and compiled - names == set()
+                for name in kernels("module_topk_softmax", arch)
+                if "GroupRows" in name or "KeyRows" in name}  # fmt: skip
+    assert len(compiled) == 18 and compiled - names == set()
     assert {name.partition(", ")[2] for name in compiled} <= wide[False] & wide[True]
 
 

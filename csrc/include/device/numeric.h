@@ -159,6 +159,29 @@ __device__ __forceinline__ float exp_of(float x) {
   return exp_nonpositive(x > 100.0f ? 100.0f : x);
 }
 
+// Replaces every x >= 1, infinity and NaN by 1 / x, correctly rounded: by the operator's own steps for numbers in
+// the middle of the range, on CUDA, where it has a branch for each x, so that none overlaps with another.
+template <int kCount>
+__device__ __forceinline__ void invert(float (&x)[kCount]) {
+#if defined(AITER_TARGET_CUDA) && defined(__CUDA_ARCH__)
+  constexpr float kMost = 0x1p125f;  // beyond, 1 / x is no normal number
+  bool all_in_range = true;
+  AITER_UNROLL
+  for (int i = 0; i < kCount; ++i) all_in_range = all_in_range && x[i] < kMost;
+  if (all_in_range) {
+    AITER_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      float y;
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x[i]));
+      x[i] = fmaf(y, fmaf(-x[i], y, 1.0f), y);
+    }
+    return;
+  }
+#endif
+  AITER_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = 1.0f / x[i];
+}
+
 // The softmax numerator exp(x - max). Entries equal to an infinite maximum share equally: 1.
 __device__ __forceinline__ float softmax_numerator(float x, float max) {
   return exp_nonpositive(x == max ? 0.0f : x - max);
