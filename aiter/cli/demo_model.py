@@ -161,7 +161,7 @@ def _count_paths(model: Any, patched: Patched) -> dict[str, Counter[str]]:
 
 def _layer_table(model: Any, calls: dict[str, Counter[str]], patched: Patched) -> str:
     backends = patched.backends
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for name, _ in model.named_modules():
         if name in calls:
             paths = ", ".join(f"{path}: {n} calls" for path, n in calls[name].items())

@@ -70,7 +70,7 @@ def rule_of(spec: Router, router: Any) -> RoutingRule:
 
 
 # NOTE: a tracer cannot follow how a rule is made, and has to find it where it can guard it.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name_of_rule(fields: tuple[tuple[str, Any], ...]) -> str:
     return _named_rule(fields)
 

@@ -156,13 +156,14 @@ def _check_block(name: str, block: Any, known: Block) -> None:
                 f"{name}: expected a block with its class's forward, got one whose forward is"
                 " replaced already (by use_aiter, or by a kernel of the hub)"
             )
-    parts = weights_of(experts)
-    weights = {"w1": parts.w1, "w2": parts.w2, "bias1": parts.bias1, "bias2": parts.bias2}
-    for part_name, weight in weights.items():
-        if weight is not None:
-            _check_weight(f"{name}.experts.{part_name}", weight)
     for weight_name, parameter in experts.named_parameters():
         _check_weight(f"{name}.experts.{weight_name}", parameter)
+    # NOTE: what is no parameter any more is looked at as well.
+    parts = weights_of(experts)
+    for part_name in ("w1", "w2", "bias1", "bias2"):
+        weight = getattr(parts, part_name)
+        if weight is not None:
+            _check_weight(f"{name}.experts ({part_name})", weight)
     if getattr(experts, "_is_expert_parallel", False):
         raise ValueError(
             f"{name}.experts: expected all experts on this rank, got a shard of transformers' own"

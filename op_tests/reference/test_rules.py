@@ -231,9 +231,8 @@ def test_sorting_of_zero_experts() -> None:
     arguments: dict[str, Any] = {"rule": RoutingRule(num_zero_experts=2), "block_size": 2}
     logits = torch.tensor([[1.0, 0.0, 9.0, -9.0], [0.0, 5.0, -9.0, 4.0]])
     got = reference.topk_routing_sorting(logits, 2, 2, 5, torch.bfloat16, **arguments)
-    pad = (2 << 24) | 2
     assert got[0].shape == (2 * 2 + 2 * 2 - 2,) and got[2].shape == (3,)
-    assert got[0][:4].tolist() == [1 << 24, pad, 1, pad]
+    assert got[0][:4].tolist() == [1 << 24, (2 << 24) | 2, 1, (2 << 24) | 2]
     assert got[2][:2].tolist() == [0, 1] and got[3].tolist() == [4, 2]
     flat = reference.topk_routing_sorting(
         logits, 2, 2, 5, torch.bfloat16, id_format="flat",
@@ -388,13 +387,11 @@ def test_llama4_chooses_by_the_logit() -> None:
     """Its experts are weighed by their input; the ids and the sigmoids are the rule's."""
     transformers = pytest.importorskip("transformers")
     found = importlib.import_module("transformers.models.llama4.modeling_llama4")
-    config = transformers.Llama4TextConfig(
-        hidden_size=E, num_local_experts=E, num_experts_per_tok=2
-    )
-    router = found.Llama4Router(config)
+    sizes = {"hidden_size": E, "num_local_experts": E, "num_experts_per_tok": 2}
+    router = found.Llama4Router(transformers.Llama4TextConfig(**sizes))
     logits = torch.randn(200, E, generator=torch.Generator().manual_seed(2)) * 20
-    rule = RoutingRule("sigmoid", select_on="logit", need_renorm=False)
-    weights, ids = reference.topk_routing(logits, 2, rule=rule)
+    by_logit = RoutingRule("sigmoid", select_on="logit", need_renorm=False)
+    weights, ids = reference.topk_routing(logits, 2, rule=by_logit)
     with torch.no_grad():
         router.weight.copy_(torch.eye(E))
         scores, _ = router(logits)
