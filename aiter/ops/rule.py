@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["top2", "max"]
@@ -86,6 +86,17 @@ class RoutingRule:
     shared_expert_scoring_func: Literal["", "sigmoid"] = ""
     shared_expert_weight: float = 1.0
     num_zero_experts: int = 0
+
+    @classmethod
+    def from_config(cls, config: Any) -> RoutingRule:
+        """The rule of a transformers configuration's model, by its `model_type`.
+
+        Raises:
+            ValueError: the model's router has no rule, or is not known; named with the reason.
+        """
+        from .rule_config import rule_from_config
+
+        return rule_from_config(config)
 
     def __post_init__(self) -> None:
         _check_name("scoring_func", self.scoring_func, SCORING_FUNCS)
