@@ -12,11 +12,11 @@ Shared experts are modules of their own in these models, and no part of the rule
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from .rule import RoutingRule
+Rule = TypeVar("Rule")
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,12 @@ REFUSED: dict[str, str] = {
 """Why the router of a `model_type` has no rule."""
 
 
-def rule_from_config(config: Any) -> RoutingRule:
+def rule_from_config(config: Any, make: Callable[..., Rule]) -> Rule:
     """The rule by which the routers of a model with this configuration choose and weigh.
 
     Args:
         config: of transformers, or anything with its attributes, `model_type` among them.
+        make: `RoutingRule`, which imports this module, not the other way round.
 
     Raises:
         ValueError: the model type has no rule, with the reason; or a value of the configuration is none
@@ -194,7 +195,7 @@ def rule_from_config(config: Any) -> RoutingRule:
     if model_type == "cohere2_moe" and fields["scoring_func"] == "softmax":
         fields = {}  # over the chosen experts alone
     try:
-        return RoutingRule(**fields)
+        return make(**fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config: the router of model type {model_type!r}: {error}") from error
 

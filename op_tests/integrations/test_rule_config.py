@@ -38,7 +38,7 @@ def test_values_of_the_configuration_count() -> None:
 def test_the_text_model_of_several_is_asked() -> None:
     text = SimpleNamespace(model_type="qwen3_vl_moe_text")
     whole = SimpleNamespace(model_type="qwen3_vl_moe", text_config=text)
-    assert rule_from_config(whole) == RoutingRule()
+    assert rule_from_config(whole, RoutingRule) == RoutingRule()
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -53,7 +53,7 @@ def test_what_is_not_known_or_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one of afmoe, .*got model type 'llama', whose"):
         rule("llama")
     with pytest.raises(TypeError, match="config: expected a transformers configuration, got int"):
-        rule_from_config(3)
+        rule_from_config(3, RoutingRule)
     with pytest.raises(ValueError, match="'deepseek_v3': topk_group: .* from 1 to 8, got 9"):
         rule("deepseek_v3", n_group=8, topk_group=9)
     with pytest.raises(ValueError, match="topk_method: expected 'greedy' or .*got 'noaux_tc'"):
