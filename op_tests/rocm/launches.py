@@ -129,6 +129,8 @@ class Device:
         seed: of the noise in registers and LDS, and of the order of waves and workgroups.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count LDS bank conflicts.
+        traced: whether to keep what every wave executes, in order.
+        workgroups: those that run; None for all.
         statistics: of every launch so far, by kernel.
     """
 
@@ -136,6 +138,8 @@ class Device:
     seed: int = 0
     rcp_rounding: int = 0
     counts_banks: bool = False
+    traced: bool = False
+    workgroups: tuple[int, ...] | None = None
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @property
@@ -282,7 +286,7 @@ class Device:
     ) -> None:
         kernel = kernels(module, self.arch)[name]
         launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
-                        self.counts_banks)  # fmt: skip
+                        self.counts_banks, self.traced, self.workgroups)  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 

@@ -17,6 +17,7 @@ from amdgcn.assembly import Instruction
 from amdgcn.banks import BankTally, passes
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.scalar import Operation
+from amdgcn.trace import LdsAccess, Trace, segments_of
 from amdgcn.wave import (
     Fault,
     Wave,
@@ -39,6 +40,7 @@ class Memories:
         workgroup: the running one's index.
         lds: of the running workgroup.
         banks: where the passes of LDS accesses are counted, by line; None for nowhere.
+        trace: where the running wave's accesses are noted (`amdgcn.timing`); None for nowhere.
         signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
         waits_for_stores: whether vmcnt counts stores as well (gfx9).
     """
@@ -50,14 +52,24 @@ class Memories:
         self.workgroup = 0
         self.lds: Lds | None = None
         self.banks: dict[int, BankTally] | None = None
+        self.trace: Trace | None = None
 
     def note_banks(
         self, line: int, w: Wave, offsets: Array, size: int, is_atomic: bool = False
     ) -> None:
         """Counts the passes of an LDS access, if the launch asked for it."""
+        if self.banks is None and self.trace is None:
+            return
+        needed = passes(offsets, np.flatnonzero(w.mask), size, is_atomic)
         if self.banks is not None:
-            tally = self.banks.setdefault(line, BankTally())
-            tally.note(passes(offsets, np.flatnonzero(w.mask), size, is_atomic))
+            self.banks.setdefault(line, BankTally()).note(needed)
+        if self.trace is not None:
+            self.trace.append(LdsAccess(sum(needed)))
+
+    def note_segments(self, addresses: Array, size: int) -> None:
+        """Notes an access to global memory, if the launch asked for a trace."""
+        if self.trace is not None:
+            self.trace.append(segments_of(addresses, size))
 
     def local(self) -> Lds:
         """The LDS of the running workgroup."""
@@ -108,6 +120,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
 
     def run(w: Wave) -> None:
         address = np.array([base(w) + offset(w) * scale + extra], np.int64)
+        memories.note_segments(address, size)
         words = _unpack(memories.memory.load(address, size, min(size, 4)), kind)
         w.s[destination : destination + count] = [int(word[0]) for word in words]
 
@@ -200,7 +213,9 @@ def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Ope
     def run(w: Wave) -> None:
         if w.mask.any():
             w.in_flight.append(True)
-            write(w, memories.memory.load(addresses(w), size, align))
+            where = addresses(w)
+            memories.note_segments(where, size)
+            write(w, memories.memory.load(where, size, align))
 
     return run
 
@@ -232,7 +247,9 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
             if memories.waits_for_stores:
                 w.in_flight.append(False)
             writer = (memories.workgroup, w.index, w.epoch)
-            memories.memory.store(addresses(w), rows(w), align, writer)
+            where = addresses(w)
+            memories.note_segments(where, size)
+            memories.memory.store(where, rows(w), align, writer)
 
     return run
 
@@ -320,7 +337,9 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
         if returns or memories.waits_for_stores:
             w.in_flight.append(returns)
         before = []
-        for address, new in zip(addresses(w), value(w)[w.mask], strict=True):
+        places = addresses(w)
+        memories.note_segments(places, 4)
+        for address, new in zip(places, value(w)[w.mask], strict=True):
             where = np.array([address])
             old = memories.memory.load(where, 4, 4).view(np.uint32).reshape(-1)
             now = np.asarray(function(old, np.uint32(new)), np.uint32).reshape(-1)
