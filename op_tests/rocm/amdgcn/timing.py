@@ -1,29 +1,30 @@
 """How long does a workgroup take on a compute unit? A replay of what its waves executed, in cycles.
 
-Each rule is one line of `Rules` or of `_Replay`; no kernel has one of its own, so that two kernels
-compare by the same measure:
+No kernel has a rule of its own, so that any two compare by the same measure:
 
-- issue      Wave i is on SIMD i % 4. A wave issues in order, at most one instruction every 4 cycles. VALU
-             instructions of the waves of a SIMD exclude each other, 4 cycles each (1 with wave32, whose
-             lanes a SIMD takes in one cycle), and 16 (4) for reciprocals, exponentials, logarithms, square
-             roots, full 32-bit products and 64-bit products. SALU instructions exclude each other likewise,
-             4 cycles each. A taken branch takes 16 more. s_nop n takes n + 1 slots. s_delay_alu and
-             s_clause are not issued but folded into what follows, and take none.
-- LDS        One pipe per compute unit, a pass over the banks per cycle; 64 cycles from there to the data.
-- memory     One pipe for addresses, a 64-byte segment a cycle. A load of a line that nobody in the
-             workgroup has loaded: 500 cycles; of one that somebody has: 120, but not before that line is
-             there. A scalar load of new 64 bytes: 500, else 60, likewise. A store: 500.
-- device     What must reach the memory side since other workgroups see it takes 700: atomics, and loads,
-             stores and write-backs of the device's scope. An invalidation makes all lines new.
-- waits      For what they count, in order within a counter; then the next slot.
-- barrier    For the last wave, and 16 cycles.
-- end        Of the last wave, and of its last store.
+- issue     Wave i is on SIMD i % 4 and issues in order, an instruction every 4 cycles at most. VALU
+            instructions of the waves of a SIMD exclude each other for 4 cycles (wave32: 1, as a SIMD
+            takes its lanes at once), and for 4 times that if they are reciprocals, exponentials,
+            logarithms, square roots, full products of 32 bits or products of 64; SALU instructions for
+            4 (1). A taken branch takes 16 more, s_nop n n + 1 slots, s_sleep n 64 n cycles, s_delay_alu
+            and s_clause none.
+- LDS       One pipe per compute unit, one pass over the banks a cycle, and 64 cycles to the data.
+- memory    One pipe for addresses, one 64-byte segment a cycle. A load of a segment that the workgroup
+            has not loaded yet takes 500 cycles; one that it has 120, but no less than until it is
+            there. A scalar load 500 and 60, likewise. A store 500.
+- device    What other workgroups must see reaches the memory that all of them share: atomics, and
+            loads, stores and write-backs of the device's scope. 700 where dies have an L2 each (gfx942,
+            gfx950; gfx1250 is taken to be one of them, as its compiler writes L2 back), 500 elsewhere,
+            as that is L2. Invalidating the caches of the device's scope makes every segment a new one.
+- waits     For what they count, in the order of issue within a counter but for scalar loads.
+- barrier   For the wave that comes last, and 16 cycles.
+- end       Of the last wave and its last store.
 
-Not modelled: results of the wave's own VALU and SALU (but for slots that the compiler fills with s_nop),
-cold instruction caches, TLB misses, queues that are full, other workgroups on the same compute unit.
+Not modelled: the latency of a wave's own VALU and SALU results (but for the slots that the compiler
+fills with s_nop), cold instruction caches, TLB misses, queues that are full, other workgroups.
 
-Rejected: all waves' loads of a line in flight as loads of a line that is there, which has a wave use
-data before they have come.
+Rejected: 120 cycles for a load whose segment is still on its way, where a wave would use data before
+they have come.
 """
 
 from __future__ import annotations
@@ -42,18 +43,22 @@ GHZ = 2.1
 LAUNCH_GAP_US = 1.5
 SIMDS = 4
 SLOT = 4
-BRANCH, BARRIER = 16, 16
+BRANCH, BARRIER, SLEEP = 16, 16, 64
 LDS_LATENCY = 64
 NEW_LINE, KNOWN_LINE = 500, 120
 NEW_SCALAR, KNOWN_SCALAR = 500, 60
-STORE, DEVICE = 500, 700
+STORE = 500
+SHARED_L2, SEPARATE_L2 = 500, 700
 
 _SLOW = re.compile(
     r"v_(s_)?(rcp|rsq|sqrt|exp|log|sin|cos)_|v_mul_(lo|hi)_[iu]32|v_mad_(co_)?[iu]64|v_mul_u64"
 )
 _DEVICE_SCOPE = re.compile(r"\bsc1\b|\bglc\b|scope:SCOPE_(DEV|SYS)")
-_INVALIDATES = ("buffer_inv", "buffer_wbinvl1", "buffer_gl1_inv", "buffer_gl0_inv", "global_inv")
-_WRITES_BACK = ("buffer_wbl2", "global_wb")
+_INVALIDATES = re.compile(
+    r"buffer_inv .*\bsc1\b|buffer_wbinvl1|buffer_gl1_inv|global_inv scope:SCOPE_(DEV|SYS)"
+)
+_WRITES_BACK = re.compile(r"buffer_wbl2|global_wb scope:SCOPE_(DEV|SYS)")
+_DIES_WITH_L2 = ("gfx94", "gfx95", "gfx1250")
 _FOLDED = ("s_delay_alu", "s_clause")
 
 
@@ -62,13 +67,13 @@ class Step:
     """How an instruction is issued, and what it starts.
 
     Attributes:
-        kind: valu, salu, lds, scalar, load, store, atomic, wait, barrier, end, branch, invalidate, back,
-            none (takes slots alone) or folded (takes none).
+        kind: valu, salu, lds, scalar, load, store, atomic, wait, barrier, end, branch, invalidate,
+            back (a write-back) or none (it takes its slots alone).
         slots: cycles that the wave cannot issue.
-        busy: cycles that its unit cannot take another wave's.
+        busy: cycles that its unit takes no other wave's.
         counter: of `waits` that an access adds to.
         waits: the counters that it waits for, and how many accesses may be left.
-        device: whether it must reach what all workgroups see.
+        shared: cycles to the memory that all workgroups share and back; 0 if it need not go there.
         passes: over the banks that a move between lanes takes.
     """
 
@@ -77,7 +82,7 @@ class Step:
     busy: int = SLOT
     counter: str = ""
     waits: tuple[tuple[str, int], ...] = ()
-    device: bool = False
+    shared: int = 0
     passes: int = 0
 
 
@@ -88,13 +93,15 @@ def step_of(instruction: Instruction, arch: str) -> Step:
     kind = instruction_class(text)
     is_wide = ARCHS[arch].wave_size == 64
     if name in _FOLDED:
-        return Step("folded", 0)
+        return Step("none", 0)
     if name in ("s_nop", "v_nop"):
         return Step("none", SLOT * (1 + int(rest.strip() or "0", 0)))
     if name.startswith("s_wait"):
         return Step("wait", waits=waits_of(name, rest, arch))
     if name.startswith("s_barrier"):
         return Step("none" if name.startswith("s_barrier_signal") else "barrier")
+    if name == "s_sleep":
+        return Step("none", max(SLOT, SLEEP * int(rest, 0)))
     if name == "s_endpgm":
         return Step("end")
     if kind == "branch":
@@ -103,25 +110,27 @@ def step_of(instruction: Instruction, arch: str) -> Step:
         cycles = (SLOT if is_wide else 1) * (4 if _SLOW.match(name) else 1)
         return Step("valu", max(SLOT, cycles), cycles)
     if kind == "SALU":
-        return Step("salu")
+        return Step("salu", busy=SLOT if is_wide else 1)
     if kind == "SMEM":
         return Step("scalar", counter=_counter(arch, "scalar"))
     if kind == "LDS":
         moved = "permute" in name or "swizzle" in name
         passes = ARCHS[arch].wave_size // 32 if moved else 0
         return Step("lds", counter=_counter(arch, "lds"), passes=passes)
-    if name.startswith(_INVALIDATES):
+    shared = SEPARATE_L2 if arch.startswith(_DIES_WITH_L2) else SHARED_L2
+    if _INVALIDATES.match(text):
         return Step("invalidate", counter=_counter(arch, "load"))
-    if name.startswith(_WRITES_BACK):
-        return Step("back", counter=_counter(arch, "store"), device=True)
-    device = _DEVICE_SCOPE.search(text) is not None
+    if _WRITES_BACK.match(text):
+        return Step("back", counter=_counter(arch, "store"), shared=shared)
+    if not _DEVICE_SCOPE.search(text) and not name.startswith("global_atomic"):
+        shared = 0
     if name.startswith("global_atomic"):
         returns = len(instruction.operands) == 4 or re.search(r"\bsc0\b|\bglc\b|RETURN", text)
-        return Step("atomic", counter=_counter(arch, "load" if returns else "store"), device=True)
+        return Step("atomic", counter=_counter(arch, "load" if returns else "store"), shared=shared)
     if name.startswith("global_store"):
-        return Step("store", counter=_counter(arch, "store"), device=device)
+        return Step("store", counter=_counter(arch, "store"), shared=shared)
     if name.startswith("global_load"):
-        return Step("load", counter=_counter(arch, "load"), device=device)
+        return Step("load", counter=_counter(arch, "load"), shared=shared)
     return Step("none")
 
 
@@ -163,8 +172,8 @@ class Timing:
     Attributes:
         cycles: until the last wave and its last store ended.
         mix: executed instructions of all waves by class.
-        trips: waits that ended accesses to memory, of the waves that arrive last at each barrier and at the
-            end: by `global`, `scalar`, `lds`, and `store` where stores alone were waited for.
+        trips: waits that ended accesses to memory, of the waves that arrive last at each barrier and
+            at the end: by `global`, `scalar`, `lds`, and `store` where stores alone were waited for.
         first_load: when the first load from global memory was issued; None for no such load.
     """
 
@@ -300,7 +309,7 @@ class _Replay:
             self.lines.clear()
             done = now + KNOWN_LINE
         elif kind == "back":
-            done = now + DEVICE
+            done = now + step.shared
         else:
             if not accesses:
                 return
@@ -322,8 +331,8 @@ class _Replay:
         self.memory_free = start
         if step.kind != "store" and self.first_load is None:
             self.first_load = now
-        if step.device:
-            return start + DEVICE
+        if step.shared:
+            return start + step.shared
         if step.kind == "store":
             return start + STORE
         return _arrival(self.lines, segments, start, NEW_LINE, KNOWN_LINE)
@@ -342,13 +351,29 @@ def _arrival(
     return done
 
 
-def replay(instructions: Sequence[Instruction], traces: Sequence[Trace], arch: str) -> Timing:
+@dataclass(frozen=True)
+class Program:
+    """A kernel's instructions as the replay sees them: their rules and their classes."""
+
+    steps: tuple[Step, ...]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, instructions: Sequence[Instruction], arch: str) -> Program:
+        """That of a kernel compiled for `arch`."""
+        return cls(
+            tuple(step_of(instruction, arch) for instruction in instructions),
+            tuple(instruction_class(instruction.text) for instruction in instructions),
+        )
+
+
+def replay(program: Program, traces: Sequence[Trace]) -> Timing:
     """The timing of a workgroup from the traces of its waves."""
-    steps = [step_of(instruction, arch) for instruction in instructions]
-    machine = _Replay(steps, traces)
+    machine = _Replay(program.steps, traces)
     machine.run()
-    classes = [instruction_class(instruction.text) for instruction in instructions]
-    mix = Counter(classes[item] for trace in traces for item in trace if isinstance(item, int))
+    mix = Counter(
+        program.classes[item] for trace in traces for item in trace if isinstance(item, int)
+    )
     trips: Counter[str] = Counter()
     for epoch, index in enumerate((*machine.last_at, machine.last_wave)):
         trips.update(machine.waves[index].trips.get(epoch, Counter()))
