@@ -70,7 +70,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     num_experts, topk, model_dim = shape
     tokens, device = logits.shape[0], logits.device
     sizes = (device, None, tokens, num_experts, topk, num_experts)
-    sizes += (model_dim, torch.bfloat16, BLOCK_SIZE, 0)
+    sizes += (model_dim, torch.bfloat16, BLOCK_SIZE, 0, logits.dtype)
     plan = routing_plan.plan_routing(*sizes)
     out = fused_moe.empty_sorted_buffers(
         tokens, topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, device=device

@@ -42,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--topk", type=int, help="experts per token (K)")
     parser.add_argument("--model-dim", type=int, default=4096, help="width of moe_buf (D); 4096")
     parser.add_argument("--block-size", type=int, help="slots per block (B); 32")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "f16", "f32"), default="bf16", help="of the logits"
+    )
     parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
     parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
     parser.add_argument(
@@ -77,7 +80,7 @@ def _explain(options: argparse.Namespace) -> str:
     routing_plan.check_size("tokens", m, low=0)
     routing_plan.check_size("model_dim", options.model_dim, low=0)
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
-    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy)
+    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy, options.dtype)
     choice = routing_plan.choose(problem, most, device)
     workspace = 0
     if choice.path != "fused":
@@ -111,6 +114,8 @@ def _table(device: torch.device) -> str:
     """What counts on this device, and the built-in table of every architecture."""
     basis = routing_plan.basis_of(device)
     entries = [(str(device), row) for row in basis.rows]
+    for logits, modelled in basis.modelled.items():
+        entries += [(f"{device}, {logits} logits", row) for row in modelled]
     for name, family in dispatch.MEASURED.items():
         entries += [(name, row) for row in family]
     rows: list[tuple[object, ...]] = [
@@ -124,9 +129,10 @@ def _table(device: torch.device) -> str:
             "-",
             "-",
             "-",
-            dispatch.estimate_of(name) or "capacity",
+            dispatch.estimate_of(name)
+            or ("by shape" if dispatch.modelled_of(name) else "capacity"),
             "-",
-            "not measured",
+            "modelled" if dispatch.modelled_of(name) else "not measured",
             "-",
             "python -m aiter tune",
         )

@@ -169,7 +169,7 @@ def topk_softmax_sorting(
     tokens, width = gating_output.shape
     sizes = (
         device, cpu_wave, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
-        dispatch_policy,
+        dispatch_policy, gating_output.dtype,
     )  # fmt: skip
     path, _, expected, layouts, fused, chain = _known(plan_routing, sizes)
     buffers = five(allocate(layouts, device)) if out is None else out

@@ -12,8 +12,8 @@ On the CPU of an AMD EPYC, Python 3.11, a lookup takes 0.3 us and making a plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -32,6 +32,9 @@ from .buffers import Buffers, Layouts, chain_layouts, sorted_layouts
 from .dispatch import Crossover
 from .graph import sorted_sizes
 
+LOGITS: dict[torch.dtype, dispatch.Logits] = {
+    torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
+}  # fmt: skip
 MOST_PLANS = 4096  # a plan takes about 1 KiB; decode and prefill sizes of a few layers are hundreds
 
 
@@ -78,6 +81,7 @@ class Basis:
     override: int | None
     estimate: int | None
     origin: str
+    modelled: Mapping[dispatch.Logits, tuple[Crossover, ...]] = field(default_factory=dict)
 
 
 @cache
@@ -100,12 +104,13 @@ def basis_of(device: torch.device) -> Basis:
     arch = "cpu" if device.type == "cpu" else device_arch(device)
     found = tuned.find(device)
     if found.rows:
-        return Basis(found.rows, None, dispatch.estimate_of(arch), f"{found.path}")
+        estimate, modelled = dispatch.estimate_of(arch), dispatch.modelled_of(arch)
+        return Basis(found.rows, None, estimate, f"{found.path}", modelled)
     name, rows = dispatch.rows_of(arch)
     family = f"the built-in table, {name or arch}"
     tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
     origin = family + ("" if rows else ": not measured") + tuned_reason
-    return Basis(rows, None, dispatch.estimate_of(arch), origin)
+    return Basis(rows, None, dispatch.estimate_of(arch), origin, dispatch.modelled_of(arch))
 
 
 def forget() -> None:
@@ -121,7 +126,10 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
     if problem.dispatch_policy != dispatch.AUTOMATIC:
         return dispatch.choose(problem, max_tokens, ())
     basis = basis_of(device)
-    return dispatch.choose(problem, max_tokens, basis.rows, basis.override, basis.estimate)
+    modelled = basis.modelled.get(problem.logits, ())
+    return dispatch.choose(
+        problem, max_tokens, basis.rows, basis.override, basis.estimate, modelled
+    )
 
 
 @lru_cache(MOST_PLANS, typed=True)
@@ -136,8 +144,9 @@ def plan_routing(
     moebuf_dtype: torch.dtype,
     block_size: int,
     dispatch_policy: int,
+    logits: torch.dtype = torch.bfloat16,
 ) -> Plan:
-    """The plan of `topk_softmax_sorting` for gating_output [tokens, width] on `device`.
+    """The plan of `topk_softmax_sorting` for gating_output [tokens, width], of `logits`, on `device`.
 
     `cpu_wave` is the override of the cpu target's wave width, which compiled functions are bound to.
 
@@ -151,7 +160,9 @@ def plan_routing(
             f" {[tokens, width]}"
         )
     buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    problem = dispatch.Problem(tokens, num_experts, topk, model_dim, dispatch_policy)
+    # NOTE: the ops refuse other dtypes.
+    kind = LOGITS.get(logits, "bf16")
+    problem = dispatch.Problem(tokens, num_experts, topk, model_dim, dispatch_policy, kind)
     max_tokens = 0
     if dispatch_policy == dispatch.AUTOMATIC:
         # NOTE: asked only where it counts; a forced chain must not build the fused module.

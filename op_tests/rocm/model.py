@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "op_tests")]
 
 import torch  # noqa: E402
 from amdgcn.timing import LAUNCH_GAP_US, Program, Timing, replay  # noqa: E402
-from launches import Device, fused_lds  # noqa: E402
+from choices import WAVES_PER_BLOCK, RowChoice, choose_rows  # noqa: E402
+from launches import Device, fused_lds, tiling  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from aiter.cli.table import format_table  # noqa: E402
@@ -88,7 +89,21 @@ def fused(arch: str, routed: Routed) -> Launches:
 
 def select(arch: str, routed: Routed) -> Launches:
     """The top-k launch of the chain: its first workgroup, as no other has more rows."""
-    device = Device(arch, traced=True, workgroups=(0,))
+    wave_size = ARCHS[arch].wave_size
+
+    def rows(tokens: int) -> RowChoice:
+        logits = torch.empty((tokens, routed.num_experts), dtype=DTYPES[routed.dtype])
+        return choose_rows(logits, routed.topk, True, wave_size)
+
+    chosen = rows(routed.tokens)
+    name = f"topk_softmax<{chosen.name}>"
+    full = min(routed.tokens, WAVES_PER_BLOCK * chosen.rows_per_wave)
+    return _select(arch, replace(routed, tokens=full) if rows(full) == chosen else routed, name)
+
+
+@cache
+def _select(arch: str, routed: Routed, name: str) -> Launches:
+    device = Device(arch, traced=True, workgroups={name: (0,)})
     shape = (routed.tokens, routed.topk)
     out = (torch.empty(shape), *(torch.empty(shape, dtype=torch.int32) for _ in range(2)))
     device.topk_softmax(*out, routed.logits(), True)
@@ -96,20 +111,38 @@ def select(arch: str, routed: Routed) -> Launches:
 
 
 def sort(arch: str, routed: Routed, way: str) -> Launches:
-    """The sort's launches: one for oneshot, three for multiphase. Logits' dtypes do not matter."""
-    device = Device(arch, traced=True)
+    """The sort's launches: one for oneshot, three for multiphase. Logits' dtypes do not matter.
+
+    Of the many workgroups of multiphase the first stands for all. What the others count is put into the
+    workspace beforehand, and what the first counts and the second launch adds up is compared with it.
+    """
+    num_experts, multiphase = routed.num_experts, way == "multiphase"
+    first = {f"moe_sorting_{phase}": (0,) for phase in ("count", "scatter")}
+    device = Device(arch, traced=True, workgroups=first)
     ids = routed.logits().float().topk(routed.topk).indices.to(torch.int32)
     weights = torch.full(ids.shape, 1 / routed.topk)
-    workspace = None
-    if way == "multiphase":
-        # NOTE: enough for tiles of 32 tokens, the smallest; a store past the end would be a Fault.
-        words = routed.num_experts * (routed.tokens // 32 + 2)
-        workspace = torch.zeros(words, dtype=torch.int32)
+    outputs = _outputs(routed)
+    counts = _tile_counts(ids, num_experts) if multiphase else None
+    workspace = None if counts is None else torch.cat((counts, counts[:1])).to(torch.int32)
+    if workspace is not None:
+        workspace[0] = -1
     device.moe_sorting_opus_fwd(
-        ids, weights, *_outputs(routed), routed.num_experts, BLOCK_SIZE, workspace=workspace,
-        dispatch_policy=2 if way == "multiphase" else 1,
+        ids, weights, *outputs, num_experts, BLOCK_SIZE, workspace=workspace,
+        dispatch_policy=2 if multiphase else 1,
     )  # fmt: skip
+    entries = torch.bincount(ids.flatten(), minlength=num_experts)
+    slots = int(((entries + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE).sum())
+    if int(outputs[3][0]) != slots:
+        raise ValueError(f"{way}, {routed}: expected {slots} slots, got {int(outputs[3][0])}")
     return _launched(device)
+
+
+def _tile_counts(ids: Tensor, num_experts: int) -> Tensor:
+    """Entries of every expert in every tile of the multi-phase sort: int64 [tiles, E]."""
+    tile_words, num_tiles = tiling(ids.shape[0], num_experts, True)
+    tiles = torch.arange(ids.shape[0])[:, None] // (32 * tile_words)
+    places = (tiles * num_experts + ids).flatten()
+    return torch.bincount(places, minlength=num_tiles * num_experts).view(num_tiles, num_experts)
 
 
 def launches(arch: str, routed: Routed, way: str) -> Launches:

@@ -66,10 +66,11 @@ class Memories:
         if self.trace is not None:
             self.trace.append(LdsAccess(sum(needed)))
 
-    def note_segments(self, addresses: Array, size: int) -> None:
-        """Notes an access to global memory, if the launch asked for a trace."""
+    def noted(self, addresses: Array, size: int) -> Array:
+        """The addresses of an access to global memory, noted if the launch asked for a trace."""
         if self.trace is not None:
             self.trace.append(segments_of(addresses, size))
+        return addresses
 
     def local(self) -> Lds:
         """The LDS of the running workgroup."""
@@ -119,8 +120,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
         raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
 
     def run(w: Wave) -> None:
-        address = np.array([base(w) + offset(w) * scale + extra], np.int64)
-        memories.note_segments(address, size)
+        address = memories.noted(np.array([base(w) + offset(w) * scale + extra], np.int64), size)
         words = _unpack(memories.memory.load(address, size, min(size, 4)), kind)
         w.s[destination : destination + count] = [int(word[0]) for word in words]
 
@@ -130,7 +130,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
 def _global_addresses(
     instruction: Instruction, position: int, size: int, memories: Memories
 ) -> Callable[[Wave], Array]:
-    """The addresses of the active lanes; `size` bytes is what `scale_offset` multiplies by."""
+    """The addresses of the active lanes, of `size` bytes each, which `scale_offset` multiplies by."""
     _only(instruction, "offset", "scale_offset", "nv")
     vector, scalar = instruction.operands[position], instruction.operands[-1]
     offset = np.int64(_number(instruction, "offset"))
@@ -139,14 +139,14 @@ def _global_addresses(
         if is_scaled:
             raise Fault("scale_offset: expected a scalar address beside the offset, got off")
         wide = read_lanes(vector, 64)
-        return lambda w: wide(w)[w.mask].view(np.int64) + offset
+        return lambda w: memories.noted(wide(w)[w.mask].view(np.int64) + offset, size)
     base, narrow = read_scalar(scalar, 64), read_lanes(vector, 32)
     scale = np.int64(size if is_scaled else 1)
     kind = np.int32 if memories.signed_offsets else np.uint32
 
     def addresses(w: Wave) -> Array:
         steps = narrow(w)[w.mask].view(kind).astype(np.int64)
-        return steps * scale + (np.int64(base(w)) + offset)
+        return memories.noted(steps * scale + (np.int64(base(w)) + offset), size)
 
     return addresses
 
@@ -213,9 +213,7 @@ def _global_load(instruction: Instruction, kind: str, memories: Memories) -> Ope
     def run(w: Wave) -> None:
         if w.mask.any():
             w.in_flight.append(True)
-            where = addresses(w)
-            memories.note_segments(where, size)
-            write(w, memories.memory.load(where, size, align))
+            write(w, memories.memory.load(addresses(w), size, align))
 
     return run
 
@@ -247,9 +245,7 @@ def _global_store(instruction: Instruction, kind: str, memories: Memories) -> Op
             if memories.waits_for_stores:
                 w.in_flight.append(False)
             writer = (memories.workgroup, w.index, w.epoch)
-            where = addresses(w)
-            memories.note_segments(where, size)
-            memories.memory.store(where, rows(w), align, writer)
+            memories.memory.store(addresses(w), rows(w), align, writer)
 
     return run
 
@@ -337,9 +333,7 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
         if returns or memories.waits_for_stores:
             w.in_flight.append(returns)
         before = []
-        places = addresses(w)
-        memories.note_segments(places, 4)
-        for address, new in zip(places, value(w)[w.mask], strict=True):
+        for address, new in zip(addresses(w), value(w)[w.mask], strict=True):
             where = np.array([address])
             old = memories.memory.load(where, 4, 4).view(np.uint32).reshape(-1)
             now = np.asarray(function(old, np.uint32(new)), np.uint32).reshape(-1)
