@@ -34,8 +34,8 @@ HERE = Path(__file__).resolve().parent
 KEPT = HERE / "modelled_times.json"
 MOST_TOKENS = 4096
 POWERS = tuple(1 << i for i in range(MOST_TOKENS.bit_length()))
-# How far a column may be from monotone: a wave more can fall on another SIMD; one row more can be another
-# code path; from M = 2049 on tiles have two words, so that half as many are added up.
+# How far a column may be from monotone: a wave more can fall on another SIMD; one row more can take
+# another branch; from M = 2049 on tiles have two words, so that half as many are added up.
 SURE = {"fused": 1.05, "topk": 1.1, "oneshot": 1.05, "multiphase": 1.15}
 EQUAL = 1.015  # times this close need no closer crossover
 FAIR = 1.02  # how much slower than the fastest path a choice may be
@@ -47,6 +47,10 @@ SHAPES = tuple(
         | {(60, 4), (64, 6), (64, 8), (192, 8), (256, 6), (288, 8), (512, 8), (512, 22), (768, 12)}
     )
 )
+# All of them are modelled where these models are served. Elsewhere some are, and the nearest speaks for
+# the others.
+SERVING = ("gfx942", "gfx950")
+SOME_SHAPES = ((8, 2), (32, 4), (128, 4), (128, 8), (256, 8), (512, 10), (896, 16))
 MODULES = {
     "fused": "module_fused_topk_moe_sorting", "topk": "module_topk_softmax",
     "oneshot": "module_moe_sorting_opus", "multiphase": "module_moe_sorting_opus",
@@ -57,6 +61,11 @@ Column = dict[int, float]
 Columns = dict[str, Column]
 FURTHER_LAUNCHES = {"oneshot": 1, "multiphase": 3}
 PATHS = ("fused", *FURTHER_LAUNCHES)
+
+
+def shapes_of(arch: str) -> tuple[tuple[int, int], ...]:
+    """The shapes that are modelled on an architecture."""
+    return SHAPES if arch in SERVING else SOME_SHAPES
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from crossovers import (  # noqa: E402
     FAIR,
     MOST_TOKENS,
     PATHS,
-    SHAPES,
     SURE,
     Cells,
     Columns,
@@ -24,13 +23,14 @@ from crossovers import (  # noqa: E402
     Table,
     crossover,
     looked_at,
+    shapes_of,
 )
 from model import DTYPES, Routed, capacity, launches, total_us  # noqa: E402
 
 from aiter.routing import dispatch  # noqa: E402
 
 STALE = 1.05
-CELLS = [(arch, shape) for arch in ARCHS for shape in SHAPES]
+CELLS = [(arch, shape) for arch in ARCHS for shape in shapes_of(arch)]
 IDS = [f"{arch}-{shape[0]}-{shape[1]}" for arch, shape in CELLS]
 
 
@@ -97,7 +97,7 @@ def test_dispatch_knows_every_shape() -> None:
         found = dispatch.modelled_of(arch)
         assert set(found) == set(DTYPES)
         for rows in found.values():
-            assert [(row.num_experts, row.topk) for row in rows] == list(SHAPES)
+            assert [(row.num_experts, row.topk) for row in rows] == list(shapes_of(arch))
             assert all(arch in row.source and row.date and row.command for row in rows)
 
 

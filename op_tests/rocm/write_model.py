@@ -19,7 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "op_tests")]
 
-from crossovers import ARCHS, FURTHER_LAUNCHES, MOST_TOKENS, PATHS, SHAPES, Crossing, Table  # noqa: E402
+from crossovers import (  # noqa: E402
+    ARCHS,
+    FURTHER_LAUNCHES,
+    MOST_TOKENS,
+    PATHS,
+    SHAPES,
+    Crossing,
+    Table,
+    shapes_of,
+)
 from model import DTYPES, HEADERS, Routed, table_rows  # noqa: E402
 
 from aiter.cli.table import format_table  # noqa: E402
@@ -62,7 +71,7 @@ def crossings(table: Table, archs: list[str]) -> Found:
     for arch in archs:
         stale = table.drop_stale(arch)
         print(f"{arch}: modelled anew: {', '.join(stale) or 'nothing'}", flush=True)
-        for shape in SHAPES:
+        for shape in shapes_of(arch):
             start = time.process_time()
             cells = table.cells(arch, *shape)
             own: dict[str, Crossing] = {}
@@ -117,11 +126,12 @@ def crossover_table(found: Found) -> str:
     """By shape and architecture."""
     rows = []
     for shape in SHAPES:
-        for_archs = (found[arch][shape] for arch in ARCHS)
         cells = (
             f"{' '.join(str(own[dtype].fused_tokens) for dtype in DTYPES)},"
             f" {own['bf16'].oneshot_tokens}"
-            for own in for_archs
+            if own
+            else ""
+            for own in (found[arch].get(shape) for arch in ARCHS)
         )
         rows.append((f"{shape[0]}/{shape[1]}", *cells))
     return format_table(("E/K", *ARCHS), rows)
