@@ -54,13 +54,15 @@ Written by `{command}`, which see: do not edit.
 
 from __future__ import annotations
 
+from .dispatch import Logits
+
 DATE = "{date}"
 COMMAND = "{command}"
 
 # By architecture and dtype of the logits: E, K, the largest M of the fused launch and, of the chain,
 # that of the oneshot sort; 0 for never.
 # fmt: off
-ROWS: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {{
+ROWS: dict[str, dict[Logits, tuple[tuple[int, int, int, int], ...]]] = {{
 '''
 
 

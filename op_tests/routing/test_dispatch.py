@@ -6,6 +6,7 @@ import _checkout  # noqa: F401
 import pytest
 import torch
 
+from aiter.cli import explain
 from aiter.routing import dispatch, plan
 from aiter.routing.dispatch import CAPACITY, Crossover, Problem
 
@@ -103,6 +104,23 @@ def test_a_plan_goes_by_the_dtype_of_the_logits(monkeypatch: pytest.MonkeyPatch)
     made = plan.plan_routing.__wrapped__
     assert made(*sizes, torch.bfloat16).path == "fused"
     assert made(*sizes, torch.float32).path == "oneshot"
+
+
+def test_explain_tells_what_is_modelled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    basis = plan.Basis((), None, None, "planted", {"f32": MODELLED})
+    monkeypatch.setattr(plan, "basis_of", lambda device: basis)
+    shape = ["--tokens", "31", "--experts", "128", "--topk", "4", "--device", "cpu"]
+    assert explain.main([*shape, "--dtype", "f32"]) == 0
+    printed = capsys.readouterr().out
+    assert "oneshot" in printed and "modelled for E=128 K=4 and f32 logits" in printed
+    assert "planted: somewhere, 2026-11-23, `a command`" in printed
+    assert explain.main(shape) == 0
+    assert "capacity" in capsys.readouterr().out
+    assert explain.main(["--table", "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cpu, f32 logits" in line]
+    assert len(lines) == len(MODELLED)
 
 
 @pytest.mark.parametrize(
