@@ -50,7 +50,7 @@ SHAPES = tuple(
 # All of them are modelled where these models are served. Elsewhere some are, and the nearest speaks for
 # the others.
 SERVING = ("gfx942", "gfx950")
-SOME_SHAPES = ((8, 2), (32, 4), (128, 4), (128, 8), (256, 8), (512, 10), (896, 16))
+SOME_SHAPES = ((8, 2), (32, 4), (128, 4), (256, 8), (896, 16))
 MODULES = {
     "fused": "module_fused_topk_moe_sorting", "topk": "module_topk_softmax",
     "oneshot": "module_moe_sorting_opus", "multiphase": "module_moe_sorting_opus",
