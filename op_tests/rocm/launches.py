@@ -137,6 +137,8 @@ class Device:
         seed: of the noise in registers and LDS, and of the order of waves and workgroups.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count LDS bank conflicts.
+        traced: whether to keep what every wave executes, in order.
+        workgroups: those that run, by the kernel's name; all of a kernel that is not named.
         statistics: of every launch so far, by kernel.
     """
 
@@ -144,6 +146,8 @@ class Device:
     seed: int = 0
     rcp_rounding: int = 0
     counts_banks: bool = False
+    traced: bool = False
+    workgroups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @property
@@ -256,10 +260,7 @@ class Device:
         multiphase = dispatch_policy == 2 or (
             dispatch_policy == 0 and num_tokens * topk > MOST_ONESHOT_ENTRIES
         )
-        words = (num_tokens + 31) // 32
-        wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
-        tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
-        num_tiles = (words + tile_words - 1) // tile_words
+        tile_words, num_tiles = tiling(num_tokens, num_experts, multiphase)
         params = OpusParams(
             topk_ids=_map(memory, "topk_ids", topk_ids, writable=False),
             topk_weights=_map(memory, "topk_weights", topk_weights, writable=False),
@@ -293,7 +294,8 @@ class Device:
     ) -> None:
         kernel = kernels(module, self.arch)[name]
         launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
-                        self.counts_banks)  # fmt: skip
+                        self.counts_banks, self.traced,
+                        self.workgroups.get(name))  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 
@@ -327,6 +329,14 @@ def fused_lds(num_tokens: int, num_experts: int, topk: int, row_bytes: int) -> F
     ends = list(itertools.accumulate(parts.values()))
     offsets = dict(zip(parts, (0, *ends), strict=False))
     return FusedLds(**offsets, total=(ends[-1] + 15) // 16 * 16)
+
+
+def tiling(num_tokens: int, num_experts: int, multiphase: bool) -> tuple[int, int]:
+    """Words of 32 tokens that a tile has, and the number of tiles (moe_sorting_opus.cu)."""
+    words = (num_tokens + 31) // 32
+    wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
+    tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
+    return tile_words, (words + tile_words - 1) // tile_words
 
 
 def divisor(number: int) -> Divisor:
