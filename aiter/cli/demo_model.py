@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ VOCABULARY = 4096
 _QWEN_SIZES = ("num_experts", "moe_intermediate_size")
 _OTHER_SIZES = ("num_local_experts", "intermediate_size")
 MODELS: dict[str, tuple[str, tuple[str, str]]] = {
+    "deepseek-v3": ("DeepseekV3", ("n_routed_experts", "moe_intermediate_size")),
     "gpt-oss": ("GptOss", _OTHER_SIZES),
     "mixtral": ("Mixtral", _OTHER_SIZES),
     "qwen3-moe": ("Qwen3Moe", _QWEN_SIZES),
@@ -46,6 +48,7 @@ MODELS: dict[str, tuple[str, tuple[str, str]]] = {
 """Prefix of the classes in transformers; its config's names of E and of the experts' width."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_HEADS = {"num_key_value_heads": 2, "head_dim": 32}
 _WEIGHT_STD = 0.2  # large enough for every step to matter, and for distinct logits
 
 
@@ -78,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     with cpu_wave(options.wave) if on_cpu else nullcontext(), use_aiter(model) as patched:
         calls = _count_paths(model, patched)
         got = _generate(model, prompt, options.steps)
-        print("\n" + _layer_table(calls, patched))
+        print("\n" + _layer_table(model, calls, patched))
     return _report(expected, got)
 
 
@@ -120,24 +123,49 @@ def _bytes_of(options: argparse.Namespace) -> int:
 
 def _make_model(transformers: Any, options: argparse.Namespace) -> Any:
     prefix, (experts, width) = MODELS[options.model]
+    special = _deepseek_sizes(options) if options.model == "deepseek-v3" else _HEADS
     config = getattr(transformers, f"{prefix}Config")(
         vocab_size=VOCABULARY,
         hidden_size=options.model_dim,
         num_hidden_layers=options.layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         num_experts_per_tok=options.topk,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        **{experts: options.experts, width: options.width},
+        **{experts: options.experts, width: options.width, **special},
     )
     torch.manual_seed(options.seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=_WEIGHT_STD)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            torch.nn.init.normal_(buffer, std=_WEIGHT_STD)
     return model
+
+
+def _deepseek_sizes(options: argparse.Namespace) -> dict[str, int]:
+    """One dense layer, then as many groups, half of them to stay, as leave K experts to choose."""
+    groups = 8
+    while groups > 1 and (
+        options.experts % groups
+        or options.experts < 2 * groups
+        or options.topk > options.experts // 2
+    ):
+        groups //= 2
+    return {
+        "n_group": groups,
+        "topk_group": max(1, groups // 2),
+        "first_k_dense_replace": min(1, options.layers - 1),
+        "intermediate_size": 2 * options.width,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    }
 
 
 def _generate(model: Any, prompt: Tensor, steps: int) -> Tensor:
@@ -161,12 +189,15 @@ def _count_paths(model: Any, patched: Patched) -> dict[str, Counter[str]]:
     return calls
 
 
-def _layer_table(calls: dict[str, Counter[str]], patched: Patched) -> str:
+def _layer_table(model: Any, calls: dict[str, Counter[str]], patched: Patched) -> str:
     backends = patched.backends
-    rows = [
-        (name, ", ".join(f"{path}: {n} calls" for path, n in counts.items()), backends[name])
-        for name, counts in calls.items()
-    ]
+    rows: list[tuple[str, str, str]] = []
+    for name, _ in model.named_modules():
+        if name in calls:
+            paths = ", ".join(f"{path}: {n} calls" for path, n in calls[name].items())
+            rows.append((name, paths, backends[name]))
+        elif re.fullmatch(r"model\.layers\.\d+\.mlp", name):
+            rows.append((name, "no experts", ""))
     return format_table(("layer", "routing path", "expert products"), rows)
 
 

@@ -80,6 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--block-size", type=whole(1), help="slots per block (B); 32")
     parser.add_argument(
+        "--dtype", choices=("bf16", "f16", "f32"), default="bf16", help="of the logits"
+    )
+    parser.add_argument(
         "--policy", type=int, choices=(0, 1, 2), default=0, help="dispatch_policy: 0, 1 or 2"
     )
     parser.add_argument(
@@ -103,7 +106,7 @@ def _explain(options: argparse.Namespace) -> str:
     check_size("tokens", m, low=0)
     check_size("model_dim", options.model_dim, low=0)
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
-    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy)
+    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy, options.dtype)
     choice = choose(problem, most, device)
     workspace = 0
     if choice.path != "fused":
@@ -137,6 +140,8 @@ def _table(device: torch.device) -> str:
     """What counts on this device, and the built-in table of every architecture."""
     basis = basis_of(device)
     entries = [(str(device), row) for row in basis.rows]
+    for logits, modelled in basis.modelled.items():
+        entries += [(f"{device}, {logits} logits", row) for row in modelled]
     for name, family in dispatch.MEASURED.items():
         entries += [(name, row) for row in family]
     rows: list[tuple[object, ...]] = [
@@ -150,9 +155,10 @@ def _table(device: torch.device) -> str:
             "-",
             "-",
             "-",
-            dispatch.estimate_of(name) or "capacity",
+            dispatch.estimate_of(name)
+            or ("by shape" if dispatch.modelled_of(name) else "capacity"),
             "-",
-            "not measured",
+            "modelled" if dispatch.modelled_of(name) else "not measured",
             "-",
             f"{PROGRAM} tune",
         )

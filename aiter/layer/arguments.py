@@ -126,7 +126,7 @@ def check_unsupported(quant_type: QuantType, **options: object) -> None:
 
 
 def check_upstream(
-    splitk: int, swiglu_limit: float | None, gate_mode: str | None, activation: ActivationType,
+    splitk: int, swiglu_limit: float | None, gate_mode: str | None, activation: object,
     **absent: object,
 ) -> None:  # fmt: skip
     """Raises for arguments of ROCm's aiter that have no meaning here, or not that value.
@@ -209,8 +209,12 @@ def _check_sizes(hidden_states: Tensor, experts: Experts) -> None:
 
 def _check_activation(experts: Experts) -> None:
     activation = experts.activation
+    if callable(activation):
+        return
     if not isinstance(activation, ActivationType):
-        raise TypeError(f"activation: expected an ActivationType, got {type(activation).__name__}")
+        raise TypeError(
+            f"activation: expected an ActivationType or a function, got {type(activation).__name__}"
+        )
     if activation in (ActivationType.No, ActivationType.Situv2):
         raise ValueError(f"activation: expected Silu, Gelu or Swiglu, got {activation.name}")
     gated = experts.w1.shape[1] == 2 * experts.w2.shape[2]

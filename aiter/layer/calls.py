@@ -24,6 +24,7 @@ from .arguments import (
 from .experts import (
     BLOCK_SIZES,
     SWIGLU_LIMIT,
+    Activation,
     Backend,
     Experts,
     expert_backend,
@@ -39,7 +40,7 @@ def fused_moe(
     topk_weight: Tensor,
     topk_ids: Tensor,
     expert_mask: Tensor | None = None,
-    activation: ActivationType = ActivationType.Silu,
+    activation: Activation = ActivationType.Silu,
     quant_type: QuantType = QuantType.No,
     doweight_stage1: bool = False,
     w1_scale: Tensor | None = None,
@@ -93,7 +94,8 @@ def fused_moe(
         topk_ids: [M, K] int32, contiguous; global ids, each a term of the sum, also where they
             repeat in a row. Ids outside [0, E) contribute nothing.
         expert_mask: int32 [E] of 0 and 1, with E' ones, in the order of w1; None for E' = E.
-        activation: Silu, Gelu or Swiglu.
+        activation: Silu, Gelu or Swiglu; or a function of the first product, [R, rows of w1] of some
+            rows to [R, inter], which sees rows that nobody asked for and must keep rows apart.
         quant_type: QuantType.No.
         doweight_stage1: see above.
         w1_scale, w2_scale, a1_scale, a2_scale: None.
@@ -186,7 +188,7 @@ def fused_moe_from_logits(
     topk: int,
     renormalize: bool = True,
     expert_mask: Tensor | None = None,
-    activation: ActivationType = ActivationType.Silu,
+    activation: Activation = ActivationType.Silu,
     doweight_stage1: bool = False,
     block_size_M: int | None = None,  # noqa: N803
     num_local_tokens: Tensor | None = None,

@@ -43,6 +43,7 @@ Autocast does not reach inside: products and activation are in the dtype of `hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -57,6 +58,9 @@ from .types import ActivationType
 
 Backend = Literal["grouped_mm", "block_bmm"]
 BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm")
+
+Activation = ActivationType | Callable[[Tensor], Tensor]
+"""What lies between the products: a known one, or a function from [R, N1] to [R, inter], row by row."""
 
 BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
 """The block size that the sort is asked for, unless the caller names one."""
@@ -79,7 +83,7 @@ class Experts(NamedTuple):
     w2: Tensor
     bias1: Tensor | None
     bias2: Tensor | None
-    activation: ActivationType
+    activation: Activation
     interleaved: bool
     swiglu_limit: float = SWIGLU_LIMIT
 
@@ -191,6 +195,8 @@ def _run_experts(
 def activate(hidden: Tensor, experts: Experts) -> Tensor:
     """The activation of hidden [R, N1], in its dtype; returns [R, inter]."""
     kind = experts.activation
+    if not isinstance(kind, ActivationType):
+        return kind(hidden).to(hidden.dtype)
     if hidden.shape[-1] == experts.w2.shape[2]:
         return F.silu(hidden) if kind == ActivationType.Silu else F.gelu(hidden)
     if experts.interleaved:

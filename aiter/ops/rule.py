@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["top2", "max"]
@@ -87,6 +86,17 @@ class RoutingRule:
     shared_expert_weight: float = 1.0
     num_zero_experts: int = 0
 
+    @classmethod
+    def from_config(cls, config: Any) -> RoutingRule:
+        """The rule of a transformers configuration's model, by its `model_type`.
+
+        Raises:
+            ValueError: the model's router has no rule, or is not known; named with the reason.
+        """
+        from .rule_config import rule_from_config
+
+        return rule_from_config(config, cls)
+
     def __post_init__(self) -> None:
         _check_name("scoring_func", self.scoring_func, SCORING_FUNCS)
         _check_int("num_expert_group", self.num_expert_group, 1, _MOST)
@@ -108,10 +118,12 @@ class RoutingRule:
         )
         _check_float("shared_expert_weight", self.shared_expert_weight)
         _check_int("num_zero_experts", self.num_zero_experts, 0, _MOST)
+        object.__setattr__(self, "packed", self._pack())
 
-    @cached_property
-    def packed(self) -> Packed:
-        """The numbers that compiled functions get; equal rules have the same tuple."""
+    packed: ClassVar[Packed]
+    """The numbers that compiled functions get, set when the rule is made; equal rules have one tuple."""
+
+    def _pack(self) -> Packed:
         eps = self.renorm_eps
         numbers = (
             SCORING_FUNCS.index(self.scoring_func),

@@ -17,8 +17,7 @@ sum of a softmax over all experts has no order that is specified, and is taken i
 Where the contract leaves a case open, this is what holds here: `select_on="logit"` takes x, scaled
 and soft-capped, and adds a bias where there is one; a row of a softmax that has no logit above -inf has
 scores of 0 where a bias or groups choose, and section 2's equal ones where nothing does; the logits of
-shared experts are neither scaled nor soft-capped, and NaN among them weighs 0; zero experts beside
-shared ones have the ids behind these, E + S and up.
+shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def topk_routing(
 
     Returns:
         weights f32 [M, K + S] and ids i32 [M, K + S], both contiguous. The last S slots are the
-        shared experts, ids E to E + S - 1; ids from E + S up are zero experts.
+        shared experts, ids E to E + S - 1; of zero experts, ids are E and up.
 
     Raises:
         TypeError: an argument has the wrong Python type.
@@ -86,7 +85,7 @@ def topk_routing(
     order = torch.sort(keys, dim=1, descending=True, stable=True)
     ids = order.indices[:, :topk]
 
-    negligible = rule.packed[5] <= NEGLIGIBLE_EPS and rule.renorm_min <= NEGLIGIBLE_MIN
+    negligible = _eps(rule) <= NEGLIGIBLE_EPS and rule.renorm_min <= NEGLIGIBLE_MIN
     if plain and shifted is not None and rule.need_renorm and negligible:
         chosen = shifted.gather(1, ids)
         weights = chosen / _slot_sum(chosen)
@@ -184,6 +183,12 @@ def topk_routing_sorting(
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 
 
+def _eps(rule: RoutingRule) -> float:
+    if rule.renorm_eps is None:
+        return 0.0 if rule.scoring_func == "softmax" else 1e-20
+    return rule.renorm_eps
+
+
 def _f32(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
@@ -234,7 +239,7 @@ def _slot_sum(chosen: Tensor) -> Tensor:
 
 
 def _renormalised(chosen: Tensor, rule: RoutingRule) -> Tensor:
-    eps = _f32(rule.packed[5], chosen)
+    eps = _f32(_eps(rule), chosen)
     below = torch.maximum(_slot_sum(chosen), _f32(rule.renorm_min, chosen)) + eps
     return torch.where(below == 0, 0.0, chosen / below)
 
@@ -242,11 +247,9 @@ def _renormalised(chosen: Tensor, rule: RoutingRule) -> Tensor:
 def _with_shared(
     weights: Tensor, ids: Tensor, logits: Tensor, num_routed: int, rule: RoutingRule
 ) -> tuple[Tensor, Tensor]:
-    """Appends the slots of the shared experts, and moves zero experts behind these."""
+    """Appends the slots of the shared experts."""
     rows, shared = ids.shape[0], rule.num_shared_experts
-    first = num_routed - rule.num_zero_experts  # E, the first id that is no routed expert's
-    ids = torch.where(ids >= first, ids + shared, ids)
-    more_ids = torch.arange(first, first + shared, device=ids.device).expand(rows, shared)
+    more_ids = torch.arange(num_routed, num_routed + shared, device=ids.device).expand(rows, shared)
     if rule.shared_expert_scoring_func == "sigmoid":
         more = torch.where(logits.isnan(), 0.0, _sigmoid(logits.float()))
     else:

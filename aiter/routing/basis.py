@@ -5,7 +5,8 @@ Read once per device and process: the environment, a file of `tune`, the built-i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -23,6 +24,7 @@ class Basis:
     override: int | None
     estimate: int | None
     origin: str
+    modelled: Mapping[dispatch.Logits, tuple[Crossover, ...]] = field(default_factory=dict)
 
 
 @cache
@@ -45,12 +47,13 @@ def basis_of(device: torch.device) -> Basis:
     arch = "cpu" if device.type == "cpu" else device_arch(device)
     found = tuned.find(device)
     if found.rows:
-        return Basis(found.rows, None, dispatch.estimate_of(arch), f"{found.path}")
+        estimate, modelled = dispatch.estimate_of(arch), dispatch.modelled_of(arch)
+        return Basis(found.rows, None, estimate, f"{found.path}", modelled)
     name, rows = dispatch.rows_of(arch)
     family = f"the built-in table, {name or arch}"
     tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
     origin = family + ("" if rows else ": not measured") + tuned_reason
-    return Basis(rows, None, dispatch.estimate_of(arch), origin)
+    return Basis(rows, None, dispatch.estimate_of(arch), origin, dispatch.modelled_of(arch))
 
 
 def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> dispatch.Choice:
@@ -58,4 +61,7 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
     if problem.dispatch_policy != dispatch.AUTOMATIC:
         return dispatch.choose(problem, max_tokens, ())
     basis = basis_of(device)
-    return dispatch.choose(problem, max_tokens, basis.rows, basis.override, basis.estimate)
+    modelled = basis.modelled.get(problem.logits, ())
+    return dispatch.choose(
+        problem, max_tokens, basis.rows, basis.override, basis.estimate, modelled
+    )

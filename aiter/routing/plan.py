@@ -83,7 +83,9 @@ def plan_routing(
     buffers = checked_buffers(
         tokens, slots, experts, request.model_dim, request.moebuf_dtype, request.block_size
     )
-    problem = dispatch.Problem(tokens, experts, slots, request.model_dim, request.dispatch_policy)
+    problem = dispatch.Problem(
+        tokens, experts, slots, request.model_dim, request.dispatch_policy, _logits_of(dtype)
+    )
     max_tokens = 0
     if request.dispatch_policy == dispatch.AUTOMATIC:
         # NOTE: asked only where it counts; a forced chain must not build the fused module.
@@ -123,6 +125,13 @@ def plan_sorting(
     buffers = checked_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
     problem = dispatch.Problem(tokens, num_experts, topk, model_dim, dispatch_policy)
     return _plan(device, problem, choose(problem, 0, device).path, buffers)
+
+
+def _logits_of(dtype: torch.dtype) -> dispatch.Logits:
+    """The name of the logits' dtype; the ops refuse others than these."""
+    if dtype == torch.float32:
+        return "f32"
+    return "f16" if dtype == torch.float16 else "bf16"
 
 
 def _plan(

@@ -210,30 +210,37 @@ def test_zero_experts_take_part_in_choice_and_sum() -> None:
     assert ids.tolist() == [[3, 2, 1]]
     want = 6 * torch.softmax(logits, 1)[:, [3, 2, 1]]
     torch.testing.assert_close(weights, want, rtol=WEIGHTS, atol=0)
-    both = RoutingRule(num_zero_experts=2, num_shared_experts=1)
-    assert reference.topk_routing(logits, 2, rule=both)[1].tolist() == [[4, 3, 2]]
 
 
-def test_sorting_of_shared_and_zero_experts() -> None:
-    """2 experts, 1 shared, 2 zero; rows choose [zero, 0], [1, zero], and both get expert 2."""
-    rule = RoutingRule(num_zero_experts=2, num_shared_experts=1)
-    logits = torch.tensor([[1.0, 0.0, 9.0, -9.0], [0.0, 5.0, -9.0, 4.0]])
-    arguments: dict[str, Any] = {"rule": rule, "block_size": 2}
-    got = reference.topk_routing_sorting(logits, 2, 3, 5, torch.bfloat16, **arguments)
+def test_sorting_of_shared_experts() -> None:
+    """Rows choose expert 0 and 1, and both get the shared expert 2."""
+    rule = RoutingRule(num_shared_experts=1, shared_expert_weight=0.5)
+    logits = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    got = reference.topk_routing_sorting(logits, 1, 3, 5, torch.bfloat16, rule=rule, block_size=2)
     sorted_ids, sorted_weights, experts, counts, moe_buf = got
-    pad = (3 << 24) | 2
-    assert sorted_ids.shape == (2 * 3 + 3 * 2 - 3,) and experts.shape == (5,)
-    assert sorted_ids[:6].tolist() == [1 << 24, pad, 1, pad, 2 << 24, (2 << 24) | 1]
+    pad = (2 << 24) | 2
+    assert sorted_ids.shape == (2 * 2 + 3 * 2 - 2,) and experts.shape == (4,)
+    assert sorted_ids[:6].tolist() == [0, pad, 1, pad, 1 << 24, (1 << 24) | 1]
     assert experts[:3].tolist() == [0, 1, 2] and counts.tolist() == [6, 2]
-    assert sorted_weights[4:6].tolist() == [1.0, 1.0] and sorted_weights[1] == 0
+    assert sorted_weights[:6].tolist() == [1.0, 0.0, 1.0, 0.0, 0.5, 0.5]
     assert not moe_buf.view(torch.uint8).any()
+
+
+def test_sorting_of_zero_experts() -> None:
+    """2 experts, 2 zero; rows choose [zero 2, 0] and [1, zero 3]."""
+    arguments: dict[str, Any] = {"rule": RoutingRule(num_zero_experts=2), "block_size": 2}
+    logits = torch.tensor([[1.0, 0.0, 9.0, -9.0], [0.0, 5.0, -9.0, 4.0]])
+    got = reference.topk_routing_sorting(logits, 2, 2, 5, torch.bfloat16, **arguments)
+    assert got[0].shape == (2 * 2 + 2 * 2 - 2,) and got[2].shape == (3,)
+    assert got[0][:4].tolist() == [1 << 24, (2 << 24) | 2, 1, (2 << 24) | 2]
+    assert got[2][:2].tolist() == [0, 1] and got[3].tolist() == [4, 2]
     flat = reference.topk_routing_sorting(
-        logits, 2, 3, 5, torch.bfloat16, id_format="flat",
-        expert_mask=torch.tensor([0, 1, 1], dtype=torch.int32), **arguments,
+        logits, 2, 2, 5, torch.bfloat16, id_format="flat",
+        expert_mask=torch.tensor([0, 1], dtype=torch.int32), **arguments,
     )  # fmt: skip
-    assert flat[0].shape == (2 * 3 + 5 * 2 - 3,)
-    assert flat[0][:10].tolist() == [1, 6, 3, 6, 2, 5, 0, 6, 4, 6]
-    assert flat[2][:5].tolist() == [-1, 0, 1, -1, -1] and flat[3].tolist() == [10, 2]
+    assert flat[0].shape == (2 * 2 + 4 * 2 - 2,)
+    assert flat[0][:8].tolist() == [1, 4, 2, 4, 0, 4, 3, 4]
+    assert flat[2][:4].tolist() == [-1, 0, -1, -1] and flat[3].tolist() == [8, 2]
 
 
 def test_the_plain_sort_is_topk_softmax_sorting() -> None:
@@ -380,13 +387,11 @@ def test_llama4_chooses_by_the_logit() -> None:
     """Its experts are weighed by their input; the ids and the sigmoids are the rule's."""
     transformers = pytest.importorskip("transformers")
     found = importlib.import_module("transformers.models.llama4.modeling_llama4")
-    config = transformers.Llama4TextConfig(
-        hidden_size=E, num_local_experts=E, num_experts_per_tok=2
-    )
-    router = found.Llama4Router(config)
+    sizes = {"hidden_size": E, "num_local_experts": E, "num_experts_per_tok": 2}
+    router = found.Llama4Router(transformers.Llama4TextConfig(**sizes))
     logits = torch.randn(200, E, generator=torch.Generator().manual_seed(2)) * 20
-    rule = RoutingRule("sigmoid", select_on="logit", need_renorm=False)
-    weights, ids = reference.topk_routing(logits, 2, rule=rule)
+    by_logit = RoutingRule("sigmoid", select_on="logit", need_renorm=False)
+    weights, ids = reference.topk_routing(logits, 2, rule=by_logit)
     with torch.no_grad():
         router.weight.copy_(torch.eye(E))
         scores, _ = router(logits)

@@ -53,6 +53,7 @@ class SortShape(ctypes.Structure):
     _fields_ = [
         ("num_tokens", _i32), ("num_experts", _i32), ("topk", _i32), ("block_size", _i32),
         ("by_topk", Divisor), ("by_block_size", Divisor), ("wide_stores", ctypes.c_bool),
+        ("flat_ids", ctypes.c_bool), ("num_real", _i32),
     ]  # fmt: skip
 
 
@@ -148,6 +149,8 @@ class Device:
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         takes_turns: whether workgroups run by turns; else one after the other.
         counts_banks: whether to count LDS bank conflicts.
+        traced: whether to keep what every wave executes, in order.
+        workgroups: those that run, by the kernel's name; all of a kernel that is not named.
         statistics: of every launch so far, by kernel.
     """
 
@@ -157,6 +160,8 @@ class Device:
     preloads: bool = True
     takes_turns: bool = False
     counts_banks: bool = False
+    traced: bool = False
+    workgroups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @property
@@ -287,10 +292,7 @@ class Device:
         multiphase = dispatch_policy == 2 or (
             dispatch_policy == 0 and num_tokens * topk > MOST_ONESHOT_ENTRIES
         )
-        words = (num_tokens + 31) // 32
-        wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
-        tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
-        num_tiles = (words + tile_words - 1) // tile_words
+        tile_words, num_tiles = tiling(num_tokens, num_experts, multiphase)
         params = OpusParams(
             topk_ids=_map(memory, "topk_ids", topk_ids, writable=False),
             topk_weights=_map(memory, "topk_weights", topk_weights, writable=False),
@@ -324,7 +326,8 @@ class Device:
     ) -> None:
         kernel = kernels(module, self.arch)[name]
         launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
-                        self.preloads, self.counts_banks, self.takes_turns)  # fmt: skip
+                        self.preloads, self.counts_banks, self.takes_turns, self.traced,
+                        self.workgroups.get(name))  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 
@@ -351,6 +354,14 @@ def row_stride(rows: RowChoice, gating: Tensor) -> int:
     )
 
 
+def tiling(num_tokens: int, num_experts: int, multiphase: bool) -> tuple[int, int]:
+    """Words of 32 tokens that a tile has, and the number of tiles (moe_sorting_opus.cu)."""
+    words = (num_tokens + 31) // 32
+    wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
+    tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
+    return tile_words, (words + tile_words - 1) // tile_words
+
+
 def divisor(number: int) -> Divisor:
     """What division by `number` takes (expert_sort.h)."""
     shift = 31 + (number - 1).bit_length()
@@ -370,6 +381,8 @@ def sort_shape(
         by_topk=divisor(topk),
         by_block_size=divisor(block_size),
         wide_stores=block_size % 4 == 0 and on_boundary,
+        flat_ids=False,
+        num_real=num_experts,
     )
 
 

@@ -24,6 +24,7 @@ from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.memory_ops import Memories, decode_memory, decode_step
 from amdgcn.scalar import BARRIER, END, PAUSE, Operation, decode_scalar
 from amdgcn.statistics import Statistics
+from amdgcn.trace import Trace
 from amdgcn.vector import decode_vector
 from amdgcn.wave import TTMP, Fault, Wave
 
@@ -50,6 +51,8 @@ class Launch:
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count the passes of LDS accesses over the banks.
         takes_turns: whether workgroups run by turns; else one after the other.
+        traced: whether to keep every wave's `amdgcn.trace`.
+        workgroups: which of the grid's run; None for all.
     """
 
     grid: int
@@ -61,6 +64,8 @@ class Launch:
     preloads: bool = True
     counts_banks: bool = False
     takes_turns: bool = False
+    traced: bool = False
+    workgroups: tuple[int, ...] | None = None
 
 
 def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
@@ -96,17 +101,22 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
     with np.errstate(all="ignore"):
         running: list[tuple[int, Lds, Iterator[None]]] = []
         for workgroup in map(int, rng.permutation(launch.grid)):
+            if launch.workgroups is not None and workgroup not in launch.workgroups:
+                continue
             lds = Lds(lds_bytes, rng)
             waves = [
                 _start_wave(kernel, launch, index, workgroup, address, segment, rng)
                 for index in range(num_waves)
             ]
-            turns = _run_workgroup(kernel, operations, waves, workgroup, rng, statistics)
+            if launch.traced:
+                statistics.traces[workgroup] = [wave.trace for wave in waves]
+            turns = _run_workgroup(kernel, operations, waves, workgroup, rng, statistics, memories)
             running.append((workgroup, lds, turns))
             while running and not launch.takes_turns:
                 _take_turn(memories, running, 0)
         while running:
             _take_turn(memories, running, int(rng.integers(len(running))))
+    memories.trace = None
     memory.buffers.pop()
     return statistics
 
@@ -212,6 +222,7 @@ def _run_workgroup(
     workgroup: int,
     rng: np.random.Generator,
     statistics: Statistics,
+    memories: Memories,
 ) -> Iterator[None]:
     """Runs the waves from barrier to barrier until all have ended; a turn ends where a wave stops."""
     running = waves
@@ -225,7 +236,8 @@ def _run_workgroup(
             position = int(rng.integers(len(left)))
             wave = left[position]
             before = wave.round_trips
-            if _run_wave(kernel, operations, wave, workgroup, counts) != PAUSE:
+            memories.trace = wave.trace if workgroup in statistics.traces else None
+            if _run_wave(kernel, operations, wave, workgroup, counts, memories.trace) != PAUSE:
                 del left[position]
             trips[wave.index] += wave.round_trips - before
             yield
@@ -235,12 +247,19 @@ def _run_workgroup(
 
 
 def _run_wave(
-    kernel: KernelText, operations: list[Operation], w: Wave, workgroup: int, counts: list[int]
+    kernel: KernelText,
+    operations: list[Operation],
+    w: Wave,
+    workgroup: int,
+    counts: list[int],
+    trace: Trace | None,
 ) -> int:
     """Runs a wave to its next barrier, a pause or its end; returns which."""
     pc = w.pc
     for _ in range(MAX_STEPS):
         counts[pc] += 1
+        if trace is not None:
+            trace.append(pc)
         try:
             result = operations[pc](w)
         except Fault as fault:

@@ -18,6 +18,7 @@ from amdgcn.banks import BankTally, passes
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.orders import step_of
 from amdgcn.scalar import PAUSE, Operation
+from amdgcn.trace import LdsAccess, Trace, segments_of
 from amdgcn.wave import (
     Fault,
     Wave,
@@ -40,6 +41,7 @@ class Memories:
         workgroup: the running one's index.
         lds: of the running workgroup.
         banks: where the passes of LDS accesses are counted, by line; None for nowhere.
+        trace: where the running wave's accesses are noted (`amdgcn.timing`); None for nowhere.
         signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
         waits_for_stores: whether vmcnt counts stores as well (gfx9).
     """
@@ -51,14 +53,25 @@ class Memories:
         self.workgroup = 0
         self.lds: Lds | None = None
         self.banks: dict[int, BankTally] | None = None
+        self.trace: Trace | None = None
 
     def note_banks(
         self, line: int, w: Wave, offsets: Array, size: int, is_atomic: bool = False
     ) -> None:
         """Counts the passes of an LDS access, if the launch asked for it."""
+        if self.banks is None and self.trace is None:
+            return
+        needed = passes(offsets, np.flatnonzero(w.mask), size, is_atomic)
         if self.banks is not None:
-            tally = self.banks.setdefault(line, BankTally())
-            tally.note(passes(offsets, np.flatnonzero(w.mask), size, is_atomic))
+            self.banks.setdefault(line, BankTally()).note(needed)
+        if self.trace is not None:
+            self.trace.append(LdsAccess(sum(needed)))
+
+    def noted(self, addresses: Array, size: int) -> Array:
+        """The addresses of an access to global memory, noted if the launch asked for a trace."""
+        if self.trace is not None:
+            self.trace.append(segments_of(addresses, size))
+        return addresses
 
     def local(self) -> Lds:
         """The LDS of the running workgroup."""
@@ -122,7 +135,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
         raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
 
     def run(w: Wave) -> None:
-        address = np.array([base(w) + offset(w) * scale + extra], np.int64)
+        address = memories.noted(np.array([base(w) + offset(w) * scale + extra], np.int64), size)
         words = _unpack(memories.memory.load(address, size, min(size, 4)), kind)
         w.s[destination : destination + count] = [int(word[0]) for word in words]
 
@@ -132,7 +145,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
 def _global_addresses(
     instruction: Instruction, position: int, size: int, memories: Memories
 ) -> Callable[[Wave], Array]:
-    """The addresses of the active lanes; `size` bytes is what `scale_offset` multiplies by."""
+    """The addresses of the active lanes, of `size` bytes each, which `scale_offset` multiplies by."""
     _only(instruction, "offset", "scale_offset", "nv")
     vector, scalar = instruction.operands[position], instruction.operands[-1]
     offset = np.int64(_number(instruction, "offset"))
@@ -141,14 +154,14 @@ def _global_addresses(
         if is_scaled:
             raise Fault("scale_offset: expected a scalar address beside the offset, got off")
         wide = read_lanes(vector, 64)
-        return lambda w: wide(w)[w.mask].view(np.int64) + offset
+        return lambda w: memories.noted(wide(w)[w.mask].view(np.int64) + offset, size)
     base, narrow = read_scalar(scalar, 64), read_lanes(vector, 32)
     scale = np.int64(size if is_scaled else 1)
     kind = np.int32 if memories.signed_offsets else np.uint32
 
     def addresses(w: Wave) -> Array:
         steps = narrow(w)[w.mask].view(kind).astype(np.int64)
-        return steps * scale + (np.int64(base(w)) + offset)
+        return memories.noted(steps * scale + (np.int64(base(w)) + offset), size)
 
     return addresses
 
