@@ -284,8 +284,8 @@ def code_before_logits(kernel: KernelText, entry: int) -> list[str]:
 def test_arguments_take_one_round_trip(arch: str) -> None:
     """Logits wait for one scalar load of arguments, or for none where these are preloaded."""
     for name, kernel in kernels("module_fused_topk_moe_sorting", arch).items():
-        # NOTE: rows of V = 0 stay in memory, and of V = 32 a wave of 64 has no use; those by rules load their
-        # rule first.
+        # NOTE: rows of V = 0 stay in memory, of V = 32 a wave of 64 has no use, and those by rules
+        # load their rule first.
         if re.search(r"WaveRow<\w+, (0|32)>|_rules<", name):
             continue
         is_preloaded = kernel.preloaded_entry != 0
