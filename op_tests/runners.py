@@ -168,11 +168,16 @@ def fused_arguments(case: Case, inputs: Inputs, outputs: SortedOutputs) -> dict[
     }
 
 
+def can_hand_over(target: Target) -> bool:
+    """Whether workgroups can hand over through memory: on the CPU, and GPUs without clusters."""
+    if target.device == "cpu" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(target.device)[0] < 9
+
+
 def hands_over_unasked(target: Target) -> bool:
-    """Whether workgroups may hand over without being asked to: on GPUs without clusters."""
-    if target.device == "cpu":
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(target.device)[0] < 9
+    """Whether workgroups may hand over without being asked to: on GPUs that can."""
+    return target.device != "cpu" and can_hand_over(target)
 
 
 def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> tuple[Tensor, ...]:

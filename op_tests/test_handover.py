@@ -1,8 +1,8 @@
 """Do workgroups that hand over through memory write what a single one writes?
 
-The option `handover_size` has it done on every target; on AMD GPUs it is chosen for batches that take
-long. Who comes last, the scheduler decides: the race check (`fire/`) and the interpreter (`rocm/`) say
-that it does not matter.
+The option `handover_size` has it done on the CPU and on GPUs without clusters, which choose it for
+batches that take long; others refuse it. Who comes last, the scheduler decides: the race check (`fire/`)
+and the interpreter (`rocm/`) say that it does not matter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from buffers import Mismatch
 from cases import LOGITS, MASKS, Case, make_inputs
 from checks import check_same_bits
-from runners import SortedOutputs, fused_arguments, run_fused
+from runners import SortedOutputs, can_hand_over, fused_arguments, run_fused
 from targets import Target
 
 import aiter
@@ -42,8 +42,14 @@ CASES = (
 )
 
 
+def skip_where_refused(target: Target) -> None:
+    if not can_hand_over(target):
+        pytest.skip("GPUs with clusters hand nothing over")
+
+
 def check_handover(case: Case, target: Target, size: int) -> None:
     """``case`` with `size` workgroups, against the checks of every case and one workgroup's bits."""
+    skip_where_refused(target)
     got = run_fused(case, target, partial(FUSED, handover_size=size), hands_over=True)
     check_same_bits(got, run_fused(case, target, partial(FUSED, cluster_size=1)), case.block_size)
 
@@ -69,20 +75,27 @@ def test_calls_in_a_row_find_the_ticket_as_it_was(target: Target) -> None:
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [(65, "a value from 1 to 64, got 65"), (-1, "a value from 1 to 64, got -1"), ("2", "int")],
+    [
+        (65, "a value from 1 to {most}, got 65"),
+        (-1, "a value from 1 to {most}, got -1"),
+        ("2", "int"),
+    ],
 )
 def test_bad_sizes(target: Target, size: object, words: str) -> None:
+    words = words.format(most=64 if can_hand_over(target) else 1)
     with pytest.raises((ValueError, TypeError), match=f"handover_size: expected .*{words}"):
         call(target, handover_size=size)
 
 
 def test_a_cluster_beside_a_handover_is_refused(target: Target) -> None:
+    skip_where_refused(target)
     with pytest.raises(ValueError, match="cluster_size: expected 1 or None beside handover_size"):
         call(target, handover_size=2, cluster_size=2)
 
 
 def test_rows_that_do_not_fit_are_refused(target: Target) -> None:
     """The last workgroup has all rows in LDS."""
+    skip_where_refused(target)
     with pytest.raises(Mismatch, match=r"gating_output: expected at most \d+ rows"):
         run_fused(Case(100_000, 16, 8), target, partial(FUSED, handover_size=64))
 

@@ -89,8 +89,8 @@ def fused_topk_moe_sorting_fwd(
             clusters (compute capability 9.0 and above, and the cpu target), else 1. None to choose.
             The result is the same.
         handover_size: workgroups, 1 to 64, that share the selection and leave it in memory for the
-            last of them to sort, on any device. None to choose, which does so on GPUs without
-            clusters. The result is the same.
+            last of them to sort; 1 on GPUs with clusters. None to choose, which shares on GPUs
+            without them. The result is the same.
         rule: how experts are chosen and weighed; None for softmax and top-k. `need_renorm` has to
             agree with its own.
         correction_bias: [E] float32, float16 or bfloat16, added to the scores for the choice alone.

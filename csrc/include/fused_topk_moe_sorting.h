@@ -112,6 +112,7 @@ struct FusedFirst {
   static constexpr uint32_t kDrops = 16;     // experts that are left out have no blocks
   static constexpr int kTypeShift = 6, kRoutingShift = 8;
   __device__ __forceinline__ bool is(uint32_t flag) const { return (flags & flag) != 0; }
+  __device__ __forceinline__ bool hands_over() const { return kCanHandOver && is(kHandsOver); }
   __device__ __forceinline__ RowFormat row_format() const {
     return {is(kWideRows) ? 1u : 0u, static_cast<LogitType>(flags >> kTypeShift & 3)};
   }
@@ -121,7 +122,7 @@ struct FusedFirst {
   }
   // Rows that a routing workgroup keeps in LDS: its own, or all, of which any may be the last.
   __device__ __forceinline__ int lds_rows() const {
-    return is(kHandsOver) ? num_tokens : tokens_per_block;
+    return hands_over() ? num_tokens : tokens_per_block;
   }
 };
 
@@ -316,7 +317,7 @@ __device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, c
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
   RoutingBlock block;
-  const bool is_clustered = kMaxClusterSize > 1 && !first.is(FusedFirst::kHandsOver);
+  const bool is_clustered = kMaxClusterSize > 1 && !first.hands_over();
   block.cluster_size = is_clustered ? first.num_routing() : 1;
   block.rank = is_clustered ? static_cast<int>(blockIdx.x) : 0;
   block.wave = uniform_wave_idx();
@@ -444,7 +445,7 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   block.num_rows = rows_left < first.tokens_per_block ? rows_left : first.tokens_per_block;
   const int rows_at_once = first.num_threads / kWaveSize * Rows::kRowsPerWave;
   // A row's place in LDS: among the workgroup's own, or, as it may be the last, among all.
-  const bool hands_over = first.is(FusedFirst::kHandsOver);
+  const bool hands_over = first.hands_over();
   const int first_place = hands_over ? block.first_token : 0;
   const int num_kept = hands_over ? block.num_local : block.num_rows;
   typename Rule::Sink sink = rule.sink(
@@ -472,7 +473,7 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
     write_one_token<kAny>(rest.shape, block.num_local, block.wave, rest.sort, sink.last);
     return;
   }
-  if (first.is(FusedFirst::kHandsOver)) {
+  if (first.hands_over()) {
     if (!take_over(rest, block, first.num_routing(), lds_base)) return;
   }
   block.sets.post_mask<kAny>(rest.shape, rest.sort, is_first_local);

@@ -171,7 +171,8 @@ int check_cluster_size(int64_t asked, const SortShape& shape, const RowChoice& r
 RoutingChoice check_routing(const FusedTopkMoeSortingArgs& args, const SortShape& shape,
                             const RowChoice& rows, const DeviceLimits& limits) {
   if (args.handover_size != 0) {
-    check_range("handover_size", args.handover_size, 1, kMaxHandoverSize);
+    check_range("handover_size", args.handover_size, 1,
+                limits.can_hand_over ? kMaxHandoverSize : 1);
     if (args.cluster_size > 1) {
       fail_argument("cluster_size", "1 or None beside handover_size",
                     std::to_string(args.cluster_size));

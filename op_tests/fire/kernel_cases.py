@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from cases import GATING_DTYPES, LOGITS, MASKS, Case
 from route_calls import run_routing
-from runners import run_fused, run_moe_sorting, run_topk_softmax
+from runners import can_hand_over, run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 
 import aiter
@@ -34,8 +34,9 @@ def _fused_cluster(case: Case, target: Target) -> object:
 
 
 def _fused_handover(case: Case, target: Target) -> object:
-    fused = partial(aiter.fused_topk_moe_sorting_fwd, handover_size=5)
-    return run_fused(case, target, fused, hands_over=True)
+    hands_over = can_hand_over(target)
+    fused = partial(aiter.fused_topk_moe_sorting_fwd, handover_size=5 if hands_over else 1)
+    return run_fused(case, target, fused, hands_over)
 
 
 def _topk_softmax(case: Case, target: Target) -> object:

@@ -2,6 +2,9 @@
 //
 //   kMaxClusterSize              workgroups that can form a cluster; 1: the target has none
 //   kLaunchesOverlap             a launch may start up while the one before it still runs
+//   kCanHandOver                 kernels have what it takes to hand over through memory (handover.h); not where
+//                                there are clusters, as it is 350 to 400 of a kernel's 2,300 to 3,200
+//                                instructions there (sm_90)
 //   cluster_arrive(), _wait()    a barrier over the cluster in two halves, for "all have started": what
 //                                was written before the first half need not be visible behind the second
 //   open_inbox(inbox)            by one thread before cluster_arrive(): the workgroup can be sent to
@@ -27,7 +30,7 @@
 //   wait_for_earlier_launch  griddepcontrol.wait                         nothing    nothing
 //   let_next_launch_begin    griddepcontrol.launch_dependents            nothing    nothing
 //
-// Rejected, as what several workgroups of one launch may share: a ticket in global memory that lets
+// Rejected, as what the workgroups of a cluster may share: a ticket in global memory that lets
 // the last workgroup do the rest. The hand-over is four trips to memory one after the other, and the
 // ticket has to be zero before the launch and must not be shared by streams or graphs that run at
 // the same time. LDS belongs to the launch. Rejected as well: st.shared::cluster between two barriers of
@@ -48,6 +51,7 @@ using Inbox = uint64_t;
 
 constexpr int kMaxClusterSize = hip_cpu::kMaxClusterSize;
 constexpr bool kLaunchesOverlap = false;
+constexpr bool kCanHandOver = true;
 
 inline void cluster_arrive() {}
 
@@ -76,6 +80,7 @@ inline void let_next_launch_begin() {}
 
 constexpr int kMaxClusterSize = 16;
 constexpr bool kLaunchesOverlap = true;
+constexpr bool kCanHandOver = false;
 
 __device__ __forceinline__ uint32_t lds_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -144,6 +149,7 @@ __device__ __forceinline__ void let_next_launch_begin() {
 
 constexpr int kMaxClusterSize = 1;
 constexpr bool kLaunchesOverlap = false;
+constexpr bool kCanHandOver = true;
 
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}

@@ -88,7 +88,8 @@ struct DeviceLimits {
   int max_threads_per_block;  // of the launches that this project makes
   int max_cluster_size;       // workgroups; 1: no clusters
   int default_cluster_size;   // the most that launchers choose unasked
-  bool hands_over;            // launchers choose to hand over through memory (handover.h) unasked
+  bool can_hand_over;         // through memory (handover.h): kCanHandOver of its kernels
+  bool hands_over;            // launchers choose to do so unasked
   bool overlaps_launches;     // a launch may start up while the one before it ends (cluster.h)
 };
 
@@ -110,6 +111,7 @@ inline DeviceLimits query_device_limits(int) {
           256,  // fewer lanes, fewer switches at a barrier; a wave's lanes share a core anyway
           hip_cpu::kMaxClusterSize,
           1,
+          true,
           false,
           false};
 }
@@ -183,13 +185,16 @@ class DeviceGuard {
 template <typename>
 __global__ void cluster_probe_kernel() {}
 
+// Whether kernels are compiled for clusters (cluster.h), of which a slice of such a GPU may have none.
+inline bool has_cluster_kernels(int device) {
+  return device_attribute(device, cudaDevAttrComputeCapabilityMajor,
+                          "querying the compute capability") >= 9;
+}
+
 // Workgroups that can form a cluster when each needs a compute unit for itself; 1 where there are none.
 // Parts with fewer compute units side by side, and slices of a GPU, have less than the 16 of an H100.
 inline int query_cluster_size(int device, int lds_bytes) {
-  if (device_attribute(device, cudaDevAttrComputeCapabilityMajor,
-                       "querying the compute capability") < 9) {
-    return 1;
-  }
+  if (!has_cluster_kernels(device)) return 1;
   const DeviceGuard guard(device);
   const void* const kernel = reinterpret_cast<const void*>(cluster_probe_kernel<void>);
   const char* const what = "querying the size of clusters";
@@ -215,10 +220,12 @@ inline DeviceLimits query_device_limits(int device) {
   const int lds_bytes = device_attribute(device, hipDeviceAttributeMaxSharedMemoryPerBlock,
                                          "querying the LDS of a workgroup");
   const int cluster_size = 1;
+  const bool can_hand_over = true;
 #else
   const int lds_bytes = device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                          "querying the LDS of a workgroup");
   const int cluster_size = query_cluster_size(device, lds_bytes);
+  const bool can_hand_over = !has_cluster_kernels(device);
 #endif
   return {device_attribute(device, hipDeviceAttributeWarpSize, "querying the wave width"),
           device_attribute(device, hipDeviceAttributeMultiprocessorCount,
@@ -227,7 +234,8 @@ inline DeviceLimits query_device_limits(int device) {
           1024,
           cluster_size,
           cluster_size,
-          cluster_size == 1,
+          can_hand_over,
+          can_hand_over,
           cluster_size > 1};
 }
 
