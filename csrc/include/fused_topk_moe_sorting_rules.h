@@ -75,7 +75,9 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
 }
 
 // The kernel for rows of this rule (kernels/fused_topk_moe_sorting_rules.cu).
-using FusedRulesKernel = decltype(&fused_topk_moe_sorting_rules_kernel<MemoryRuleRow>);
+// NOTE: spelled out, as nvcc would want an instance that decltype names defined in the launcher's unit.
+using FusedRulesKernel = void (*)(const void*, int64_t, const int32_t*, const int32_t*, int, int,
+                                  int, int, int, uint32_t, FusedParams, FusedRule);
 FusedRulesKernel fused_rules_kernel(const RowRule& row);
 
 }  // namespace aiter
