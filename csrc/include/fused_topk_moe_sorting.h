@@ -4,6 +4,8 @@
 //   sorted_ids, sorted_weights [M*K + E*B - K], sorted_expert_ids [that / B], num_valid_ids [2]
 //   moe_buf [n * D] items, rows below n zeroed
 //
+// Long because of what was measured and rejected, and because all phases are a workgroup's, which has one state.
+//
 // The first workgroups route, all others zero moe_buf. On targets that have clusters (cluster.h) up
 // to 16 workgroups route, each a range of rows of its own; elsewhere one, or up to 64 that select, each from a
 // range of rows, and hand over to the last of them, which sorts alone. Phases of a routing workgroup, with a

@@ -1,4 +1,5 @@
 // The checked launcher of the fused launch.
+// Long because clusters, hand-overs and rows each have a choice, and rules a check.
 #include <algorithm>
 
 #include "device/handover_tickets.h"

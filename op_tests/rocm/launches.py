@@ -3,6 +3,8 @@
 Mirrors the launchers in `csrc/kernels`: the parameter structs here, the choice of the kernel instance
 and of the launch shape in `choices`. A struct of another size than the kernel's own, or too little LDS,
 is an error there (`machine.kernel_arguments`, `memory.Lds`).
+
+Long because it mirrors the structs and the launcher of every kernel.
 """
 
 from __future__ import annotations
@@ -229,10 +231,10 @@ class Device:
         one_token = size == 1 and is_one_token(num_tokens, topk, local_expert_mask is not None)
         tokens_per_block = (num_tokens + size - 1) // size
         sorted_shape = sort_shape(*shape, sort)
+        wide_stores = bool(sorted_shape.wide_stores)
         threads = fused_threads(
-            shape, tokens_per_block, rows, self.wave_size, one_token,
-            bool(sorted_shape.wide_stores),
-        )  # fmt: skip
+            shape, tokens_per_block, rows, self.wave_size, one_token, wide_stores
+        )
         row_bytes = threads // self.wave_size * rows.lds_bytes
         lds, lds_bytes = plan_fused_lds(num_tokens, num_experts, topk, row_bytes)
         ticket = np.zeros(1, np.uint32)

@@ -2,6 +2,8 @@
 
 A wave's accesses take effect at once and in program order, which is one of the orders that the
 hardware may choose; what another order could change shows as a race in `memory.Lds`.
+
+Long because every kind of access is a function here, and all look into the same memories.
 """
 
 from __future__ import annotations
