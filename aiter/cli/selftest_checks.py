@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,11 @@ def _rules(device: torch.device, policy: int) -> str:
         exact = torch.tensor(values)
         bias = torch.randint(-4, 5, (e,), generator=generator) / 4
         for id_format in ("slot", "flat"):
-            options = {"rule": rule, "correction_bias": bias.to(device), "id_format": id_format}
+            options: dict[str, Any] = {
+                "rule": rule,
+                "correction_bias": bias.to(device),
+                "id_format": id_format,
+            }
             arguments = (exact[steps].to(device), k, e, 37, torch.bfloat16)
             got = fused_moe.topk_routing_sorting(
                 *arguments, dispatch_policy=policy, block_size=BLOCK_SIZE, **options
