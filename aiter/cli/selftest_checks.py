@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import fused_moe, reference
 from ..ops.expert_load import expert_load
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from ..ops.rule import RoutingRule
 from ..ops.topk_softmax import topk_softmax
 from ..reference import layer as reference_moe
 
@@ -96,6 +98,35 @@ def _topk_softmax(device: torch.device) -> str:
         slots = torch.arange(k, dtype=torch.int32, device=device)[None, :]
         if wrong or not torch.equal(source, slots * m + rows):
             return wrong or "token_expert_indices: expected k * M + row, got others"
+    return ""
+
+
+def _rules(device: torch.device, policy: int) -> str:
+    """By rules of models, in both formats; logits whose scores are exact, so that ids are as well."""
+    generator = torch.Generator().manual_seed(0)
+    for rule, e, k in (
+        (RoutingRule("sigmoid", 8, 4, routed_scaling_factor=2.5), 256, 8),
+        (RoutingRule("sigmoid"), 896, 16),
+        (RoutingRule("sqrtsoftplus", routed_scaling_factor=1.5), 256, 6),
+    ):
+        steps = torch.randint(0, 3, (33, e), generator=generator)
+        values = (-200.0, 0.0, 20.0) if rule.scoring_func == "sigmoid" else (25.0, 36.0, 49.0)
+        exact = torch.tensor(values)
+        bias = torch.randint(-4, 5, (e,), generator=generator) / 4
+        for id_format in ("slot", "flat"):
+            options: dict[str, Any] = {
+                "rule": rule,
+                "correction_bias": bias.to(device),
+                "id_format": id_format,
+            }
+            arguments = (exact[steps].to(device), k, e, 37, torch.bfloat16)
+            got = fused_moe.topk_routing_sorting(
+                *arguments, dispatch_policy=policy, block_size=BLOCK_SIZE, **options
+            )
+            expected = reference.topk_routing_sorting(*arguments, block_size=BLOCK_SIZE, **options)
+            wrong = difference(got, expected)
+            if wrong:
+                return f"{rule.scoring_func} E={e} K={k} {id_format}: {wrong}"
     return ""
 
 
@@ -226,6 +257,8 @@ CHECKS: dict[str, Check] = {
     "topk_softmax": _topk_softmax,
     "moe_sorting, oneshot": partial(_moe_sorting, policy=1),
     "moe_sorting, multiphase": partial(_moe_sorting, policy=2),
+    **{f"routing rules, {name}": partial(_rules, policy=policy)
+       for policy, name in POLICY_NAMES.items()},
     "expert_load": _expert_load,
     "fused_moe_from_logits": _layer,
     "largest M of the fused launch": _largest,

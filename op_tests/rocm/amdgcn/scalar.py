@@ -141,6 +141,7 @@ UNARY: dict[str, tuple[int, int, Callable[[int], Result]]] = {
     "s_bcnt1_i32_b64": (64, 32, lambda a: (a.bit_count(), a != 0)),
     "s_ff1_i32_b32": (32, 32, lambda a: ((a & -a).bit_length() - 1 & ALL_ONES, None)),
     "s_ff1_i32_b64": (64, 32, lambda a: ((a & -a).bit_length() - 1 & ALL_ONES, None)),
+    "s_flbit_i32_b32": (32, 32, lambda a: (32 - a.bit_length() if a else ALL_ONES, None)),
     "s_cvt_f32_u32": (32, 32, _float(lambda a: a.view(np.uint32).astype(np.float32))),
     "s_cvt_f32_i32": (32, 32, _float(lambda a: a.view(np.int32).astype(np.float32))),
     "s_cvt_u32_f32": (32, 32, _float(exact.to_u32)),
