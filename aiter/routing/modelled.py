@@ -5,7 +5,7 @@ Written by `python op_tests/rocm/write_model.py`, which see: do not edit.
 
 from __future__ import annotations
 
-from .dispatch import Logits
+from typing import Literal
 
 DATE = "2026-11-26"
 COMMAND = "python op_tests/rocm/write_model.py"
@@ -13,7 +13,7 @@ COMMAND = "python op_tests/rocm/write_model.py"
 # By architecture and dtype of the logits: E, K, the largest M of the fused launch and, of the chain,
 # that of the oneshot sort; 0 for never.
 # fmt: off
-ROWS: dict[str, dict[Logits, tuple[tuple[int, int, int, int], ...]]] = {
+ROWS: dict[str, dict[Literal["f32", "f16", "bf16"], tuple[tuple[int, int, int, int], ...]]] = {
     "gfx942": {
         "bf16": (
             (8, 2, 128, 1664), (16, 1, 128, 2240), (32, 4, 128, 1024), (60, 4, 96, 1024),

@@ -54,7 +54,7 @@ Written by `{command}`, which see: do not edit.
 
 from __future__ import annotations
 
-from .dispatch import Logits
+from typing import Literal
 
 DATE = "{date}"
 COMMAND = "{command}"
@@ -62,7 +62,7 @@ COMMAND = "{command}"
 # By architecture and dtype of the logits: E, K, the largest M of the fused launch and, of the chain,
 # that of the oneshot sort; 0 for never.
 # fmt: off
-ROWS: dict[str, dict[Logits, tuple[tuple[int, int, int, int], ...]]] = {{
+ROWS: dict[str, dict[Literal["f32", "f16", "bf16"], tuple[tuple[int, int, int, int], ...]]] = {{
 '''
 
 
