@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
-from .layer.experts import BLOCK_SIZES, Backend, Experts, expert_backend, run_experts
+from .layer.experts import (
+    Backend,
+    Experts,
+    default_block_size,
+    expert_backend,
+    run_experts,
+)
+from .layer.triton_graph import as_one_op
 from .layer.types import ActivationType, QuantType
 from .routing.buffers import SortedBuffers
 from .routing.calls import (
@@ -25,6 +32,7 @@ from .routing.calls import (
     moe_sorting,
     topk_softmax_sorting,
 )
+from .routing.graph import traced
 
 __all__ = [
     "ActivationType",
@@ -124,12 +132,19 @@ def fused_moe(
     )
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
     check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend)
+    check_knobs(block_size_M, backend, hidden_states.device)
     _check_rows("topk_ids", topk_ids, hidden_states)
     check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
     chosen = backend or expert_backend(w1, w2)
-    block_size = block_size_M or BLOCK_SIZES[chosen]
+    if chosen == "triton" and traced(hidden_states):
+        return as_one_op(
+            "fused_moe_triton", hidden_states, experts, topk_weight, topk_ids, expert_mask,
+            doweight_stage1, block_size_M, num_local_tokens, moe_sorting_dispatch_policy, dtype,
+        )  # fmt: skip
+    block_size = block_size_M or default_block_size(
+        chosen, hidden_states, experts, topk_ids.shape[1], num_experts
+    )
     buffers = moe_sorting(
         topk_ids,
         topk_weight,
@@ -194,12 +209,20 @@ def fused_moe_from_logits(
     """
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
     check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend)
+    check_knobs(block_size_M, backend, hidden_states.device)
     _check_rows("gating_output", gating_output, hidden_states)
     num_experts = gating_output.shape[1]
     check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
     chosen = backend or expert_backend(w1, w2)
-    block_size = block_size_M or BLOCK_SIZES[chosen]
+    if chosen == "triton" and traced(hidden_states):
+        return as_one_op(
+            "fused_moe_from_logits_triton", hidden_states, experts, gating_output, topk, renormalize,
+            expert_mask, doweight_stage1, block_size_M, num_local_tokens,
+            moe_sorting_dispatch_policy, dtype,
+        )  # fmt: skip
+    block_size = block_size_M or default_block_size(
+        chosen, hidden_states, experts, topk, num_experts
+    )
     buffers = topk_softmax_sorting(
         gating_output,
         topk,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..routing.graph import traced
+from . import triton_experts
 from .experts import BACKENDS, Experts
 from .types import ActivationType, QuantType
 
@@ -99,8 +100,8 @@ def check_unsupported(quant_type: QuantType, **options: object) -> None:
             )
 
 
-def check_knobs(block_size_m: int | None, backend: str | None) -> None:
-    """Raises for a block size or a backend that does not exist.
+def check_knobs(block_size_m: int | None, backend: str | None, device: torch.device) -> None:
+    """Raises for a block size or a backend that does not exist, or not on `device`.
 
     Raises:
         TypeError, ValueError: as the text says.
@@ -113,6 +114,12 @@ def check_knobs(block_size_m: int | None, backend: str | None) -> None:
         raise ValueError(f"block_size_M: expected at least 1, or None, got {block_size_m}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)} or None, got {backend!r}")
+    if backend == "triton":
+        reason = triton_experts.why_not(device)
+        if reason is not None:
+            raise ValueError(
+                f"backend: expected another one than 'triton' for tensors on {device}: {reason}"
+            )
 
 
 def _check_tensor(name: str, tensor: Tensor, rank: int, hidden_states: Tensor) -> None:

@@ -18,8 +18,10 @@ kernels of them, 5 with biases and Swiglu, and is the way to run decode where a 
 --small --launches --compile`, 2026-11-23.) Rejected: compiling these pieces here behind the caller's
 back; a first call would take seconds, need a compiler of PyTorch's own, and recompile for new sizes.
 
-Two backends for the products; `expert_backend` says which one a pair of weights gets:
+Three backends for the products; `expert_backend` says which one a pair of weights gets:
 
+- "triton": two grouped products over the sorted buffers, in kernels of our own (`triton_experts`),
+  wherever there is a GPU and a Triton. What is said above of operations and copies does not hold for it.
 - "grouped_mm": `torch.nn.functional.grouped_mm` over the entries of all experts at once. The sort
   is asked for blocks of one slot, which leaves no padding between experts: M*K rows are multiplied,
   whatever the number of experts, and `sorted_expert_ids` is the expert of every row. With blocks of
@@ -46,13 +48,14 @@ from torch.nn import functional as F
 
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
 from ..routing.graph import traced
+from . import triton_experts
 from .types import ActivationType
 
-Backend = Literal["grouped_mm", "block_bmm"]
-BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm")
+Backend = Literal["grouped_mm", "block_bmm", "triton"]
+BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm", "triton")
 
 BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
-"""The block size that the sort is asked for, unless the caller names one."""
+"""Slots per block; "triton" goes by M (`default_block_size`)."""
 
 CHUNK_BYTES = 256 << 20
 """How much of the experts' weights "block_bmm" copies at once."""
@@ -80,7 +83,9 @@ class Experts(NamedTuple):
 
 
 def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
-    """Which backend multiplies with these weights: "grouped_mm" or "block_bmm"."""
+    """Which backend multiplies with these weights: "triton", "grouped_mm" or "block_bmm"."""
+    if w1.device.type == "cuda" and triton_experts.why_not(w1.device) is None:
+        return "triton"
     if not hasattr(F, "grouped_mm"):
         return "block_bmm"
     if not (_rows_aligned(w1) and _rows_aligned(w2)):
@@ -94,6 +99,18 @@ def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
         return "block_bmm"
     major: int = torch.cuda.get_device_properties(w1.device).major
     return "grouped_mm" if major == 9 else "block_bmm"
+
+
+def default_block_size(
+    backend: Backend, hidden_states: Tensor, experts: Experts, topk: int, num_experts: int
+) -> int:
+    """The block size that the sort is asked for, unless the caller names one."""
+    if backend == "triton":
+        tokens = hidden_states.shape[0]
+        return triton_experts.block_size(
+            hidden_states.device, tokens, topk, num_experts, experts.w1
+        )
+    return BLOCK_SIZES[backend]
 
 
 def run_experts(
@@ -121,6 +138,11 @@ def run_experts(
     tokens = hidden_states.shape[0]
     if tokens == 0:
         return moe_buf
+    if backend == "triton":
+        return triton_experts.run_triton(
+            hidden_states, *experts, buffers, topk, block_size,
+            all_routed=all_routed, weight_first=weight_first,
+        )  # fmt: skip
     num_experts = experts.w1.shape[0]
     # NOTE: an expert without a token has no block, so there are no more blocks than entries.
     blocks = min(sorted_ids.shape[0] // block_size, tokens * topk)

@@ -25,6 +25,7 @@ from torch import Tensor
 from aiter import ActivationType
 from aiter import fused_moe as layer
 from aiter.layer.experts import BACKENDS, CHUNK_BYTES
+from aiter.layer.triton_experts import why_not
 from aiter.reference.layer import moe_layer
 
 CASES = {
@@ -71,6 +72,8 @@ def test_dtypes(target: Target, dtype: torch.dtype, backend: str) -> None:
 
 def skip_unless_it_runs(target: Target, backend: str, dtype: torch.dtype) -> None:
     """A GPU's grouped product waits for the host with other dtypes; the CPU's takes them all."""
+    if backend == "triton" and (reason := why_not(torch.device(target.device))):
+        pytest.skip(reason)
     if target.device != "cpu" and backend == "grouped_mm" and dtype is not torch.bfloat16:
         pytest.skip(f"grouped_mm of {dtype} is not for GPUs")
 
