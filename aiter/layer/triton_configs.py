@@ -26,6 +26,7 @@ class Tile:
         group: row tiles that go through all columns together.
         desc: weights by tensor descriptors, where the device and the strides allow it.
         prefetch: lines of 128 bytes per column that the second product asks for before it waits.
+        persistent: programs per multiprocessor that share the tiles; 0 for a program per tile.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Tile:
     group: int = 1
     desc: bool = False
     prefetch: int = 0
+    persistent: int = 0
 
 
 @dataclass(frozen=True)

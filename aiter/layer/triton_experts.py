@@ -276,7 +276,8 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
     )  # fmt: skip
 
     def programs(tile: Tile, width: int) -> int:
-        return blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
+        tiles = blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
+        return min(tiles, tile.persistent * processors(call.device)) if tile.persistent else tiles
 
     return Plan(
         make_launch(first, programs(row.first, inter), call.device),
@@ -314,6 +315,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
             ("WEIGHT_FIRST", call.weight_first), ("COMPLETE", call.complete), ("TWO", two),
             ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", "ieee"),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
+            ("PERSISTENT", bool(tile.persistent)),
         ),
         _options(call.device, tile.warps, tile.stages),
     )  # fmt: skip
@@ -337,6 +339,7 @@ def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], An
             ("OVERLAP", overlaps(call.device)), ("PREFETCH", _prefetch(call, tile)),
             ("PRECISION", "ieee"),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
+            ("PERSISTENT", bool(tile.persistent)),
         ),
         _options(call.device, tile.warps, tile.stages),
     )  # fmt: skip
@@ -390,6 +393,14 @@ def _plan_one(call: Call, family: Family) -> Plan:
     )  # fmt: skip
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, 1 of the interpreter."""
+    if device.type == "cpu":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may start up before the one in front of it is over."""
     return (
@@ -400,15 +411,20 @@ def overlaps(device: torch.device) -> bool:
 
 
 def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, Any], ...]:
-    options: tuple[tuple[str, Any], ...] = (("num_warps", warps), ("num_stages", stages))
+    options: tuple[tuple[str, Any], ...] = (
+        ("num_warps", warps), ("num_stages", stages), ("enable_fp_fusion", True),
+    )  # fmt: skip
     return (*options, ("launch_pdl", True)) if overlaps(device) else options
 
 
 def _prefetch(call: Call, tile: Tile) -> int:
     """Lines that the second product asks for early; none where that could ask past the weights."""
     _, model_dim, inter = call.shape2
-    fits = inter >= 64 * tile.prefetch and model_dim % tile.columns == 0
-    return tile.prefetch if overlaps(call.device) and fits else 0
+    if not overlaps(call.device) or model_dim % tile.columns:
+        return 0
+    rows = 64 if call.strides2[2] == 1 else tile.columns  # of the inner dimension, per line
+    most = inter // rows
+    return min(tile.prefetch, 1 << (most.bit_length() - 1)) if most else 0
 
 
 def _weight(

@@ -105,18 +105,18 @@ def _slots_of(sorted_ids, row_tile, SLOTS: tl.constexpr, TOPK: tl.constexpr, BM:
 
 
 @triton.jit
-def _prefetch(start, STRIDE: tl.constexpr, LINES: tl.constexpr):
-    """Asks the L2 for LINES lines of 128 bytes, STRIDE elements apart."""
-    lines = (start + tl.arange(0, LINES) * STRIDE).to(tl.int64, bitcast=True)
+def _prefetch(w, column, W_K: tl.constexpr, W_N: tl.constexpr, BN: tl.constexpr,
+              LINES: tl.constexpr):  # fmt: skip
+    """Asks the L2 for the first LINES * BN lines of 128 bytes of BN columns of w, some twice."""
+    if W_K == 1:
+        lines = (tl.arange(0, LINES) * LINE)[:, None] + (tl.arange(0, BN) * W_N)[None, :]
+    else:
+        lines = (tl.arange(0, LINES * BN) * W_K)[:, None] + tl.zeros((1, 1), tl.int32)
+    address = (w + column * W_N + lines).to(tl.int64, bitcast=True)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines],
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@triton.jit
-def _times(acc, a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -183,31 +183,19 @@ def _split_pairs(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def first_product(
-    hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
-    middle, place, entries,
+def _first_tile(
+    program, row_tiles,
+    hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids, middle,
     D: tl.constexpr, INTER: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
     HIDDEN_ROW: tl.constexpr, HIDDEN_COLUMN: tl.constexpr,
     W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr,
-    TWO: tl.constexpr, DESC: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, TWO: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """middle [slots, INTER] of hidden [M, D]; a program is a tile of BM slots by BN columns."""
-    program = tl.program_id(0)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    if not COMPLETE:
-        for start in range(program * FILL, entries, tl.num_programs(0) * FILL):
-            index = start + tl.arange(0, FILL)
-            tl.store(place + index, tl.full((FILL,), -1, tl.int32), mask=index < entries)
+    """One tile of `first_product`."""
     COLUMN_TILES: tl.constexpr = (INTER + BN - 1) // BN
-    row_tiles = tl.load(num_valid_ids) // SLOTS * ((SLOTS + BM - 1) // BM)
-    if program >= row_tiles * COLUMN_TILES:
-        return
     row_tile, tile = _tile_of(program, row_tiles, COLUMN_TILES, GROUP)
     block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM)
     expert = tl.load(sorted_expert_ids + block)
@@ -217,40 +205,38 @@ def first_product(
     from_rows = hidden + token.to(tl.int64)[:, None] * HIDDEN_ROW
     n = tile * BN + tl.arange(0, BN)
     columns = n if TWO else _columns_of(tile, INTER, GATED, INTERLEAVED, BN)
-    if not DESC:
-        w1 += expert.to(tl.int64) * W_E
+    w = w1 if DESC else w1 + expert.to(tl.int64) * W_E
     acc = tl.zeros((BM, WIDTH), tl.float32)
     acc_up = tl.zeros((BM, BN if TWO else 1), tl.float32)
     for start in range(0, D, BK):
         k = start + tl.arange(0, BK)
         x = _row_tile(from_rows, k, D, HIDDEN_COLUMN, MASK_K)
         if DESC:
-            acc = _times(acc, x, _desc_tile(w1, expert, start, tile * WIDTH, W_K, BK, WIDTH),
-                         PRECISION)  # fmt: skip
+            part = _desc_tile(w, expert, start, tile * WIDTH, W_K, BK, WIDTH)
+            acc = tl.dot(x, part, acc, input_precision=PRECISION)
             if TWO:
-                acc_up = _times(
-                    acc_up, x, _desc_tile(w1, expert, start, INTER + tile * BN, W_K, BK, BN),
-                    PRECISION)  # fmt: skip
+                part = _desc_tile(w, expert, start, INTER + tile * BN, W_K, BK, BN)
+                acc_up = tl.dot(x, part, acc_up, input_precision=PRECISION)
         else:
-            w = _weight_tile(w1, k, columns, D, INTER, W_K, W_N, MASK_K, MASK_N and TWO, WIDE)
-            acc = _times(acc, x, w, PRECISION)
+            part = _weight_tile(w, k, columns, D, INTER, W_K, W_N, MASK_K, MASK_N and TWO, WIDE)
+            acc = tl.dot(x, part, acc, input_precision=PRECISION)
             if TWO:
-                w = _weight_tile(w1, k, INTER + n, D, 2 * INTER, W_K, W_N, MASK_K, MASK_N, WIDE)
-                acc_up = _times(acc_up, x, w, PRECISION)
+                part = _weight_tile(w, k, INTER + n, D, 2 * INTER, W_K, W_N, MASK_K, MASK_N, WIDE)
+                acc_up = tl.dot(x, part, acc_up, input_precision=PRECISION)
     if WEIGHT_FIRST:
         weight = tl.load(sorted_weights + rows, mask=used, other=0.0)[:, None]
         acc *= weight
         acc_up *= weight
     dtype = middle.dtype.element_ty
     if HAS_BIAS:
-        bias1 += expert.to(tl.int64) * BIAS_E
+        bias = bias1 + expert.to(tl.int64) * BIAS_E
         if TWO:
             here = n < INTER
-            acc += tl.load(bias1 + n * BIAS_N, mask=here, other=0.0).to(dtype).to(tl.float32)
-            up_bias = tl.load(bias1 + (INTER + n) * BIAS_N, mask=here, other=0.0)
+            acc += tl.load(bias + n * BIAS_N, mask=here, other=0.0).to(dtype).to(tl.float32)
+            up_bias = tl.load(bias + (INTER + n) * BIAS_N, mask=here, other=0.0)
             acc_up += up_bias.to(dtype).to(tl.float32)
         else:
-            acc += tl.load(bias1 + columns * BIAS_N).to(dtype).to(tl.float32)[None, :]
+            acc += tl.load(bias + columns * BIAS_N).to(dtype).to(tl.float32)[None, :]
     if TWO:
         value = _gated(acc, acc_up, ACTIVATION)
     elif GATED:
@@ -264,40 +250,72 @@ def first_product(
 
 
 @triton.jit
-def second_product(
-    middle, w2, bias2, sorted_ids, sorted_expert_ids, num_valid_ids, entry, place,
+def first_product(
+    hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
+    middle, place, entries,
+    D: tl.constexpr, INTER: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
+    HIDDEN_ROW: tl.constexpr, HIDDEN_COLUMN: tl.constexpr,
+    W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
+    BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr,
+    TWO: tl.constexpr, DESC: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """middle [slots, INTER] of hidden [M, D], in tiles of BM slots by BN columns.
+
+    A program does one tile; if PERSISTENT, it does every num_programs-th.
+    """
+    program = tl.program_id(0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    if not COMPLETE:
+        for start in range(program * FILL, entries, tl.num_programs(0) * FILL):
+            index = start + tl.arange(0, FILL)
+            tl.store(place + index, tl.full((FILL,), -1, tl.int32), mask=index < entries)
+    row_tiles = tl.load(num_valid_ids) // SLOTS * ((SLOTS + BM - 1) // BM)
+    tiles = row_tiles * ((INTER + BN - 1) // BN)
+    if PERSISTENT:
+        for each in tl.range(program, tiles, tl.num_programs(0), flatten=True):
+            _first_tile(
+                each, row_tiles, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
+                middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E, W_N, W_K, WIDE,
+                BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, WEIGHT_FIRST, TWO, DESC,
+                PRECISION, BM, BN, BK, GROUP,
+            )  # fmt: skip
+    elif program < tiles:
+        _first_tile(
+            program, row_tiles, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
+            middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E, W_N, W_K, WIDE,
+            BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, WEIGHT_FIRST, TWO, DESC,
+            PRECISION, BM, BN, BK, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _second_tile(
+    program, row_tiles,
+    middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
     D: tl.constexpr, INTER: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
     W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DESC: tl.constexpr, OVERLAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, WAIT: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """entry [M * K, D] of middle [slots, INTER]; a program is a tile of BM slots by BN columns."""
-    program = tl.program_id(0)
+    """One tile of `second_product`; WAIT: for the first product, before anything of it is read."""
     COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
-    row_tiles = tl.load(num_valid_ids) // SLOTS * ((SLOTS + BM - 1) // BM)
-    if program >= row_tiles * COLUMN_TILES:
-        # NOTE: waits all the same, as a launch that is over has to mean that those before it are.
-        if OVERLAP:
-            gdc_wait()
-        return
     row_tile, tile = _tile_of(program, row_tiles, COLUMN_TILES, GROUP)
     block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM)
     expert = tl.load(sorted_expert_ids + block)
     MASK_K: tl.constexpr = INTER % BK != 0
     MASK_N: tl.constexpr = D % BN != 0
     n = tile * BN + tl.arange(0, BN)
-    if not DESC:
-        w2 += expert.to(tl.int64) * W_E
-        if PREFETCH:
-            if W_K == 1:
-                for line in tl.static_range(PREFETCH):
-                    if (line + 1) * LINE <= INTER:
-                        _prefetch(w2 + tile * BN * W_N + line * LINE, W_N,
-                                  BN if not MASK_N else 1)  # fmt: skip
-            else:
-                _prefetch(w2 + tile * BN, W_K, PREFETCH * 16)
-    if OVERLAP:
+    w = w2 if DESC else w2 + expert.to(tl.int64) * W_E
+    if PREFETCH and not DESC:
+        _prefetch(w, tile * BN, W_K, W_N, BN, PREFETCH)
+    if WAIT:
         gdc_wait()
         gdc_launch_dependents()
     from_rows = middle + rows.to(tl.int64)[:, None] * INTER
@@ -306,19 +324,54 @@ def second_product(
         k = start + tl.arange(0, BK)
         x = _row_tile(from_rows, k, INTER, 1, MASK_K)
         if DESC:
-            w = _desc_tile(w2, expert, start, tile * BN, W_K, BK, BN)
+            part = _desc_tile(w, expert, start, tile * BN, W_K, BK, BN)
         else:
-            w = _weight_tile(w2, k, n, INTER, D, W_K, W_N, MASK_K, MASK_N, WIDE)
-        acc = _times(acc, x, w, PRECISION)
+            part = _weight_tile(w, k, n, INTER, D, W_K, W_N, MASK_K, MASK_N, WIDE)
+        acc = tl.dot(x, part, acc, input_precision=PRECISION)
     dtype = entry.dtype.element_ty
     if HAS_BIAS:
-        bias2 += expert.to(tl.int64) * BIAS_E
-        acc += tl.load(bias2 + n * BIAS_N, mask=n < D, other=0.0).to(dtype).to(tl.float32)[None, :]
+        bias = bias2 + expert.to(tl.int64) * BIAS_E
+        acc += tl.load(bias + n * BIAS_N, mask=n < D, other=0.0).to(dtype).to(tl.float32)[None, :]
     row = token.to(tl.int64) * TOPK + slot
     written = used[:, None] & (n < D)[None, :] if MASK_N else used[:, None]
     tl.store(entry + row[:, None] * D + n[None, :], acc.to(dtype), mask=written)
-    if tile == 0:
-        tl.store(place + row, rows, mask=used)
+    # NOTE: a mask and no branch, as a loop over tiles is not flattened around a branch.
+    tl.store(place + row, rows, mask=used & (tile + tl.zeros_like(rows) == 0))
+
+
+@triton.jit
+def second_product(
+    middle, w2, bias2, sorted_ids, sorted_expert_ids, num_valid_ids, entry, place,
+    D: tl.constexpr, INTER: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
+    W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
+    BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DESC: tl.constexpr, OVERLAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """entry [M * K, D] of middle [slots, INTER], in tiles of BM slots by BN columns, as above."""
+    program = tl.program_id(0)
+    row_tiles = tl.load(num_valid_ids) // SLOTS * ((SLOTS + BM - 1) // BM)
+    tiles = row_tiles * ((D + BN - 1) // BN)
+    if PERSISTENT:
+        if OVERLAP:
+            gdc_wait()
+            gdc_launch_dependents()
+        for each in tl.range(program, tiles, tl.num_programs(0), flatten=True):
+            _second_tile(
+                each, row_tiles, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
+                D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
+                DESC, False, 0, PRECISION, BM, BN, BK, GROUP,
+            )  # fmt: skip
+    elif program < tiles:
+        _second_tile(
+            program, row_tiles, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
+            D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
+            DESC, OVERLAP, PREFETCH, PRECISION, BM, BN, BK, GROUP,
+        )  # fmt: skip
+    elif OVERLAP:
+        # NOTE: waits all the same, as a launch that is over has to mean that those before it are.
+        gdc_wait()
 
 
 @triton.jit
@@ -453,12 +506,7 @@ def second_vector(
     if PREFETCH:
         if share < slots:
             first = w2 + tl.load(sorted_expert_ids + share).to(tl.int64) * W_E
-            if W_K == 1:
-                for line in tl.static_range(PREFETCH):
-                    if (line + 1) * LINE <= INTER:
-                        _prefetch(first + tile * BN * W_N + line * LINE, W_N, BN if not MASK_N else 1)
-            else:
-                _prefetch(first + tile * BN, W_K, PREFETCH * 16)
+            _prefetch(first, tile * BN, W_K, W_N, BN, PREFETCH)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
