@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layer import triton_known
 from .layer.arguments import check_knobs, check_layer, check_routing, check_unsupported
 from .layer.experts import (
     Backend,
@@ -22,6 +23,7 @@ from .layer.experts import (
     expert_backend,
     run_experts,
 )
+from .layer.triton_experts import fixed_of, plan_of, run_plan
 from .layer.triton_graph import as_one_op
 from .layer.types import ActivationType, QuantType
 from .routing.buffers import SortedBuffers
@@ -207,6 +209,21 @@ def fused_moe_from_logits(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
+    key = triton_known.key_of(
+        hidden_states, gating_output, (w1, w2, bias1, bias2),
+        (
+            topk, renormalize, activation, activation.__class__, doweight_stage1, block_size_M,
+            block_size_M.__class__, moe_sorting_dispatch_policy, dtype, gate_up_interleaved, backend,
+            expert_mask is None, num_local_tokens is None,
+        ),
+    )  # fmt: skip
+    known = triton_known.known(key)
+    if known is not None:
+        buffers = topk_softmax_sorting(
+            gating_output, topk, gating_output.shape[1], w2.shape[1], known.dtype, renormalize,
+            known.block, expert_mask, num_local_tokens, moe_sorting_dispatch_policy,
+        )  # fmt: skip
+        return run_plan(known.plan, known.fixed, hidden_states, buffers)
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
     check_layer(hidden_states, experts, dtype)
     check_knobs(block_size_M, backend, hidden_states.device)
@@ -235,6 +252,11 @@ def fused_moe_from_logits(
         num_local_tokens,
         moe_sorting_dispatch_policy,
     )
+    complete = expert_mask is None and num_local_tokens is None
+    if chosen == "triton" and key is not None and hidden_states.shape[0]:
+        plan = plan_of(hidden_states, experts, buffers, topk, block_size, complete, doweight_stage1)
+        call = triton_known.Known(block_size, buffers[4].dtype, plan, fixed_of(plan, experts))
+        triton_known.remember(key, call)
     return run_experts(
         hidden_states,
         experts,
@@ -242,7 +264,7 @@ def fused_moe_from_logits(
         topk,
         block_size,
         chosen,
-        all_routed=expert_mask is None and num_local_tokens is None,
+        all_routed=complete,
         weight_first=doweight_stage1,
     )
 

@@ -140,7 +140,7 @@ def run_experts(
         return moe_buf
     if backend == "triton":
         return triton_experts.run_triton(
-            hidden_states, *experts, buffers, topk, block_size,
+            hidden_states, experts, buffers, topk, block_size,
             all_routed=all_routed, weight_first=weight_first,
         )  # fmt: skip
     num_experts = experts.w1.shape[0]

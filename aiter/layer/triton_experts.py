@@ -6,8 +6,7 @@ allocation of `middle` and `entry`, nothing is read back, weights are never copi
 strides.
 
 What a layer's tensors are like decides the tiles (`triton_configs`), the variants and the grids: a
-`Plan`, found again by one lookup. It depends on M through the grids alone, which are upper
-bounds; the programs that are too many return at once.
+`Plan`, found again by one lookup (`triton_plan`).
 
 Under a tracer the whole call is one registered op, which looks at M when it runs: one graph serves
 every number of tokens, each with blocks of its own size.
@@ -16,23 +15,22 @@ every number of tokens, each with blocks of its own size.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..routing.buffers import SortedBuffers
+from ..routing.buffers import SortedBuffers, allocate
 from . import triton_configs
-from .triton_configs import Family, Layout, Row, Tile
-from .triton_launch import ALIGNMENT, TYPES, Kernel, address, interpreted, itself, make_launch
-from .types import ActivationType
+from .triton_configs import Layout
+from .triton_launch import ALIGNMENT, address, interpreted, itself
+from .triton_plan import MOST_PLANS, Call, Choice, Plan, arch_of, layout_of, make_plan
 
-MOST_PLANS = 4096
+if TYPE_CHECKING:
+    from .experts import Experts
+
 OLDEST_CAPABILITY = 8  # Triton's oldest, and the first with bfloat16
-SUM_COLUMNS = 1024  # of a program of `sum_over_slots`
-INT32 = 2**31
 _native: Any = torch._C
 
 
@@ -64,67 +62,13 @@ def _why_not_gpu(device: torch.device) -> str | None:
     return None
 
 
-@cache
-def arch_of(device: torch.device) -> str:
-    """The architecture that the configurations go by; "interpreter" on the CPU."""
-    from ..jit.target import device_arch
+class Fixed(NamedTuple):
+    """The arguments for the weights and biases of a layer; they stay from call to call."""
 
-    return "interpreter" if device.type == "cpu" else device_arch(device)
-
-
-class Call(NamedTuple):
-    """Everything about a call that decides its launches; hashable."""
-
-    device: torch.device
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    tokens: int
-    topk: int
-    slots: int  # of sorted_ids
-    block: int
-    shape1: tuple[int, ...]
-    shape2: tuple[int, ...]
-    hidden_strides: tuple[int, ...]
-    strides1: tuple[int, ...]
-    strides2: tuple[int, ...]
-    bias1: tuple[Any, ...] | None  # dtype and strides
-    bias2: tuple[Any, ...] | None
-    activation: int
-    interleaved: bool
-    weight_first: bool
-    complete: bool
-    aligned: bool
-    choice: Choice | None = None
-
-
-class Choice(NamedTuple):
-    """Tiles that a measurement asks for instead of the known ones."""
-
-    family: Family
-    row: Row
-
-
-class Plan(NamedTuple):
-    """The launches of a call and the shapes of what lies between them.
-
-    Attributes:
-        first, second, last: called with the stream and the kernel's arguments; `last` is None for one
-            token, where `second` writes the output.
-        middle: the shape of what the first product writes, in the layer's dtype.
-        entry: of what the second one writes, in that dtype; for one token float32.
-        place: of the int32 beside it.
-        describe1, describe2: make the argument for the weights from a tensor.
-    """
-
-    first: Callable[..., None]
-    second: Callable[..., None]
-    last: Callable[..., None] | None
-    middle: tuple[int, int]
-    entry: tuple[int, int]
-    place: int
-    describe1: Callable[[Tensor], Any]
-    describe2: Callable[[Tensor], Any]
-    argument: Callable[[Tensor], Any]
+    w1: Any
+    w2: Any
+    bias1: Any
+    bias2: Any
 
 
 def block_size(
@@ -148,19 +92,9 @@ def _block_size(arch: str, entries: float, layout: Layout, itemsize: int) -> int
     return triton_configs.row_for(family, entries, None, itemsize).block
 
 
-def layout_of(strides: tuple[int, ...]) -> Layout:
-    """How a weight [E, columns, inner] lies in memory."""
-    return "columns" if strides[1] < strides[2] else "inner"
-
-
 def run_triton(
     hidden_states: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    bias1: Tensor | None,
-    bias2: Tensor | None,
-    activation: int,
-    interleaved: bool,
+    experts: Experts,
     buffers: SortedBuffers,
     topk: int,
     block: int,
@@ -171,313 +105,113 @@ def run_triton(
 ) -> Tensor:
     """Applies the experts to the sorted entries; returns the buffers' moe_buf [M, D].
 
-    Arguments as of `experts.run_experts`, with the members of `Experts` one by one.
+    Arguments as of `experts.run_experts`, for at least one token; `choice`: tiles to take instead of
+    the known ones.
     """
-    sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, out = buffers
-    device = hidden_states.device
-    tokens = hidden_states.shape[0]
-    if tokens == 0:
-        return out
+    plan = plan_of(
+        hidden_states, experts, buffers, topk, block, all_routed, weight_first, choice
+    )  # fmt: skip
+    return run_plan(plan, fixed_of(plan, experts), hidden_states, buffers)
+
+
+def plan_of(
+    hidden_states: Tensor,
+    experts: Experts,
+    buffers: SortedBuffers,
+    topk: int,
+    block: int,
+    all_routed: bool,
+    weight_first: bool,
+    choice: Choice | None = None,
+) -> Plan:
+    """The plan of a call; arguments as above."""
+    w1, w2, bias1, bias2, activation, interleaved = experts
+    sorted_ids, *_, out = buffers
     aligned = not (hidden_states.data_ptr() | w1.data_ptr() | w2.data_ptr()) % ALIGNMENT
-    plan = _plan(
+    return make_plan(
         Call(
-            device, hidden_states.dtype, out.dtype, tokens, topk, sorted_ids.shape[0], block,
-            w1.shape, w2.shape, hidden_states.stride(), w1.stride(), w2.stride(),
+            hidden_states.device, hidden_states.dtype, out.dtype, hidden_states.shape[0], topk,
+            sorted_ids.shape[0], block, w1.shape, w2.shape, hidden_states.stride(), w1.stride(),
+            w2.stride(),
             None if bias1 is None else (bias1.dtype, bias1.stride()),
             None if bias2 is None else (bias2.dtype, bias2.stride()),
             int(activation), interleaved, weight_first, all_routed, aligned, choice,
         )
     )  # fmt: skip
-    if device.type == "cuda":
-        if _native._cuda_getDevice() != device.index:
-            with torch.cuda.device(device):
-                return _launch(plan, hidden_states, w1, w2, bias1, bias2, buffers, topk)
-        return _launch(plan, hidden_states, w1, w2, bias1, bias2, buffers, topk)
-    return _launch(plan, hidden_states, w1, w2, bias1, bias2, buffers, topk)
 
 
-def _launch(
-    plan: Plan,
-    hidden_states: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    bias1: Tensor | None,
-    bias2: Tensor | None,
-    buffers: SortedBuffers,
-    topk: int,
-) -> Tensor:
-    ids, weights, experts, num_valid, out = buffers
-    device, dtype = hidden_states.device, hidden_states.dtype
-    stream = _native._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    a = plan.argument
-    middle = torch.empty(plan.middle, dtype=dtype, device=device)
-    place = torch.empty(plan.place, dtype=torch.int32, device=device)
-    entry = torch.empty(
-        plan.entry, dtype=torch.float32 if plan.last is None else dtype, device=device
+def fixed_of(plan: Plan, experts: Experts) -> Fixed:
+    """The arguments for these weights. No kernel looks at a bias that is not there."""
+    w1, w2, bias1, bias2, *_ = experts
+    as_argument = address if plan.views is None else itself
+    return Fixed(
+        plan.describe1(w1),
+        plan.describe2(w2),
+        as_argument(w1 if bias1 is None else bias1),
+        as_argument(w2 if bias2 is None else bias2),
     )
-    # NOTE: no kernel looks at a bias that is not there.
-    first_bias = a(hidden_states if bias1 is None else bias1)
-    second_bias = a(hidden_states if bias2 is None else bias2)
-    if plan.last is None:
-        plan.first(
-            stream, a(hidden_states), a(w1), first_bias, a(weights), a(experts), a(num_valid),
-            a(middle), a(place),
+
+
+def run_plan(plan: Plan, fixed: Fixed, hidden_states: Tensor, buffers: SortedBuffers) -> Tensor:
+    """Makes the launches of a plan for these hidden states and sorted buffers; returns moe_buf."""
+    device = hidden_states.device
+    if plan.views is not None:
+        return _interpret(plan, plan.views, fixed, hidden_states, buffers)
+    if _native._cuda_getDevice() != device.index:
+        with torch.cuda.device(device):
+            return run_plan(plan, fixed, hidden_states, buffers)
+    first, second, last, scratch, entry_at, place_at, entries, *_ = plan
+    w1, w2, bias1, bias2 = fixed
+    ids, weights, experts, num_valid, out = buffers
+    stream = _native._cuda_getCurrentRawStream(device.index)
+    # NOTE: held until the launches are made; the allocator gives it to later work of this stream alone.
+    memory = allocate(scratch, device)[0]
+    middle = memory.data_ptr()
+    entry, place = middle + entry_at, middle + place_at
+    at_weights, at_experts = weights.data_ptr(), experts.data_ptr()
+    at_valid = num_valid.data_ptr()
+    if last is None:
+        first(
+            stream, hidden_states.data_ptr(), w1, bias1, at_weights, at_experts, at_valid, middle,
+            place,
         )  # fmt: skip
-        plan.second(
-            stream, a(middle), a(w2), second_bias, a(weights), a(experts), a(num_valid), a(entry),
-            a(place), a(out),
+        second(
+            stream, middle, w2, bias2, at_weights, at_experts, at_valid, entry, place,
+            out.data_ptr(),
         )  # fmt: skip
         return out
-    plan.first(
-        stream, a(hidden_states), plan.describe1(w1), first_bias, a(ids), a(weights), a(experts),
-        a(num_valid), a(middle), a(place), plan.place,
+    at_ids = ids.data_ptr()
+    first(
+        stream, hidden_states.data_ptr(), w1, bias1, at_ids, at_weights, at_experts, at_valid,
+        middle, place, entries,
     )  # fmt: skip
-    plan.second(
-        stream, a(middle), plan.describe2(w2), second_bias, a(ids), a(experts), a(num_valid),
-        a(entry), a(place),
-    )  # fmt: skip
-    plan.last(stream, a(entry), a(place), a(weights), a(out))
+    second(stream, middle, w2, bias2, at_ids, at_experts, at_valid, entry, place)
+    last(stream, entry, place, at_weights, out.data_ptr())
     return out
 
 
-@lru_cache(MOST_PLANS)
-def _plan(call: Call) -> Plan:
-    """The plan of a call; compiles what is not compiled."""
-    layout = layout_of(call.strides1)
-    if call.choice is None:
-        num_experts = max(1, (call.slots - (call.tokens - 1) * call.topk) // call.block)
-        entries = call.tokens * call.topk / num_experts
-        family = triton_configs.family_of(arch_of(call.device), layout)
-        row = triton_configs.row_for(family, entries, call.block, call.dtype.itemsize)
-    else:
-        family, row = call.choice
-    if call.tokens == 1 and call.block == 1:
-        return _plan_one(call, family)
-    return _plan_tiles(call, row)
-
-
-def _plan_tiles(call: Call, row: Row) -> Plan:
-    entries = call.tokens * call.topk
-    # NOTE: an expert without a token has no block, so there are no more blocks than entries.
-    blocks = min(call.slots // call.block, entries)
-    _, model_dim, inter = call.shape2
-    first, describe1 = first_kernel(call, row.first)
-    second, describe2 = second_kernel(call, row.second)
-    columns = min(SUM_COLUMNS, _power(model_dim))
-    last = Kernel(
-        "sum_over_slots",
-        (_pointer(call.dtype), "*i32", "*fp32", _pointer(call.out_dtype)),
-        (True,) * 4,
-        (
-            ("D", model_dim), ("TOPK", call.topk), ("WEIGHT_FIRST", call.weight_first),
-            ("COMPLETE", call.complete), ("OVERLAP", overlaps(call.device)), ("BN", columns),
-        ),
-        _options(call.device, 4, 1),
+def _interpret(
+    plan: Plan,
+    views: tuple[tuple[tuple[int, ...], torch.dtype], ...],
+    fixed: Fixed,
+    hidden_states: Tensor,
+    buffers: SortedBuffers,
+) -> Tensor:
+    """As `run_plan`, with tensors."""
+    ids, weights, experts, num_valid, out = buffers
+    middle, entry, place = (torch.empty(shape, dtype=dtype) for shape, dtype in views)
+    if plan.last is None:
+        plan.first(
+            0, hidden_states, fixed.w1, fixed.bias1, weights, experts, num_valid, middle, place
+        )
+        plan.second(
+            0, middle, fixed.w2, fixed.bias2, weights, experts, num_valid, entry, place, out
+        )
+        return out
+    plan.first(
+        0, hidden_states, fixed.w1, fixed.bias1, ids, weights, experts, num_valid, middle, place,
+        plan.entries,
     )  # fmt: skip
-
-    def programs(tile: Tile, width: int) -> int:
-        tiles = blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
-        return min(tiles, tile.persistent * processors(call.device)) if tile.persistent else tiles
-
-    return Plan(
-        make_launch(first, programs(row.first, inter), call.device),
-        make_launch(second, programs(row.second, model_dim), call.device),
-        make_launch(last, call.tokens * _tiles(model_dim, columns), call.device),
-        (blocks * call.block, inter),
-        (entries, model_dim),
-        entries,
-        describe1,
-        describe2,
-        itself if call.device.type == "cpu" else address,
-    )
-
-
-def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
-    """`first_product` for a call, and what makes its weights' argument."""
-    _, width, model_dim = call.shape1
-    inter = call.shape2[2]
-    gated = width == 2 * inter
-    desc = tile.desc and _describable(call, call.strides1)
-    two = gated and not call.interleaved and (desc or call.strides1[2] != 1)
-    columns = tile.columns * (2 if gated and not two else 1)
-    weight, describe = _weight(call, call.strides1, columns, tile.inner, desc)
-    pointer = _pointer(call.dtype)
-    bias, bias_strides = _bias(call.dtype, call.bias1)
-    kernel = Kernel(
-        "first_product",
-        (pointer, weight, bias, "*i32", "*fp32", "*i32", "*i32", pointer, "*i32", "i32"),
-        (call.aligned, call.aligned and not desc, False, *(True,) * 6, False),
-        (
-            ("D", model_dim), ("INTER", inter), ("TOPK", call.topk), ("SLOTS", call.block),
-            ("HIDDEN_ROW", call.hidden_strides[0]), ("HIDDEN_COLUMN", call.hidden_strides[1]),
-            *_weight_constants(call.shape1, call.strides1), *bias_strides,
-            ("GATED", gated), ("INTERLEAVED", call.interleaved), ("ACTIVATION", call.activation),
-            ("WEIGHT_FIRST", call.weight_first), ("COMPLETE", call.complete), ("TWO", two),
-            ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", "ieee"),
-            ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
-            ("PERSISTENT", bool(tile.persistent)),
-        ),
-        _options(call.device, tile.warps, tile.stages),
-    )  # fmt: skip
-    return kernel, describe
-
-
-def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
-    """`second_product` for a call, and what makes its weights' argument."""
-    _, model_dim, inter = call.shape2
-    desc = tile.desc and _describable(call, call.strides2)
-    weight, describe = _weight(call, call.strides2, tile.columns, tile.inner, desc)
-    pointer = _pointer(call.dtype)
-    bias, bias_strides = _bias(call.dtype, call.bias2)
-    kernel = Kernel(
-        "second_product",
-        (pointer, weight, bias, "*i32", "*i32", "*i32", pointer, "*i32"),
-        (True, call.aligned and not desc, False, *(True,) * 5),
-        (
-            ("D", model_dim), ("INTER", inter), ("TOPK", call.topk), ("SLOTS", call.block),
-            *_weight_constants(call.shape2, call.strides2), *bias_strides, ("DESC", desc),
-            ("OVERLAP", overlaps(call.device)), ("PREFETCH", _prefetch(call, tile)),
-            ("PRECISION", "ieee"),
-            ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
-            ("PERSISTENT", bool(tile.persistent)),
-        ),
-        _options(call.device, tile.warps, tile.stages),
-    )  # fmt: skip
-    return kernel, describe
-
-
-def _plan_one(call: Call, family: Family) -> Plan:
-    _, width, model_dim = call.shape1
-    inter = call.shape2[2]
-    first, second = family.one_first, family.one_second
-    gated = width == 2 * inter
-    split = call.topk if family.split else 1
-    counters = _tiles(model_dim, second.columns)
-    pointer = _pointer(call.dtype)
-    bias1, strides1 = _bias(call.dtype, call.bias1)
-    bias2, strides2 = _bias(call.dtype, call.bias2)
-    one_first = Kernel(
-        "first_vector",
-        (pointer, pointer, bias1, "*fp32", "*i32", "*i32", pointer, "*i32"),
-        (call.aligned, call.aligned, False, *(True,) * 5),
-        (
-            ("D", model_dim), ("INTER", inter), ("HIDDEN_COLUMN", call.hidden_strides[1]),
-            *_weight_constants(call.shape1, call.strides1), *strides1,
-            ("GATED", gated), ("INTERLEAVED", call.interleaved), ("ACTIVATION", call.activation),
-            ("WEIGHT_FIRST", call.weight_first),
-            ("TWO", gated and not call.interleaved and call.strides1[2] != 1),
-            ("OVERLAP", overlaps(call.device)), ("COUNTERS", counters if split > 1 else 0),
-            ("BN", first.columns), ("BK", first.inner), ("STAGES", first.stages),
-        ),
-        _options(call.device, first.warps, first.stages),
-    )  # fmt: skip
-    one_second = Kernel(
-        "second_vector",
-        (pointer, pointer, bias2, "*fp32", "*i32", "*i32", "*fp32", "*i32",
-         _pointer(call.out_dtype)),
-        (True, call.aligned, False, *(True,) * 6),
-        (
-            ("D", model_dim), ("INTER", inter),
-            *_weight_constants(call.shape2, call.strides2), *strides2,
-            ("WEIGHT_FIRST", call.weight_first), ("OVERLAP", overlaps(call.device)),
-            ("PREFETCH", _prefetch(call, second)), ("SPLIT", split),
-            ("BN", second.columns), ("BK", second.inner), ("STAGES", second.stages),
-        ),
-        _options(call.device, second.warps, second.stages),
-    )  # fmt: skip
-    a = itself if call.device.type == "cpu" else address
-    return Plan(
-        make_launch(one_first, call.topk * _tiles(inter, first.columns), call.device),
-        make_launch(one_second, split * counters, call.device),
-        None, (call.topk, inter), (split, model_dim), counters, a, a, a,
-    )  # fmt: skip
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU, 1 of the interpreter."""
-    if device.type == "cpu":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def overlaps(device: torch.device) -> bool:
-    """Whether a launch may start up before the one in front of it is over."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] >= 9
-    )
-
-
-def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, Any], ...]:
-    options: tuple[tuple[str, Any], ...] = (
-        ("num_warps", warps), ("num_stages", stages), ("enable_fp_fusion", True),
-    )  # fmt: skip
-    return (*options, ("launch_pdl", True)) if overlaps(device) else options
-
-
-def _prefetch(call: Call, tile: Tile) -> int:
-    """Lines that the second product asks for early; none where that could ask past the weights."""
-    _, model_dim, inter = call.shape2
-    if not overlaps(call.device) or model_dim % tile.columns:
-        return 0
-    rows = 64 if call.strides2[2] == 1 else tile.columns  # of the inner dimension, per line
-    most = inter // rows
-    return min(tile.prefetch, 1 << (most.bit_length() - 1)) if most else 0
-
-
-def _weight(
-    call: Call, strides: tuple[int, ...], columns: int, inner: int, desc: bool
-) -> tuple[str, Callable[[Tensor], Any]]:
-    """The type of a weight's argument, and what makes the argument from the tensor."""
-    if not desc:
-        return _pointer(call.dtype), itself if call.device.type == "cpu" else address
-    by_inner = strides[2] == 1
-    box = [1, columns, inner] if by_inner else [1, inner, columns]
-
-    def describe(weight: Tensor) -> Any:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        return TensorDescriptor.from_tensor(weight if by_inner else weight.transpose(1, 2), box)
-
-    return f"tensordesc<{TYPES[call.dtype]}{box}>", describe
-
-
-def _describable(call: Call, strides: tuple[int, ...]) -> bool:
-    """Whether tensor descriptors may name a weight: compute capability 9, one dense dimension."""
-    if not overlaps(call.device) or not call.aligned:
-        return False
-    dense, *others = sorted(strides)
-    return dense == 1 and not any(other * call.dtype.itemsize % ALIGNMENT for other in others)
-
-
-def _weight_constants(
-    shape: tuple[int, ...], strides: tuple[int, ...]
-) -> tuple[tuple[str, Any], ...]:
-    wide = (shape[1] + 1024) * strides[1] + (shape[2] + 1024) * strides[2] >= INT32
-    return ("W_E", strides[0]), ("W_N", strides[1]), ("W_K", strides[2]), ("WIDE", wide)
-
-
-def _bias(
-    dtype: torch.dtype, bias: tuple[Any, ...] | None
-) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    if bias is None:
-        return _pointer(dtype), (("BIAS_E", 0), ("BIAS_N", 0), ("HAS_BIAS", False))
-    kind, (outer, inner) = bias
-    return _pointer(kind), (("BIAS_E", outer), ("BIAS_N", inner), ("HAS_BIAS", True))
-
-
-def _pointer(dtype: torch.dtype) -> str:
-    return f"*{TYPES[dtype]}"
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
-
-
-def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
-
-
-__all__ = ["ActivationType", "run_triton"]
+    plan.second(0, middle, fixed.w2, fixed.bias2, ids, experts, num_valid, entry, place)
+    plan.last(0, entry, place, weights, out)
+    return out

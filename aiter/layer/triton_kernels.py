@@ -6,7 +6,7 @@ With p a slot of the sorted buffers, (e, t, k) and r the expert, token, slot num
     entry[t * K + k]  = middle[p] @ w2[e].T + bias2[e]                    `second_product`
     out[t]            = sum over k of r * entry[t * K + k]                `sum_over_slots`
 
-`middle` and `entry` are of the layer's dtype, as the formula of `fused_moe` has it; every sum is float32.
+`middle` and `entry` are of the layer's dtype, as the formula of `fused_moe` has it; sums are float32.
 A tile of the products is BM slots of one block, so of one expert, by BN columns. Programs past
 num_valid_ids return at once, and nothing is read back. Padding rows multiply row 0 of `hidden`, or
 whatever `middle` holds, and are not written.
@@ -30,6 +30,8 @@ How the weights lie in memory is a constexpr. A gated tile has the columns of ga
 g0, u0, g1, u1, ..., whichever way the weights have them, because the accumulator's neighbours are in one
 thread then; where the rows are dense along the columns and the halves far apart, there are two
 tiles (TWO). With DESC, the weights come by tensor descriptors.
+
+Long because a Triton kernel names all of its arguments, and so does each call of one of its parts.
 """
 
 # mypy: ignore-errors

@@ -115,9 +115,22 @@ def make_launch(kernel: Kernel, programs: int, device: torch.device) -> Callable
     constant_values = tuple(value for _, value in kernel.constants)
 
     def launch(stream: int, *arguments: Any) -> None:
-        run(programs, 1, 1, stream, handle, metadata, None, None, None, *arguments, *constant_values)
+        run(
+            programs, 1, 1, stream, handle, metadata, None, None, None, *arguments, *constant_values
+        )
 
     return launch
+
+
+class Place:
+    """Where a tensor lies and of what it is, all that a tensor descriptor asks; keeps no memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._address = tensor.data_ptr()
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 def address(tensor: Tensor) -> int:
