@@ -9,11 +9,10 @@ these. Every contestant's output is compared with `aiter.reference.layer` before
 shape of one's own is measured as `--layer` says.
 
 On a GPU the figure is the slope of graph replay, but for transformers' "eager" path: it reads back
-which experts are hit, cannot be captured, and is timed as single calls, host included. `--goals` measures
-a layer from router logits on, as `moe_goals` says. `batched_mm`
+which experts are hit, cannot be captured, and is timed as single calls, host included. `batched_mm`
 copies the weights of every entry's expert and is left out above 8 tokens. On the CPU the figures are
 wall time, and say how fast the execution layer and PyTorch's CPU products are; `--small` cuts the
-sizes to what a laptop multiplies.
+sizes to what a laptop multiplies. `--goals` measures a layer from router logits on, as `moe_goals` says.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ CHECKED_ROWS = 12
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 2048, 8192)
 SHAPES = {"gpt-oss": (32, 4, 2880, 2880), "qwen3": (128, 8, 2048, 768)}
 
-# vLLM 0.33.0's kernel with the best routing of a peer, or triton_kernels 3.6's layer, the better; and the
-# time of reading once there (NVIDIA H100 80GB HBM3, bfloat16, 2026-11-26).
+# The better of vLLM 0.33.0's kernel with the best routing of a peer and triton_kernels 3.6's layer, and
+# the time of reading once there (NVIDIA H100 80GB HBM3, bfloat16, 2026-11-26).
 GOAL = {
     "gpt-oss": (73, 231, 345, 472, 537, 575, 680, 900, 2700),
     "qwen3": (30, 98, 164, 263, 399, 424, 465, 545, 1270),
