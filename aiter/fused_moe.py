@@ -11,6 +11,8 @@ applied and on which backend, `moe_arguments` what is refused.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .layer.experts import (
     expert_backend,
     run_experts,
 )
-from .layer.triton_experts import fixed_of, plan_of, run_plan
+from .layer.triton_experts import compile_ahead, fixed_of, plan_of, run_plan, why_not
 from .layer.triton_graph import as_one_op
 from .layer.types import ActivationType, QuantType
 from .routing.buffers import SortedBuffers
@@ -35,6 +37,7 @@ from .routing.calls import (
     topk_softmax_sorting,
 )
 from .routing.graph import traced
+from .routing.plan import check_size
 
 __all__ = [
     "ActivationType",
@@ -48,6 +51,7 @@ __all__ = [
     "last_path",
     "moe_sorting",
     "topk_softmax_sorting",
+    "warmup_layer",
 ]
 
 
@@ -267,6 +271,55 @@ def fused_moe_from_logits(
         all_routed=complete,
         weight_first=doweight_stage1,
     )
+
+
+def warmup_layer(
+    w1: Tensor,
+    w2: Tensor,
+    topk: int,
+    *,
+    num_experts: int | None = None,
+    max_tokens: int = 8192,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
+    activation: ActivationType = ActivationType.Silu,
+    gate_up_interleaved: bool = False,
+    doweight_stage1: bool = False,
+    dtype: torch.dtype | None = None,
+    all_routed: bool = True,
+) -> float:
+    """Compiles what a layer with these weights launches for 1 to `max_tokens` rows, ahead of use.
+
+    The Triton backend compiles on first use, about a second for each of some ten kernels; all layers of
+    a model share them. The other backends compile nothing. Launches nothing. `aiter.warmup` does the
+    same for the routing.
+
+    Args:
+        w1, w2, bias1, bias2, activation, gate_up_interleaved, doweight_stage1, dtype: as in
+            `fused_moe`; hidden states are taken to be dense rows.
+        topk: K.
+        num_experts: E of the router; None for the experts of w1.
+        max_tokens: the largest M.
+        all_routed: for calls of `fused_moe_from_logits` without `expert_mask` and
+            `num_local_tokens`; False for all others.
+
+    Returns:
+        The seconds that it took.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
+    check_layer(w1[0, :1], experts, dtype)
+    check_size("topk", topk)
+    check_size("max_tokens", max_tokens)
+    start = time.monotonic()
+    if why_not(w1.device) is None:
+        compile_ahead(
+            experts, topk, num_experts or w1.shape[0], max_tokens, dtype or w1.dtype, all_routed,
+            doweight_stage1,
+        )  # fmt: skip
+    return time.monotonic() - start
 
 
 def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:

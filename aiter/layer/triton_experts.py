@@ -15,17 +15,18 @@ every number of tokens, each with blocks of its own size.
 from __future__ import annotations
 
 import importlib.util
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..routing.buffers import SortedBuffers, allocate
-from . import triton_configs
-from .triton_configs import Layout
+from ..routing.graph import sorted_sizes
+from . import triton_configs, triton_tuned
 from .triton_launch import ALIGNMENT, address, interpreted, itself
-from .triton_plan import MOST_PLANS, Call, Choice, Plan, arch_of, layout_of, make_plan
+from .triton_plan import MOST_PLANS, Call, Choice, Plan, family_for, make_plan
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -34,27 +35,21 @@ OLDEST_CAPABILITY = 8  # Triton's oldest, and the first with bfloat16
 _native: Any = torch._C
 
 
-@cache
-def installed() -> bool:
-    """Whether there is a Triton."""
-    return importlib.util.find_spec("triton") is not None
+INSTALLED = importlib.util.find_spec("triton") is not None  # asked here, as no tracer can ask
+NOT_INSTALLED = "Triton is not installed; PyTorch's GPU builds bring it"
 
 
 def why_not(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on a device, in words; None if they can."""
-    if not installed():
-        return "Triton is not installed; PyTorch's GPU builds bring it"
+    if not INSTALLED:
+        return NOT_INSTALLED
     if device.type == "cpu":
-        if interpreted():
+        # NOTE: under a tracer this is left to the op, whose eager call asks again.
+        if is_dynamo_compiling() or interpreted():
             return None
         return "Triton has no CPU (TRITON_INTERPRET=1 runs its kernels in the interpreter)"
     if device.type != "cuda":
         return f"Triton's kernels are for GPUs, not for {device.type}"
-    return _why_not_gpu(device)
-
-
-@cache
-def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip is None:
         major = torch.cuda.get_device_capability(device)[0]
         if major < OLDEST_CAPABILITY:
@@ -82,14 +77,30 @@ def block_size(
     if tokens == 1:
         return 1
     return _block_size(
-        arch_of(device), tokens * topk / num_experts, layout_of(weight.stride()), weight.itemsize
+        device, tokens * topk / num_experts, weight.shape, weight.stride(), weight.itemsize
     )
 
 
 @lru_cache(MOST_PLANS)
-def _block_size(arch: str, entries: float, layout: Layout, itemsize: int) -> int:
-    family = triton_configs.family_of(arch, layout)
+def _block_size(
+    device: torch.device,
+    entries: float,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    itemsize: int,
+) -> int:
+    family = family_for(device, shape, strides)
     return triton_configs.row_for(family, entries, None, itemsize).block
+
+
+def forget() -> None:
+    """Drops plans, known calls and what is known of devices: the next call looks again."""
+    from . import triton_known
+
+    triton_known.forget()
+    _block_size.cache_clear()
+    make_plan.cache_clear()
+    triton_tuned.families.cache_clear()
 
 
 def run_triton(
@@ -215,3 +226,30 @@ def _interpret(
     plan.second(0, middle, fixed.w2, fixed.bias2, ids, experts, num_valid, entry, place)
     plan.last(0, entry, place, weights, out)
     return out
+
+
+def compile_ahead(
+    experts: Experts,
+    topk: int,
+    num_experts: int,
+    most_tokens: int,
+    out_dtype: torch.dtype,
+    all_routed: bool,
+    weight_first: bool,
+) -> None:
+    """Compiles and loads what layers of 1 to `most_tokens` dense rows launch; launches nothing."""
+    w1, w2, bias1, bias2, activation, interleaved = experts
+    sizes = [1 << power for power in range((most_tokens - 1).bit_length())]
+    for tokens in (*sizes, most_tokens):
+        block = block_size(w1.device, tokens, topk, num_experts, w1)
+        slots, _ = sorted_sizes(tokens, topk, num_experts, block)
+        make_plan(
+            Call(
+                w1.device, w1.dtype, out_dtype, tokens, topk, slots, block, w1.shape, w2.shape,
+                (w1.shape[2], 1), w1.stride(), w2.stride(),
+                None if bias1 is None else (bias1.dtype, bias1.stride()),
+                None if bias2 is None else (bias2.dtype, bias2.stride()),
+                int(activation), interleaved, weight_first, all_routed,
+                not (w1.data_ptr() | w2.data_ptr()) % ALIGNMENT,
+            )
+        )  # fmt: skip

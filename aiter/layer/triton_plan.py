@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..routing.buffers import Layouts, scratch_layouts
-from . import triton_configs
+from . import triton_configs, triton_tuned
 from .triton_configs import Family, Layout, Row, Tile
 from .triton_launch import ALIGNMENT, TYPES, Kernel, Place, address, itself, make_launch
 
@@ -41,6 +41,17 @@ def arch_of(device: torch.device) -> str:
 def layout_of(strides: tuple[int, ...]) -> Layout:
     """How a weight [E, columns, inner] lies in memory."""
     return "columns" if strides[1] < strides[2] else "inner"
+
+
+def family_for(device: torch.device, shape1: tuple[int, ...], strides1: tuple[int, ...]) -> Family:
+    """The tiles for weights w1 of a shape and strides: those measured on the device, or the table's."""
+    layout = layout_of(strides1)
+    if device.type == "cuda":
+        num_experts, rows, inner = shape1
+        found = triton_tuned.families(device).get((num_experts, rows, inner, layout))
+        if found is not None:
+            return found
+    return triton_configs.family_of(arch_of(device), layout)
 
 
 class Call(NamedTuple):
@@ -127,11 +138,10 @@ def _assemble(
 @lru_cache(MOST_PLANS)
 def make_plan(call: Call) -> Plan:
     """The plan of a call; compiles what is not compiled."""
-    layout = layout_of(call.strides1)
     if call.choice is None:
         num_experts = max(1, (call.slots - (call.tokens - 1) * call.topk) // call.block)
         entries = call.tokens * call.topk / num_experts
-        family = triton_configs.family_of(arch_of(call.device), layout)
+        family = family_for(call.device, call.shape1, call.strides1)
         row = triton_configs.row_for(family, entries, call.block, call.dtype.itemsize)
     else:
         family, row = call.choice

@@ -132,7 +132,7 @@ def test_triton_in_a_graph_of_torch_compile(target: Target) -> None:
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=backend)
     with target.active(), torch.no_grad():
         for tokens in (9, 5, 3):
-            hidden, logits = inputs.hidden[:tokens], inputs.logits[:tokens]
+            hidden, logits = inputs.hidden[:tokens].clone(), inputs.logits[:tokens].clone()
             assert torch.equal(compiled(hidden, logits), call(hidden, logits))
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
@@ -176,7 +176,7 @@ def test_triton_is_refused_by_name_where_it_cannot_run() -> None:
 
 
 def test_absence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_experts, "installed", lambda: False)
+    monkeypatch.setattr(triton_experts, "INSTALLED", False)
     inputs = make_layer(BASE, "cpu")
     with pytest.raises(ValueError, match="Triton is not installed"):
         layer.fused_moe_from_logits(
@@ -199,6 +199,32 @@ def test_every_table_ascends_and_fits(arch: str, layout: triton_configs.Layout) 
             assert all(
                 size & (size - 1) == 0 for size in (tile.rows, tile.columns, tile.inner, tile.warps)
             )
+
+
+def test_nothing_is_compiled_after_warming_up(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_kernels(target)
+    triton_experts.forget()
+    inputs = make_layer(BASE, target.device)
+    layer.warmup_layer(inputs.w1, inputs.w2, 3, max_tokens=40)
+    known = triton_plan.make_plan.cache_info().currsize
+    assert known >= 2
+    made = []
+    compiling = triton_plan.make_launch
+
+    def watched(kernel: object, *others: object) -> object:
+        made.append(kernel)
+        return compiling(kernel, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_plan, "make_launch", watched)
+    with target.active():
+        for tokens in (1, 8):
+            layer.fused_moe_from_logits(
+                inputs.hidden[:tokens], inputs.w1, inputs.w2, inputs.logits[:tokens], 3,
+                backend="triton",
+            )  # fmt: skip
+    assert made == []  # both sizes had their plans
 
 
 def test_few_variants_serve_all_sizes() -> None:
