@@ -7,7 +7,7 @@ between 6 and 18 calls. "read once" is the weights of the experts that these log
 what a read kernel reaches on an H100 over some hundred MB. "goal" and "peer" were measured the same way
 elsewhere with other logits, which hit other numbers of experts; "peer read once" is what reading
 took there, and the shares of it are what compares. The outputs of every contestant are compared with
-`aiter.reference.layer` first, on some rows where M is large.
+`aiter.reference.layer` first, on some rows where M is large. "host" is what the caller's thread pays.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aiter import ActivationType, fused_moe, reference
+from aiter.cli import timing
 from aiter.cli.table import format_table
 from aiter.reference.layer import moe_layer
 
@@ -28,6 +29,7 @@ BYTES_PER_US = 3.0e6
 SETS, LOW, HIGH, REPLAYS = 4, 6, 18, 12
 TOLERANCE = 4e-2  # of the largest output, bfloat16
 CHECKED_ROWS = 12
+MOST_HOST_TOKENS = 64
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 2048, 8192)
 SHAPES = {"gpt-oss": (32, 4, 2880, 2880), "qwen3": (128, 8, 2048, 768)}
 
@@ -132,6 +134,15 @@ def slope_us(calls: Sequence[Callable[[], object]]) -> float:
     return statistics.median(samples)
 
 
+def host_us(weights: dict[str, Any], topk: int, given: Sequence[Tensor]) -> str:
+    """What the caller's thread pays for a call outside of a graph; not asked where a call is long."""
+    if given[0].shape[0] > MOST_HOST_TOKENS:
+        return "-"
+    run = layer_of(weights, topk, None)
+    with torch.inference_mode():
+        return f"{timing.host_us(lambda: run(*given), given[0].device).us:.1f}"
+
+
 def table(device: torch.device, backends: Sequence[Any] = (None, "grouped_mm")) -> str:
     """Every row of both layers, as text."""
     rows = []
@@ -160,7 +171,7 @@ def table(device: torch.device, backends: Sequence[Any] = (None, "grouped_mm")) 
                 [
                     kind, tokens, f"{read_us:.1f}", *(f"{time:.1f}" for time in times),
                     f"{read_us / times[0]:.0%}", peer_read, GOAL[kind][index], peer,
-                    f"{peer_read / peer:.0%}", f"{max(errors):.4f}",
+                    f"{peer_read / peer:.0%}", f"{max(errors):.4f}", host_us(weights, topk, sets[0]),
                 ]
             )  # fmt: skip
             print(rows[-1], flush=True)
@@ -168,5 +179,5 @@ def table(device: torch.device, backends: Sequence[Any] = (None, "grouped_mm")) 
         torch.cuda.empty_cache()
     names = ["chosen" if backend is None else backend for backend in backends]
     header = ("layer", "M", "read once", *names, "share", "peer read once", "goal", "best peer",
-              "its share", "largest error")  # fmt: skip
+              "its share", "largest error", "host")  # fmt: skip
     return format_table(header, rows)

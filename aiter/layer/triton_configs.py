@@ -8,6 +8,22 @@ there are rows here, not one for each M.
 `Row.entries` is the largest average that a row is for; the rows of an architecture ascend. The two
 layouts of the weights, dense along the inner dimension ("inner") and dense along the columns
 ("columns", as gpt-oss' are stored), have rows of their own.
+
+What 3,200 measurements of single products on an H100 say (2026-11-26; us of a product):
+- Decode: for gpt-oss' first product 64 pairs of columns, 256 bytes of a row, by 64, with 8 warps and 5
+  stages (M=8: 224; 32 pairs by 128: 234); for Qwen3's, dense along the inner dimension, 32 pairs by 128
+  (M=8: 107). Descriptors gain nothing there (Qwen3: 109).
+- Programs that share the tiles (persistent, the loop over tiles flattened with the inner one) gain 0.2 %
+  at best (Qwen3's first product at M=16: 169.7 against 170.1) and lose in prefill (gpt-oss' at M=2048:
+  863 against 702). No table takes them.
+- 32 entries per expert: blocks of 64 slots beat 32 and 16 for gpt-oss (a layer of 256 tokens: 551, 605
+  and 728), although half of the tile is padding: the weights are read once.
+- Prefill: 128 x 256 x 64 with 8 warps. Tiles of 128 x 128 are a third slower (gpt-oss at M=8192: 2,514
+  against 1,854), 256 x 128 half as slow again (2,745). Without descriptors the first product's
+  128 x 256 does not fit in the registers and is 13 times slower: where strides do not allow them, its
+  tiles are half as wide (`triton_plan`). In the second product they gain nothing.
+- Fetching the second product's first weights into the L2 while it waits gains 1 us of 32 for a single
+  token of Qwen3, and nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -80,7 +96,7 @@ _REASONED = "not measured: by the sizes of registers and LDS, and by what the ma
 
 _SM_90: dict[Layout, Family] = {
     "inner": Family(
-        Tile(1, 8, 128, 2, 3),
+        Tile(1, 4, 512, 4, 3),
         Tile(1, 32, 128, 2, 3, prefetch=2),
         True,
         (
@@ -92,9 +108,14 @@ _SM_90: dict[Layout, Family] = {
                 Tile(64, 128, 64, 4, 4, desc=True),
             ),
             Row(
-                1e9,
+                400,
                 Tile(128, 128, 64, 8, 4, group=8, desc=True),
-                Tile(128, 256, 64, 8, 4, group=2, desc=True),
+                Tile(128, 256, 64, 8, 4, group=2),
+            ),
+            Row(
+                1e9,
+                Tile(128, 128, 64, 8, 3, group=32, desc=True),
+                Tile(128, 256, 64, 8, 4, group=2),
             ),
         ),
         _H100,
@@ -112,18 +133,23 @@ _SM_90: dict[Layout, Family] = {
                 Tile(64, 256, 64, 4, 3, group=4),
             ),
             Row(
-                180,
+                400,
                 Tile(128, 128, 64, 8, 4, group=32, desc=True),
-                Tile(128, 256, 64, 8, 4, group=2, desc=True, persistent=1),
+                Tile(128, 256, 64, 8, 4, group=2),
             ),
             Row(
                 1e9,
-                Tile(128, 128, 64, 8, 4, group=16, desc=True),
-                Tile(128, 256, 64, 8, 3, group=8, desc=True, persistent=1),
+                Tile(128, 128, 64, 8, 3, group=32, desc=True),
+                Tile(128, 256, 64, 8, 3, group=4),
             ),
         ),
         _H100,
     ),
+}
+
+
+_SM_100: dict[Layout, Family] = {
+    layout: replace(family, source=_REASONED) for layout, family in _SM_90.items()
 }
 
 
@@ -159,7 +185,7 @@ def _small(one_warps: int, stages: int, split: bool) -> dict[Layout, Family]:
 FAMILIES: dict[str, dict[Layout, Family]] = {
     "sm_8": _small(2, 3, True),
     "sm_9": _SM_90,
-    "sm_10": _SM_90,
+    "sm_10": _SM_100,
     "sm_12": _small(2, 3, True),
     "gfx": _small(4, 2, False),
     "interpreter": _small(1, 2, True),
