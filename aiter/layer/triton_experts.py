@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,8 +36,20 @@ OLDEST_CAPABILITY = 8  # Triton's oldest, and the first with bfloat16
 _native: Any = torch._C
 
 
-INSTALLED = importlib.util.find_spec("triton") is not None  # asked here, as no tracer can ask
-NOT_INSTALLED = "Triton is not installed; PyTorch's GPU builds bring it"
+NOT_INSTALLED = (
+    "Triton is not installed, or older than 3.4; PyTorch's GPU builds bring it, from PyTorch 2.8 on"
+)
+
+
+def _installed() -> bool:
+    """Whether there is a Triton with what `triton_kernels` imports; does not import it."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return False
+    return Path(spec.origin).with_name("language").joinpath("extra", "cuda", "gdc.py").is_file()
+
+
+INSTALLED = _installed()  # asked here, as no tracer can ask
 
 
 def why_not(device: torch.device) -> str | None:

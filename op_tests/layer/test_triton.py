@@ -20,7 +20,8 @@ from targets import Target
 
 from aiter import ActivationType, reference
 from aiter import fused_moe as layer
-from aiter.layer import triton_configs, triton_experts, triton_known, triton_plan
+from aiter.cli import tune, tune_experts
+from aiter.layer import triton_configs, triton_experts, triton_known, triton_plan, triton_tuned
 from aiter.layer.experts import Experts
 from aiter.layer.triton_configs import Row, Tile
 from aiter.reference.layer import moe_layer
@@ -44,6 +45,7 @@ def needs_kernels(target: Target) -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     """This file and every case of `test_fused_moe`, on the CPU."""
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -249,6 +251,44 @@ def test_given_blocks_cut_the_tiles() -> None:
     for block, rows in ((1, 16), (17, 32), (64, 64), (4096, 128)):
         assert triton_configs.row_for(family, 1e6, block, 2).first.rows == rows
     assert triton_configs.row_for(family, 1e6, None, 4).first.inner == 32
+
+
+def test_measured_tiles_are_kept_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AITER_JIT_DIR", str(tmp_path / "cache"))
+    device = torch.device("cpu")
+    family = triton_configs.family_of("sm_90", "columns")
+    triton_tuned.families.cache_clear()
+    assert triton_tuned.families(device) == {}
+    path = triton_tuned.keep(device, (32, 5760, 2880, "columns"), family)
+    triton_tuned.keep(device, (8, 64, 64, "inner"), replace(family, split=False))
+    found = triton_tuned.families(device)
+    assert found[(32, 5760, 2880, "columns")] == family and len(found) == 2
+
+    triton_tuned.families.cache_clear()
+    monkeypatch.setattr(triton_tuned, "kernels", lambda: "other kernels")
+    assert triton_tuned.families(device) == {} and "other kernels" in caplog.text
+    triton_tuned.families.cache_clear()
+    path.write_text(path.read_text().replace('"rows": 16', '"rows": -16'))
+    assert triton_tuned.families(device) == {} and "left aside" in caplog.text
+    triton_tuned.families.cache_clear()
+
+
+def test_measured_rows_share_out_the_sizes() -> None:
+    small, large = Tile(16, 32, 64, 4, 3), Tile(128, 128, 64, 8, 3)
+    rows = [Row(1, small, small), Row(4, small, small), Row(64, large, large)]
+    spread = tune_experts.spread(rows)
+    assert [row.first for row in spread] == [small, large]
+    assert [row.entries for row in spread] == [16.0, 1e9]
+
+
+def test_tune_says_what_it_cannot_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--experts", "8,2,64,64", "--device", "cpu"]) == 1
+    assert "expected a GPU with Triton" in capsys.readouterr().err
+    for wrong in ("8,9,64,64", "8,2,64", "8,2,64,0", "x"):
+        with pytest.raises(SystemExit):
+            tune.main(["--experts", wrong])
 
 
 def test_the_reference_is_not_the_kernel() -> None:

@@ -73,6 +73,7 @@ def figure(assembly: str, name: str) -> int:
     return int(match[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_machine_code(arch: str, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
