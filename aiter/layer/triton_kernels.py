@@ -122,6 +122,14 @@ def _prefetch(w, column, W_K: tl.constexpr, W_N: tl.constexpr, BN: tl.constexpr,
 
 
 @triton.jit
+def _times(x, w, acc, PRECISION: tl.constexpr):
+    """acc + x @ w. The interpreter would multiply the bits of bfloat16; it is given float32."""
+    if PRECISION == "interpreted":
+        return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _weight_tile(w, k, columns, k_end, column_end, W_K: tl.constexpr, W_N: tl.constexpr,
                  MASK_K: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """w[columns, k] as [k, columns]; zero outside."""
@@ -215,16 +223,16 @@ def _first_tile(
         x = _row_tile(from_rows, k, D, HIDDEN_COLUMN, MASK_K)
         if DESC:
             part = _desc_tile(w, expert, start, tile * WIDTH, W_K, BK, WIDTH)
-            acc = tl.dot(x, part, acc, input_precision=PRECISION)
+            acc = _times(x, part, acc, PRECISION)
             if TWO:
                 part = _desc_tile(w, expert, start, INTER + tile * BN, W_K, BK, BN)
-                acc_up = tl.dot(x, part, acc_up, input_precision=PRECISION)
+                acc_up = _times(x, part, acc_up, PRECISION)
         else:
             part = _weight_tile(w, k, columns, D, INTER, W_K, W_N, MASK_K, MASK_N and TWO, WIDE)
-            acc = tl.dot(x, part, acc, input_precision=PRECISION)
+            acc = _times(x, part, acc, PRECISION)
             if TWO:
                 part = _weight_tile(w, k, INTER + n, D, 2 * INTER, W_K, W_N, MASK_K, MASK_N, WIDE)
-                acc_up = tl.dot(x, part, acc_up, input_precision=PRECISION)
+                acc_up = _times(x, part, acc_up, PRECISION)
     if WEIGHT_FIRST:
         weight = tl.load(sorted_weights + rows, mask=used, other=0.0)[:, None]
         acc *= weight
@@ -329,7 +337,7 @@ def _second_tile(
             part = _desc_tile(w, expert, start, tile * BN, W_K, BK, BN)
         else:
             part = _weight_tile(w, k, n, INTER, D, W_K, W_N, MASK_K, MASK_N, WIDE)
-        acc = tl.dot(x, part, acc, input_precision=PRECISION)
+        acc = _times(x, part, acc, PRECISION)
     dtype = entry.dtype.element_ty
     if HAS_BIAS:
         bias = bias2 + expert.to(tl.int64) * BIAS_E

@@ -212,7 +212,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
             *_weight_constants(call.shape1, call.strides1), *bias_strides,
             ("GATED", gated), ("INTERLEAVED", call.interleaved), ("ACTIVATION", call.activation),
             ("WEIGHT_FIRST", call.weight_first), ("COMPLETE", call.complete), ("TWO", two),
-            ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", "ieee"),
+            ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
             ("PERSISTENT", bool(tile.persistent)),
         ),
@@ -236,7 +236,7 @@ def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], An
             ("D", model_dim), ("INTER", inter), ("TOPK", call.topk), ("SLOTS", call.block),
             *_weight_constants(call.shape2, call.strides2), *bias_strides, ("DESC", desc),
             ("OVERLAP", overlaps(call.device)), ("PREFETCH", _prefetch(call, tile)),
-            ("PRECISION", "ieee"),
+            ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
             ("PERSISTENT", bool(tile.persistent)),
         ),
@@ -376,6 +376,12 @@ def _bias(
 
 def _pointer(dtype: torch.dtype) -> str:
     return f"*{TYPES[dtype]}"
+
+
+def _precision(call: Call) -> str:
+    """float32 is multiplied as it is, and bfloat16 as float32 by the interpreter."""
+    widened = call.device.type == "cpu" and call.dtype is torch.bfloat16
+    return "interpreted" if widened else "ieee"
 
 
 def _tiles(size: int, tile: int) -> int:
