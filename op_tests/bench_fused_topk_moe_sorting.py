@@ -2,16 +2,20 @@
 
     python op_tests/bench_fused_topk_moe_sorting.py [--device cpu|cuda] [--shape E,K,D ...]
         [--tokens 1,4,8,...] [--dtype bf16] [--wave 64] [--csv FILE] [--plot FILE] [--[no-]compile]
-        [--clusters 1,2,4,8,16]
+        [--clusters 1,2,4,8,16] [--rule deepseek-v3]
 
-Every contestant does the same work: bf16 logits to weights, ids, the sorted buffers and a zeroed
+Every contestant does the same work: logits to weights, ids, the sorted buffers and a zeroed
 bf16 [M, D] buffer, block size 32, each allocating its outputs as a caller does. Results are compared
-with `aiter.reference` before anything is timed. On a GPU the first table is the slope of graph
-replay (see `aiter.cli.timing`), inputs rotating, beside the floor of an empty kernel; more tables have
-the device time behind an empty kernel, that with a cold L2, and the host time. torch.compile is among
+with `aiter.reference` before anything is timed. On a GPU, unless `--dtype` names one, all is done for
+bf16 and then for f32 logits, whose files are named `..._fp32`. The first table there is by the strict
+clock, by which nothing overlaps, the second by the overlapping one (see `aiter.cli.timing`), inputs
+rotating, beside the floor of an empty kernel; more tables have the device time with a cold L2, and the
+host time. torch.compile is among
 the contestants there. On the CPU a figure is wall time, and says how fast the execution layer is, not
 how fast the kernel is.
 With --clusters the contestants are the fused launch with so many workgroups that route.
+With --rule a model's rule chooses, by a random correction bias, and its shape is the default one; the
+contestants are ours, as PyTorch has no such call, and top-k is compared with `aiter.reference.rules`.
 """
 
 from __future__ import annotations
@@ -28,18 +32,28 @@ import bench_report
 import bench_timing
 import torch
 from bench_report import Record
+from rule_cases import MODELS, check_routing
 from torch import Tensor
 
 from aiter import fused_moe, reference
 from aiter.jit import envs
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from aiter.ops.rule import RoutingRule
 from aiter.routing import dispatch
-from aiter.routing import plan as routing_plan
+from aiter.routing import known as remembered
+from aiter.routing.basis import basis_of
+from aiter.routing.calls import topk_routing_sorting
 from aiter.routing.graph import fused_topk_moe_sorting_fwd
 
 SHAPES = ("128,4,2880", "256,8,7168", "512,10,4096", "896,16,3584")
 BLOCK_SIZE = 32
+
+# The width of the hidden states of models in MODELS.
+MODEL_DIMS = {
+    "deepseek-v3": 7168, "kimi-k2": 7168, "kimi-k3": 3584, "glm-4.5": 5120, "nemotron-3": 4096,
+    "ling-2.5": 2560, "deepseek-v2": 5120, "deepseek-v4": 4096, "ernie-4.5": 2560, "longcat": 6144,
+}  # fmt: skip
 
 Routing = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -157,6 +171,58 @@ def check(name: str, outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
         raise RuntimeError(f"{name}: moe_buf is not zero")
 
 
+def by_rule(
+    options: argparse.Namespace, shape: tuple[int, ...], tokens: int
+) -> tuple[list[Tensor], dict[str, Routing], tuple[Tensor, ...]]:
+    """Inputs, contestants and the expected result by the rule of a model, whose top-k is checked."""
+    num_experts, topk, model_dim = shape
+    rule, _, _, has_bias = MODELS[options.rule]
+    inputs = bench_report.logits(options, tokens, rule.num_logits(num_experts))
+    bias = None
+    if has_bias:
+        generator = torch.Generator().manual_seed(bench_report.SEED + 1)
+        size = num_experts - rule.num_shared_experts + rule.num_zero_experts
+        bias = (torch.randn(size, generator=generator) * 0.1).to(options.device)
+
+    def policy(number: int, rule: RoutingRule = rule) -> Routing:
+        return lambda logits: topk_routing_sorting(
+            logits, topk, num_experts, model_dim, torch.bfloat16, rule=rule, correction_bias=bias,
+            dispatch_policy=number,
+        )  # fmt: skip
+
+    slots = topk + rule.num_shared_experts
+    weights = torch.empty(tokens, slots, device=options.device)
+    ids = torch.empty_like(weights, dtype=torch.int32)
+    expected = topk_routing_sorting(
+        inputs[0], topk, num_experts, model_dim, torch.bfloat16, rule=rule, correction_bias=bias,
+        dispatch_policy=dispatch.ONESHOT, topk_out=(weights, ids),
+    )  # fmt: skip
+    check_routing(
+        (weights.cpu(), ids.cpu()), inputs[0].cpu(), rule, None if bias is None else bias.cpu()
+    )
+    found = {"fused": policy(dispatch.AUTOMATIC)}
+    if tokens > fused_topk_moe_sorting_max_tokens(
+        num_experts + rule.num_zero_experts, slots, device=options.device
+    ):
+        del found["fused"]
+    found["oneshot"] = policy(dispatch.ONESHOT)
+    found["multiphase"] = policy(dispatch.MULTIPHASE)
+    return inputs, found, expected
+
+
+def measure_rule(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) -> Record:
+    """As `measure`, by the rule of a model."""
+    inputs, found, expected = by_rule(options, shape, tokens)
+    record: Record = {"fused": None}
+    for name, run in found.items():
+        check(name, run(inputs[0]), expected)
+        if fused_moe.last_path() != name:
+            raise RuntimeError(f"expected the path {name}, got {fused_moe.last_path()}")
+        calls = [lambda x=x, run=run: run(x) for x in inputs]
+        record[name] = bench_timing.call_us(calls, options.device, everything=True)
+    return record
+
+
 def measure(options: argparse.Namespace, shape: tuple[int, ...], tokens: int) -> Record:
     """The figures of one shape and number of tokens, in microseconds."""
     num_experts, topk, model_dim = shape
@@ -198,16 +264,38 @@ def make_parser() -> argparse.ArgumentParser:
         default=(),
         help="time the fused launch alone, with these numbers of routing workgroups",
     )
+    parser.add_argument("--rule", choices=MODEL_DIMS, help="route by the rule of a model")
     return parser
 
 
+def one_dtype(options: argparse.Namespace, dtype: str) -> argparse.Namespace:
+    """The options, for this dtype unless they name one; files of the second one have other names."""
+    chosen = argparse.Namespace(**vars(options))
+    chosen.dtype = options.dtype or dtype
+    if options.dtype is None and dtype != "bf16":
+        for name in ("csv", "plot"):
+            path = getattr(options, name)
+            setattr(chosen, name, path and path.with_stem(f"{path.stem}_{dtype}"))
+    return chosen
+
+
 def main() -> int:
-    options = make_parser().parse_args()
+    parser = make_parser()
+    parser.set_defaults(dtype=None)
+    options = parser.parse_args()
     device = options.device or current_device()
-    origin = "" if options.from_csv else routing_plan.basis_of(device).origin
+    origin = "" if options.from_csv else basis_of(device).origin
     os.environ[envs.AITER_DISPATCH.name] = "capacity"
-    routing_plan.forget()
-    bench_report.run(options, "routing", ("E", "K", "D"), SHAPES, measure)
+    remembered.forget()
+    shapes, what, run = SHAPES, "routing", measure
+    if options.rule:
+        rule, num_experts, topk, _ = MODELS[options.rule]
+        width = num_experts + rule.num_shared_experts
+        shapes = (f"{width},{topk},{MODEL_DIMS[options.rule]}",)
+        what, run = f"routing by the rule of {options.rule}", measure_rule
+    both = options.dtype is None and device.type == "cuda" and not options.from_csv
+    for each in [one_dtype(options, dtype) for dtype in ("bf16", "fp32")[: 2 if both else 1]]:
+        bench_report.run(each, what, ("E", "K", "D"), shapes, run)
     if origin:
         print(f"policy 0 is decided by {origin}")
     return 0

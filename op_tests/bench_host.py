@@ -18,9 +18,9 @@ import argparse
 import csv
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,8 +37,9 @@ from aiter.jit import module_for
 from aiter.ops.device import current_device
 from aiter.ops.fused_topk_moe_sorting import FusedCalls, fused_calls
 from aiter.routing import buffers as moe_buffers
-from aiter.routing import calls as moe_routing
+from aiter.routing import known as remembered
 from aiter.routing import plan as routing_plan
+from aiter.routing.request import Request
 
 ROUNDS = 9
 PIECE_CALLS = 100  # of a piece that launches nothing, per repeat
@@ -64,13 +65,13 @@ class Row:
 def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     """What is measured, by name: what launches nothing, and what does.
 
-    The first are to be called while `moe_routing` plans with `silent_plan` and knows no call, but for
+    The first are to be called while plans are made by `silent_plan` and no call is known, but for
     `KNOWN`.
     """
     num_experts, topk, model_dim = shape
     tokens, device = logits.shape[0], logits.device
-    sizes = (device, None, tokens, num_experts, topk, num_experts)
-    sizes += (model_dim, torch.bfloat16, BLOCK_SIZE, 0)
+    request = request_of(shape)
+    sizes = (device, tokens, num_experts, logits.dtype, False, *request)
     plan = routing_plan.plan_routing(*sizes)
     out = fused_moe.empty_sorted_buffers(
         tokens, topk, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, device=device
@@ -78,8 +79,8 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     weights, ids = fused_moe.fused_topk(logits, logits, topk, True)
     sort = (ids, weights, *out, num_experts, BLOCK_SIZE, None, None, None, 1)
     into = fused_calls(device).into
-    planned = (logits, out, plan.buffers, num_experts, topk, BLOCK_SIZE, True, None, None)
-    found = found_and_negated(logits, shape, planned)
+    planned = (request, logits, None, None, None, None, out, plan.buffers, None)
+    found = found_and_negated(planned)
     fused = (logits, *out, num_experts, topk, BLOCK_SIZE, True)
     nothing = (weights[:0], ids[:0], torch.empty_like(ids[:0]), logits[:0], True)  # no token
     selecting = module_for("module_topk_softmax", device).topk_softmax
@@ -92,8 +93,8 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         )
 
     silent: Pieces = {
-        "plan: made": lambda: routing_plan.plan_routing.__wrapped__(*sizes),
-        "plan: found": lambda: moe_routing._known(routing_plan.plan_routing, sizes),
+        "plan: made": lambda: routing_plan.plan_routing(*sizes),
+        "plan: found": lambda: remembered.plan_of("plan_routing", sizes),
         "outputs: five allocations": lambda: moe_buffers.allocate(plan.layouts, device),
         "outputs: views of one allocation (not used)": lambda: views(plan.buffers, device),
         "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
@@ -107,7 +108,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     }
     launching: Pieces = {
         "fused launch, compiled function": lambda: compiled(*fused),
-        "fused launch, as a first call makes it": lambda: into(*planned, None, None),
+        "fused launch, as a first call makes it": lambda: into(*planned),
         "fused_topk_moe_sorting_fwd": lambda: aiter.fused_topk_moe_sorting_fwd(*fused),
         "topk_softmax_sorting, known call, out given": lambda: routing(out=out),
         "topk_softmax_sorting, known call, allocating": routing,
@@ -132,30 +133,38 @@ def views(buffers: moe_buffers.Buffers, device: torch.device) -> tuple[torch.Ten
     )  # fmt: skip
 
 
-@lru_cache(typed=True)
-def silent_plan(*sizes: Any) -> routing_plan.Plan:
-    """The plan of a routing, with a fused launch that does nothing and that nobody remembers."""
-    return routing_plan.plan_routing(*sizes)._replace(
-        fused=FusedCalls(lambda *_: True, moe_routing._never)
-    )
+def request_of(shape: Shape) -> Request:
+    """What the calls here ask for."""
+    num_experts, topk, model_dim = shape
+    return Request(topk, num_experts, model_dim, torch.bfloat16, True, BLOCK_SIZE, 0, "slot", None)
 
 
-def found_and_negated(
-    logits: torch.Tensor, shape: Shape, planned: tuple[Any, ...]
-) -> Callable[[], object]:
+@contextmanager
+def silent_plans() -> Iterator[None]:
+    """Plans of routings have a fused launch that does nothing and that nobody remembers."""
+    made = routing_plan.plan_routing
+
+    def silent(*sizes: Any) -> routing_plan.Plan:
+        return made(*sizes)._replace(fused=FusedCalls(lambda *_: True, remembered._never))
+
+    remembered.forget()
+    with mock.patch.object(routing_plan, "plan_routing", silent):
+        yield
+    remembered.forget()
+
+
+def found_and_negated(planned: tuple[Any, ...]) -> Callable[[], object]:
     """The search for a known call that finds it and launches nothing, as its logits are negated.
 
     Raises RuntimeError if the call itself is not found, or the negated one is answered.
     """
-    num_experts, topk, model_dim = shape
-    (into, again), (_, out, *_) = fused_calls(logits.device), planned
-    options = (topk, num_experts, model_dim, torch.bfloat16, True, BLOCK_SIZE)
-    call = (*options, None, None, 0, out, None)
-    into(*planned, (*options, 0, None), None)
-    negated = torch._neg_view(logits)
-    if again(logits, *call) is None or again(negated, *call) is not None:
+    request, logits, *others = planned
+    into, again = fused_calls(logits.device)
+    into(*planned)
+    negated, others = torch._neg_view(logits), others[:-2]
+    if again(request, logits, *others) is None or again(request, negated, *others) is not None:
         raise RuntimeError("the known call: expected to be found unless negated, got otherwise")
-    return lambda: again(negated, *call)
+    return lambda: again(request, negated, *others)
 
 
 def check(logits: torch.Tensor, shape: Shape) -> None:
@@ -176,10 +185,10 @@ def measure(logits: torch.Tensor, shape: Shape, rounds: int) -> list[Row]:
     what = "host and launch" if device.type == "cuda" else "host and the kernel on the CPU"
     times: dict[str, list[float]] = {name: [] for name in (*silent, *launching)}
     for _ in range(rounds):
-        with mock.patch.object(moe_routing, "plan_routing", silent_plan):
+        with silent_plans():
             for name, piece in silent.items():
-                again = (lambda *_: ()) if name == KNOWN else moe_routing._never
-                with mock.patch.object(moe_routing, "_again", again):
+                again = (lambda *_: ()) if name == KNOWN else remembered._never
+                with mock.patch.object(remembered, "again", again):
                     times[name].append(bench_timing.host_us(piece, device, PIECE_CALLS).us)
         for name, piece in launching.items():
             times[name].append(bench_timing.host_us(piece, device).us)

@@ -37,7 +37,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_INPUTS = 4  # rotated, so that no call finds its own input in L1
 SEED = 0
 CSV_FLOOR = "empty kernel"
-CSV_PARTS = ("us", "spread", "alone_us", "cold_us", "host_us")
+CSV_PARTS = ("us", "spread", "strict_us", "cold_us", "host_us")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -131,15 +131,18 @@ def _where(options: argparse.Namespace) -> str:
 
 
 def tables(names: Sequence[str], records: list[Entry]) -> str:
-    """A table of the medians, then those of the other clocks where they were measured."""
-    parts = [table(names, records, lambda timing: timing.us)]
+    """Tables of the medians by each clock that was used, the strict one first, each with its title."""
+    parts = []
     for title, value in (
-        ("device time behind an empty kernel", lambda timing: timing.alone_us),
+        ("strict clock: device time of a call, nothing overlaps", lambda timing: timing.strict_us),
+        ("overlapping clock: calls may start while the one before runs", lambda timing: timing.us),
         ("device time with a cold L2", lambda timing: timing.cold_us),
         ("host time", lambda timing: timing.host_us),
     ):
         if any(value(timing) for _, _, record in records for timing in record.values() if timing):
             parts.append(f"{title}\n{table(names, records, value)}")
+    if len(parts) == 1:
+        return table(names, records, lambda timing: timing.us)
     return "\n\n".join(parts)
 
 
@@ -190,7 +193,7 @@ def read_csv(names: Sequence[str], path: Path) -> tuple[list[Entry], float | Non
                 if not column.endswith(" us"):
                     continue
                 name = column.removesuffix(" us")
-                values = [row[f"{name} {part}"] for part in CSV_PARTS]
+                values = [row.get(f"{name} {part}") for part in CSV_PARTS]  # older files have less
                 numbers = [float(value) if value else None for value in values]
                 record[name] = None
                 if numbers[0] is not None and numbers[1] is not None:

@@ -109,8 +109,12 @@ def check_structure(
     topk: int,
     block_size: int,
     mask: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> tuple[Ints, Floats]:
     """The invariants of the sorted buffers, without a reference; ``num_tokens`` is ``n``.
+
+    ``ids`` [tokens, K] are what a caller gave: any, also repeated in a row. None for ids of a
+    selection, which are experts and distinct in a row.
 
     Returns the decoded expert and weight of every (token, slot), -1 and NaN where the mask
     removed the expert.
@@ -150,7 +154,9 @@ def check_structure(
             f"sorted_ids[{at}]: expected slot < {topk} of a token < {num_tokens} or padding, "
             f"got slot {slots[at]} of token {tokens[at]}"
         )
-    _check_blocks(experts, tokens, padding, block_size)
+    # A token is once among a selection's entries of an expert; a caller's may repeat it in other slots.
+    order = tokens if ids is None else tokens * (topk + 1) + slots
+    _check_blocks(experts, order, padding, block_size)
 
     table = np.full((num_tokens, topk), -1, dtype=np.int64)
     table_weights = np.full((num_tokens, topk), np.nan, dtype=np.float32)
@@ -159,6 +165,9 @@ def check_structure(
     require(repeated == 0, f"sorted_ids: expected each (token, slot) once, {repeated} are repeated")
     table[tokens[real], slots[real]] = experts[real]
     table_weights[tokens[real], slots[real]] = weights[real]
+    if ids is not None:
+        _check_table(table, ids, num_experts, mask)
+        return table, table_weights
     if mask is None:
         missing = np.argwhere(table < 0)
         require(
@@ -168,6 +177,20 @@ def check_structure(
         )
     check_distinct(table)
     return table, table_weights
+
+
+def _check_table(table: Ints, ids: Tensor, num_experts: int, mask: Tensor | None) -> None:
+    """The experts [tokens, K] are those of ``ids``, -1 where there is none or the mask removed it."""
+    wanted = ids.cpu().numpy().astype(np.int64)
+    exists = (wanted >= 0) & (wanted < num_experts)
+    if mask is not None:
+        exists &= mask.cpu().numpy().astype(bool)[np.where(exists, wanted, 0)]
+    wrong = np.argwhere(table != np.where(exists, wanted, -1))
+    require(
+        len(wrong) == 0,
+        f"sorted_ids: expected an entry for every id and no others, {len(wrong)} are wrong, "
+        f"first at (token, slot) {wrong[:1].tolist()}",
+    )
 
 
 def check_distinct(table: Ints) -> None:
@@ -241,8 +264,8 @@ def _slot_experts(
     return np.repeat(kept[block_experts], block_size).astype(np.int64)
 
 
-def _check_blocks(experts: Ints, tokens: Ints, padding: NDArray[np.bool_], block_size: int) -> None:
-    """No block without an entry, padding only at the end of an expert, tokens ascending."""
+def _check_blocks(experts: Ints, order: Ints, padding: NDArray[np.bool_], block_size: int) -> None:
+    """No block without an entry, padding only at the end of an expert, ``order`` ascending."""
     empty = np.flatnonzero(padding.reshape(-1, block_size).all(axis=1))
     require(
         len(empty) == 0,
@@ -256,7 +279,7 @@ def _check_blocks(experts: Ints, tokens: Ints, padding: NDArray[np.bool_], block
         f"got entries after it at {(resumed[:4] + 1).tolist()}",
     )
     entries = same_expert & ~padding[:-1] & ~padding[1:]
-    descending = np.flatnonzero(entries & (tokens[1:] <= tokens[:-1]))
+    descending = np.flatnonzero(entries & (order[1:] <= order[:-1]))
     require(
         len(descending) == 0,
         "sorted_ids: expected strictly ascending tokens within an expert, "

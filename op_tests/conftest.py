@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import _checkout  # noqa: F401
 import hypothesis
@@ -16,7 +17,7 @@ import pytest
 import torch
 from targets import CPU_WAVES, select_targets
 
-from aiter.routing import plan as routing_plan
+from aiter.routing import known as remembered
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
@@ -51,6 +52,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--wave", type=int, choices=CPU_WAVES, help="one wave width of the CPU target")
 
 
+# What `-m quick` leaves out: builds and processes of their own, GPU tools, whole models.
+NOT_QUICK = (
+    "fire",
+    "integrations",
+    "jit",
+    "rocm",
+    "test_bench.py",
+    "test_docs.py",
+    "test_second_name.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the first case of every test function as quick, where one case is no build of its own."""
+    seen = set()
+    for item in items:
+        parts = item.path.relative_to(Path(__file__).parent).parts
+        function = (item.path, getattr(item, "originalname", item.name))
+        if parts[0] not in NOT_QUICK and function not in seen and "slow" not in item.keywords:
+            item.add_marker("quick")
+        seen.add(function)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes a `target` once per chosen target."""
     if "target" in metafunc.fixturenames:
@@ -62,6 +86,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def nothing_known() -> Iterator[None]:
     """Plans and known calls of earlier tests are forgotten, and those of this one afterwards."""
-    routing_plan.forget()
+    remembered.forget()
     yield
-    routing_plan.forget()
+    remembered.forget()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import aiter.fused_moe
 from aiter import reference
-from aiter.routing import calls as moe_routing
+from aiter.routing import known as remembered
 from aiter.routing.buffers import SortedBuffers
 
 TOKENS, EXPERTS, TOPK, WIDTH, BLOCK = 6, 24, 3, 300, 8
@@ -84,19 +84,19 @@ class Outcome(NamedTuple):
 def watched() -> Iterator[list[bool]]:
     """Whether `_again` knows the calls inside."""
     answers: list[bool] = []
-    again = moe_routing._again
+    again = remembered.again
 
     def watching(*arguments: object) -> SortedBuffers | None:
         buffers = again(*arguments)
         answers.append(buffers is not None)
         return buffers
 
-    moe_routing._again = watching
+    remembered.again = watching
     try:
         yield answers
     finally:
-        if moe_routing._again is watching:
-            moe_routing._again = again
+        if remembered.again is watching:
+            remembered.again = again
 
 
 def outcome(target: Target, call: Arguments) -> Outcome:

@@ -79,7 +79,13 @@ class SortedOutputs:
         for buffer in self.buffers:
             buffer.check_guards()
 
-    def check(self, case: Case, inputs: Inputs, expected: tuple[Tensor, ...]) -> None:
+    def check(
+        self,
+        case: Case,
+        inputs: Inputs,
+        expected: tuple[Tensor, ...],
+        given_ids: Tensor | None = None,
+    ) -> None:
         """Guards, values, invariants, and nothing written behind the slots in use and the rows of
         ``moe_buf`` that count.
         """
@@ -95,10 +101,12 @@ class SortedOutputs:
         self.buffers[1].check_untouched_from(num_valid)
         self.buffers[2].check_untouched_from(num_valid // case.block_size)
         self.buffers[4].check_zero_then_untouched(case.local_tokens)
-        check_sorted_alone(case, inputs, self.tensors)
+        check_sorted_alone(case, inputs, self.tensors, given_ids)
 
 
-def check_sorted_alone(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
+def check_sorted_alone(
+    case: Case, inputs: Inputs, outputs: tuple[Tensor, ...], given_ids: Tensor | None = None
+) -> None:
     """The invariants that need no reference, on the five tensors of ``case``."""
     experts, weights = check_structure(
         outputs,
@@ -107,7 +115,10 @@ def check_sorted_alone(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...]) 
         topk=case.topk,
         block_size=case.block_size,
         mask=inputs.mask,
+        ids=None if given_ids is None else given_ids[: case.local_tokens],
     )
+    if given_ids is not None:
+        return
     check_selection(experts, inputs.gating[: case.local_tokens])
     if case.need_renorm and inputs.mask is None:
         check_weight_sums(weights)
@@ -122,6 +133,20 @@ def expected_sorted(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
         case.model_dim,
         case.moebuf_dtype,
         case.need_renorm,
+        case.block_size,
+        None if inputs.mask is None else inputs.mask.cpu(),
+        None if inputs.num_local_tokens is None else inputs.num_local_tokens.cpu(),
+    )
+
+
+def expected_of_ids(case: Case, inputs: Inputs, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """The reference's five tensors for ready ids, computed on the CPU."""
+    return reference.moe_sorting(
+        ids.cpu(),
+        weights.cpu(),
+        case.num_experts,
+        case.model_dim,
+        case.moebuf_dtype,
         case.block_size,
         None if inputs.mask is None else inputs.mask.cpu(),
         None if inputs.num_local_tokens is None else inputs.num_local_tokens.cpu(),
@@ -197,17 +222,24 @@ WORKSPACE_OFFSET = 16
 
 
 def run_moe_sorting(
-    case: Case, target: Target, op: Op, policy: int, workspace_size: Callable[..., int]
+    case: Case,
+    target: Target,
+    op: Op,
+    policy: int,
+    workspace_size: Callable[..., int],
+    given_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Call ``op`` as ``moe_sorting_opus_fwd`` and check everything; returns the outputs.
 
-    The ids come from the reference's selection; rows from ``n`` on hold garbage. The workspace has
-    exactly the size that ``workspace_size`` asks for, and poison for contents.
+    The ids come from the reference's selection unless ``given_ids`` [M, K] are there, which may be
+    any; rows from ``n`` on hold garbage. The workspace has exactly the size that ``workspace_size``
+    asks for, and poison for contents.
     """
     with reporting(f"policy {policy}, {case}", target):
         device = target.device
         inputs = make_inputs(case, device)
         weights, ids = reference.topk_softmax(inputs.gating.cpu(), case.topk, case.need_renorm)
+        ids = ids if given_ids is None else given_ids.clone()
         ids[case.local_tokens :] = torch.iinfo(torch.int32).max
         weights[case.local_tokens :] = float("nan")
         ids, weights = ids.to(device), weights.to(device)
@@ -230,5 +262,8 @@ def run_moe_sorting(
         target.synchronize()
         frozen.check()
         workspace.check_guards()
-        outputs.check(case, inputs, expected_sorted(case, inputs))
+        if given_ids is None:
+            outputs.check(case, inputs, expected_sorted(case, inputs))
+        else:
+            outputs.check(case, inputs, expected_of_ids(case, inputs, ids, weights), given_ids)
         return outputs.tensors

@@ -19,7 +19,8 @@ SORT_OUTPUTS = "sorted_weights sorted_expert_ids num_valid_ids moe_buf num_exper
 SIGNATURES: list[tuple[Callable[..., object], str]] = [
     (
         aiter.topk_softmax,
-        "topk_weights topk_indices token_expert_indices gating_output need_renorm",
+        "topk_weights topk_indices token_expert_indices gating_output need_renorm num_shared_experts=0"
+        " shared_expert_scoring_func=",
     ),
     (
         aiter.moe_sorting_opus_get_workspace_size,
@@ -28,7 +29,13 @@ SIGNATURES: list[tuple[Callable[..., object], str]] = [
     (
         aiter.moe_sorting_opus_fwd,
         f"topk_ids topk_weights sorted_token_ids {SORT_OUTPUTS} unit_size local_expert_mask=None "
-        "num_local_tokens=None workspace=None dispatch_policy=0",
+        "num_local_tokens=None workspace=None dispatch_policy=0 local_topk_ids=None "
+        "m_indices=None reverse_sorted=None",
+    ),
+    (
+        aiter.moe_sorting_fwd,
+        f"topk_ids topk_weights sorted_token_ids {SORT_OUTPUTS} unit_size local_expert_mask=None "
+        "num_local_tokens=None dispatch_policy=0",
     ),
     (
         aiter.fused_topk_moe_sorting_fwd,
@@ -43,9 +50,13 @@ SIGNATURES: list[tuple[Callable[..., object], str]] = [
     (
         aiter.fused_moe.moe_sorting,
         "topk_ids topk_weights num_experts model_dim moebuf_dtype block_size=32 "
-        "expert_mask=None num_local_tokens=None dispatch_policy=0",
+        "expert_mask=None num_local_tokens=None dispatch_policy=0 return_local_topk_ids=False "
+        "accumulate=True flat=False output_aux=False",
     ),
-    (aiter.fused_moe.fused_topk, "hidden_states gating_output topk renormalize"),
+    (
+        aiter.fused_moe.fused_topk,
+        "hidden_states gating_output topk renormalize topk_ids=None topk_weights=None",
+    ),
 ]
 
 

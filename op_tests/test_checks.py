@@ -1,6 +1,8 @@
 """Are the checks of the op tests right? A fake op passes, one with a planted bug does not.
 
 A bug planted in the reference too must be seen by the checks that do not use the reference.
+
+Long because the planted bugs of all checks stand side by side, in tables.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from targets import Target
 from torch import Tensor
 
 from aiter import reference
+from aiter.reference import routing
 
 CPU = Target("cpu")
 CASE = Case(num_tokens=37, num_experts=9, topk=3, block_size=8, logits="ties")
@@ -300,10 +303,8 @@ def test_selection_bug_shared_with_the_reference_is_found(
     fused: bool,
 ) -> None:
     case = replace(CASE, logits=logits)
-    if fused:
-        # The reference's sorting would refuse the repeated experts before the checks see them.
-        monkeypatch.setattr(reference, "_check_expert_ids", lambda ids, num_experts: None)
-    monkeypatch.setattr(reference, "topk_softmax", select)
+    for module in (reference, routing):
+        monkeypatch.setattr(module, "topk_softmax", select)
     run: Callable[[], object] = (
         (lambda: run_fused(case, CPU, fake_fused))
         if fused
@@ -324,7 +325,7 @@ GOOD: dict[str, list[float]] = {
 }
 
 
-def _structure(**changes: list[float]) -> None:
+def _structure(given_ids: list[list[int]] | None = None, **changes: list[float]) -> None:
     parts = {**GOOD, **changes}
     check_structure(
         [
@@ -337,6 +338,7 @@ def _structure(**changes: list[float]) -> None:
         num_experts=3,
         topk=2,
         block_size=2,
+        ids=None if given_ids is None else torch.tensor(given_ids, dtype=torch.int32),
     )
 
 
@@ -372,6 +374,30 @@ def test_structure_is_checked_without_the_reference(
     _structure()
     with pytest.raises(Mismatch, match=words):
         _structure(**changes)
+
+
+# As GOOD, but token 0 chose expert 0 twice and token 1 chose 2 and an id that is no expert's.
+GIVEN_IDS = [[0, 0], [2, 7]]
+GIVEN: dict[str, list[float]] = {"ids": [0, SLOT, 1, PAD, -1], "weights": [0.5, 0.5, 0.75, 0, NAN]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ids", "words"),
+    [
+        ({"ids": [SLOT, 0, 1, PAD]}, GIVEN_IDS, "strictly ascending"),
+        ({"ids": [0, 0, 1, PAD]}, GIVEN_IDS, "strictly ascending"),
+        ({"ids": [0, PAD, 1, PAD], "weights": [1, 0, 1, 0]}, GIVEN_IDS, r"an entry for every id"),
+        ({}, [[0, 0], [2, 1]], "an entry for every id"),
+        ({}, [[0, 2], [2, 7]], "an entry for every id"),
+        ({"ids": [0, -0x5A5A5A5B, 1, PAD]}, GIVEN_IDS, "expected slot"),
+    ],
+)
+def test_structure_of_given_ids(
+    changes: dict[str, list[float]], ids: list[list[int]], words: str
+) -> None:
+    _structure(GIVEN_IDS, **GIVEN)
+    with pytest.raises(Mismatch, match=words):
+        _structure(ids, **{**GIVEN, **changes})
 
 
 @pytest.mark.parametrize("wrong", range(4))

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import shutil
 import sys
 import time
 from pathlib import Path
 
-from ..jit import paths
-from ..jit.builders import remove_leftovers
-from ..jit.cache import (
-    BROKEN_DIR,
-    COMPILER_DIR,
-    FAILED_DIR,
-    MANIFEST,
-    TOOL_DIR,
-    Entry,
-    changed_input,
-    shown_path,
-)
-from ..jit.device_code import DEVICE_CODE_DIR
-from ..jit.errors import CacheError, JitError
+from ..jit import cleanup, paths
+from ..jit.errors import JitError
 from ..jit.load import Loader, default_loader
+from ..jit.manifest import MANIFEST, Entry, changed_input, shown_path
 from ..jit.plan import abi_tag
 from ..jit.prebuilt import single_targets, tidy_prebuilt
 from ..jit.spec import load_spec
@@ -121,8 +109,11 @@ def run_status(options: argparse.Namespace) -> int:
         if entry is not None:
             archs = ",".join((*entry.target.archs, entry.target.cpu_level)).rstrip(",")
             named = (entry.target.kind, archs, str(entry.manifest["abi"]))
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        age = _age(time.time() - folder.stat().st_mtime)
+        try:
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+            age = _age(time.time() - folder.stat().st_mtime)
+        except OSError:  # NOTE: another process removes it, or may read what this one may not.
+            size, age = 0, "-"
         rows.append((module, *named, f"{size / 1024:.0f} KiB", age, state_of(loader, entry)))
     print(f"cache folder: {loader.cache.root}")
     if rows:
@@ -133,24 +124,29 @@ def run_status(options: argparse.Namespace) -> int:
 
 
 def run_clean(options: argparse.Namespace) -> int:
-    """Removes stale and damaged builds, failed builds' logs, device code's text and leftovers."""
+    """Removes stale and damaged builds, failed builds' logs, device code's text and leftovers.
+
+    Lists what goes before anything does. Raises CacheError where the folder may hold other things.
+    """
     loader = default_loader()
     cache = loader.cache
-    removed = 0
-    for entry, folder in cache.entries():
-        if options.all or state_of(loader, entry).startswith((STALE, DAMAGED)):
-            _remove(folder)
-            removed += 1
-            for parent in (folder.parent, folder.parent.parent, folder.parent.parent.parent):
-                if not any(parent.iterdir()):
-                    parent.rmdir()
-    rest = [BROKEN_DIR, DEVICE_CODE_DIR, FAILED_DIR]
-    rest += [COMPILER_DIR, TOOL_DIR] if options.all else []
-    remove_leftovers(cache)
-    for name in rest:
-        if (cache.root / name).is_dir():
-            _remove(cache.root / name)
-    print(f"removed {removed} builds from {cache.root}")
+    cleanup.check_is_cache(cache.root)
+
+    def why(entry: Entry | None) -> str | None:
+        state = state_of(loader, entry)
+        return state if state.startswith((STALE, DAMAGED)) else None
+
+    items = cleanup.removable(cache, options.all, why)
+    verb = "would remove" if options.dry_run else "removing"
+    for item in items:
+        print(f"{verb} {item.path} ({item.reason})")
+    sys.stdout.flush()
+    builds = sum(item.is_build for item in items)
+    if options.dry_run:
+        print(f"would remove {builds} builds from {cache.root}, and {len(items) - builds} others")
+        return 0
+    cleanup.remove(cache, items)
+    print(f"removed {builds} builds from {cache.root}, and {len(items) - builds} others")
     return 0
 
 
@@ -158,7 +154,10 @@ def state_of(loader: Loader, entry: Entry | None) -> str:
     """Whether a build would be used now, and why not: `valid`, or a word and a reason."""
     if entry is None:
         return f"{DAMAGED}: no complete {MANIFEST}"
-    problem = loader.cache.damage(entry)
+    try:
+        problem = loader.cache.damage(entry)
+    except PermissionError:
+        return "unchecked: this user may not read it"
     if problem is not None:
         return f"{DAMAGED}: {problem}"
     if entry.manifest["abi"] != abi_tag():
@@ -177,15 +176,6 @@ def state_of(loader: Loader, entry: Entry | None) -> str:
         header = loader.cache.first_changed_header(entry, plan.roots)
         changed = None if header is None else f"{shown_path(header)} changed"
     return "valid" if changed is None else f"{STALE}: {changed}"
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise CacheError(
-            f"cache folder: expected to remove {folder}, got {error.strerror}"
-        ) from None
 
 
 def _age(seconds: float) -> str:

@@ -12,7 +12,6 @@ output of every layer's first step with a plain loop over tokens and slots.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import sys
 import time
@@ -23,12 +22,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import aiter
-
 from .. import fused_moe, reference
 from ..jit import cpu_wave
+from ..jit.log import get_logger
 from ..ops.device import current_device
+from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..routing.buffers import TOKEN_MASK
+from .options import (
+    MOST_SEED,
+    MOST_TOKENS,
+    MOST_TOPK,
+    PROGRAM,
+    Parser,
+    check_memory,
+    check_topk,
+    existing_device,
+    whole,
+)
 from .table import format_table
 
 _WEIGHT_TOLERANCE = 1e-6  # relative; exp and the sum may round differently in the reference
@@ -67,9 +77,12 @@ def main(argv: Sequence[str]) -> int:
         from . import demo_model
 
         return demo_model.main(argv)
-    options = _parse(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    check_topk(parser, options.topk, options.experts)
     device = current_device(options.device)
-    logging.getLogger("aiter").setLevel(logging.INFO)
+    get_logger().setLevel("INFO")
+    check_memory(parser, _bytes_of(options), device)
     torch.manual_seed(options.seed)
     print(
         f"decode through {options.layers} MoE layers, {options.steps} steps of {options.tokens} tokens:"
@@ -90,27 +103,41 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m aiter demo", description=__doc__, allow_abbrev=False
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(f"{PROGRAM} demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--model",
         help="generate with a small transformers model instead: gpt-oss, mixtral, qwen3-moe or"
         " qwen3-next (--model gpt-oss --help shows its options)",
     )
-    parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
+    parser.add_argument(
+        "--device",
+        type=existing_device,
+        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
+    )
     parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
-    parser.add_argument("--tokens", type=int, default=8, help="sequences decoded at once (M)")
-    parser.add_argument("--steps", type=int, default=8, help="tokens generated per sequence")
-    parser.add_argument("--layers", type=int, default=4, help="MoE layers")
-    parser.add_argument("--experts", type=int, default=32, help="experts (E)")
-    parser.add_argument("--topk", type=int, default=4, help="experts per token (K)")
-    parser.add_argument("--model-dim", type=int, default=2880, help="hidden size (D)")
-    parser.add_argument("--width", type=int, default=64, help="width of an expert")
-    parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--tokens", type=whole(1, MOST_TOKENS), default=8, help="sequences decoded at once (M)"
+    )
+    parser.add_argument("--steps", type=whole(1), default=8, help="tokens generated per sequence")
+    parser.add_argument("--layers", type=whole(1, 10_000), default=4, help="MoE layers")
+    parser.add_argument("--experts", type=whole(1), default=32, help="experts (E)")
+    parser.add_argument("--topk", type=whole(1, MOST_TOPK), default=4, help="experts per token (K)")
+    parser.add_argument("--model-dim", type=whole(1), default=2880, help="hidden size (D)")
+    parser.add_argument("--width", type=whole(1), default=64, help="width of an expert")
+    parser.add_argument(
+        "--policy", type=int, choices=(0, 1, 2), default=0, help="dispatch_policy: 0, 1 or 2"
+    )
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of weights and tokens")
+    return parser
+
+
+def _bytes_of(options: argparse.Namespace) -> int:
+    """What weights and activations take, in bf16."""
+    per_expert = options.model_dim * (1 + 3 * options.width)
+    rows = options.tokens * (options.model_dim + options.experts)
+    return int(2 * (options.layers * options.experts * per_expert + 4 * rows))
 
 
 def _device_name(device: torch.device, wave: int) -> str:
@@ -162,7 +189,7 @@ def _warm_up(
 
 
 def _max_tokens(options: argparse.Namespace, device: torch.device) -> int:
-    return aiter.fused_topk_moe_sorting_max_tokens(options.experts, options.topk, device=device)
+    return fused_topk_moe_sorting_max_tokens(options.experts, options.topk, device=device)
 
 
 def _decode(

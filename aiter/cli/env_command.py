@@ -4,37 +4,55 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import platform
 import sys
 
 from .._version import __version__
 from ..jit import envs, paths, plan
-from ..jit.cache import COMPILER_DIR, subfolders
+from ..jit.cache import COMPILER_DIR
 from ..jit.compilers import compiler_version, find_compiler
 from ..jit.errors import JitError
+from ..jit.manifest import subfolders
 from ..jit.target import KINDS, named_target
 from ..jit.toolchain import target_environment
 from .table import format_table
 
+_TARGET_HEADERS = ("target", "archs", "found by", "compiler", "version")
+_VARIABLE_HEADERS = ("variable", "value", "default", "meaning")
 _PACKAGES = ("torch", "pybind11", "jinja2", "filelock", "ziglang")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints versions, targets, folders and variables."""
-    del options
+    """Prints versions, targets, folders and variables, as tables or with `--json` as one object."""
+    if getattr(options, "json", False):
+        print(json.dumps(_as_json(), indent=1))
+        return 0
     print(format_table(("what", "value"), [*_versions(), *_folders()]))
     print()
     rows, notes = _targets()
-    print(format_table(("target", "archs", "found by", "compiler", "version"), rows))
+    print(format_table(_TARGET_HEADERS, rows))
     print("\n".join(notes))
     print()
-    print(format_table(("variable", "value", "default", "meaning"), _variables()))
+    print(format_table(_VARIABLE_HEADERS, _variables()))
     return 0
+
+
+def _as_json() -> dict[str, object]:
+    """Everything that the tables say, by the titles of their columns."""
+    targets, notes = _targets()
+    return {
+        "versions": dict(_versions()),
+        "folders": dict(_folders()),
+        "targets": [dict(zip(_TARGET_HEADERS, row, strict=True)) for row in targets],
+        "notes": [note.removeprefix("note: ") for note in notes],
+        "variables": [dict(zip(_VARIABLE_HEADERS, row, strict=True)) for row in _variables()],
+    }
 
 
 def _versions() -> list[tuple[str, str]]:
     rows = [
-        ("aiter", __version__),
+        (paths.PACKAGE, __version__),
         ("Python", f"{platform.python_version()} ({sys.executable})"),
         ("ABI", plan.abi_tag()),
         ("machine", f"{platform.system()} {platform.machine()}"),
@@ -76,7 +94,7 @@ def _targets() -> tuple[list[tuple[str, str, str, str, str]], list[str]]:
             memo_dir = envs.cache_dir() / COMPILER_DIR
             lines = compiler_version(compiler, memo_dir, target_environment(kind)).splitlines()
             # NOTE: nvcc begins with its name and copyright; the release comes later.
-            version = next((line for line in lines if "release" in line), lines[0])
+            version = next((line for line in lines if "release" in line), (*lines, "-")[0])
         except JitError as error:
             notes.append(f"note: {error}")
         rows.append((kind, archs, found_by, command, version))

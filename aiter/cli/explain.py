@@ -1,8 +1,8 @@
 """Which path does a shape take, and why? And what do the sorted buffers look like?
 
-python -m aiter explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
-python -m aiter explain --draw                                 a small example, slot by slot
-python -m aiter explain --table                                what was measured, and where
+explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
+explain --draw                                 a small example, slot by slot
+explain --table                                what was measured, and where
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from ..routing import dispatch
-from ..routing import plan as routing_plan
-from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
-from ..routing.graph import sorted_sizes
+from ..routing.basis import basis_of, choose
+from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, check_size, sorted_sizes
+from .options import (
+    MOST_TOKENS,
+    MOST_TOPK,
+    PROGRAM,
+    Parser,
+    check_memory,
+    check_topk,
+    existing_device,
+    whole,
+)
 from .table import format_table
 
 _SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
@@ -31,25 +40,8 @@ _DIM = 90
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the choice, its reason and the sizes of the buffers; 1 if there is no such problem."""
-    parser = argparse.ArgumentParser(
-        "python -m aiter explain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tokens", type=int, help="rows of router logits (M)")
-    parser.add_argument("--experts", type=int, help="experts (E)")
-    parser.add_argument("--topk", type=int, help="experts per token (K)")
-    parser.add_argument("--model-dim", type=int, default=4096, help="width of moe_buf (D); 4096")
-    parser.add_argument("--block-size", type=int, help="slots per block (B); 32")
-    parser.add_argument("--policy", type=int, default=0, help="dispatch_policy: 0, 1 or 2")
-    parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
-    parser.add_argument(
-        "--draw", action="store_true", help="route random logits and draw the result"
-    )
-    parser.add_argument(
-        "--table", action="store_true", help="print the measurements that decide, and their origin"
-    )
+    """Prints the choice, its reason and the sizes of the buffers; ends with 2 where there are none."""
+    parser = make_parser()
     options = parser.parse_args(argv)
     if options.table:
         print(_table(current_device(options.device)))
@@ -60,25 +52,62 @@ def main(argv: Sequence[str]) -> int:
             if not options.draw and name != "block_size":
                 parser.error(f"expected --{name}, or --draw for a small example")
             setattr(options, name, default)
+    check_topk(parser, options.topk, options.experts)
+    if options.draw:
+        moe_buf = 4 * options.tokens * options.model_dim
+        check_memory(parser, moe_buf, current_device(options.device))
     try:
         print(_explain(options))
         if options.draw:
             print("\n" + _draw(options))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        parser.error(str(error))
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        f"{PROGRAM} explain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=whole(1, MOST_TOKENS), help="rows of router logits (M)")
+    parser.add_argument("--experts", type=whole(1), help="experts (E)")
+    parser.add_argument("--topk", type=whole(1, MOST_TOPK), help="experts per token (K)")
+    parser.add_argument(
+        "--model-dim", type=whole(0), default=4096, help="width of moe_buf (D); 4096"
+    )
+    parser.add_argument("--block-size", type=whole(1), help="slots per block (B); 32")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "f16", "f32"), default="bf16", help="of the logits"
+    )
+    parser.add_argument(
+        "--policy", type=int, choices=(0, 1, 2), default=0, help="dispatch_policy: 0, 1 or 2"
+    )
+    parser.add_argument(
+        "--device",
+        type=existing_device,
+        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="route random logits and draw the result"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the measurements that decide, and their origin"
+    )
+    return parser
 
 
 def _explain(options: argparse.Namespace) -> str:
     dispatch.check_policy(options.policy)
     device = current_device(options.device)
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
-    routing_plan.check_size("tokens", m, low=0)
-    routing_plan.check_size("model_dim", options.model_dim, low=0)
+    check_size("tokens", m, low=0)
+    check_size("model_dim", options.model_dim, low=0)
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
-    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy)
-    choice = routing_plan.choose(problem, most, device)
+    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy, options.dtype)
+    choice = choose(problem, most, device)
     workspace = 0
     if choice.path != "fused":
         sort_policy = dispatch.POLICY_OF_CHAIN[choice.path]
@@ -103,14 +132,16 @@ def _origin(choice: dispatch.Choice, device: torch.device) -> str:
     if choice.rule == "policy":
         return "the caller's dispatch_policy"
     row = choice.row
-    origin = routing_plan.basis_of(device).origin
+    origin = basis_of(device).origin
     return f"{origin}: {row.source}, {row.date}, `{row.command}`" if row else origin
 
 
 def _table(device: torch.device) -> str:
     """What counts on this device, and the built-in table of every architecture."""
-    basis = routing_plan.basis_of(device)
+    basis = basis_of(device)
     entries = [(str(device), row) for row in basis.rows]
+    for logits, modelled in basis.modelled.items():
+        entries += [(f"{device}, {logits} logits", row) for row in modelled]
     for name, family in dispatch.MEASURED.items():
         entries += [(name, row) for row in family]
     rows: list[tuple[object, ...]] = [
@@ -124,11 +155,12 @@ def _table(device: torch.device) -> str:
             "-",
             "-",
             "-",
-            dispatch.estimate_of(name) or "capacity",
+            dispatch.estimate_of(name)
+            or ("by shape" if dispatch.modelled_of(name) else "capacity"),
             "-",
-            "not measured",
+            "modelled" if dispatch.modelled_of(name) else "not measured",
             "-",
-            "python -m aiter tune",
+            f"{PROGRAM} tune",
         )
         for name, family in dispatch.MEASURED.items()
         if not family

@@ -1,6 +1,6 @@
 """Does this installation route correctly here? A report to read, or to paste into a bug report.
 
-    python -m aiter selftest [--device cpu|cuda[:N]] [--wave 64|32] [--quick]
+    selftest [--device cpu|cuda[:N]] [--wave 64|32] [--quick]
 
 Builds what is missing, then compares every op under every policy and dtype with `aiter.reference` on
 inputs with ties, infinities and NaN, goes through the list of `selftest_checks` (further ops, LDS at
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import aiter
-
 from .. import fused_moe, reference
 from ..jit import JitError, cpu_wave
 from ..ops.device import current_device
+from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from . import env_command, timing
+from .options import PROGRAM, Parser, existing_device
 from .selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
 from .table import format_table
 
@@ -63,15 +63,42 @@ class Tally:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report; 0 if everything was right, 1 if not."""
-    parser = argparse.ArgumentParser("python -m aiter selftest", description=__doc__)
-    parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
+    options = make_parser().parse_args(argv)
+    device = current_device(options.device)
+    failures: list[str] = []
+    try:
+        env_command.run(options)
+        print()
+        _report(device, options, failures)
+    except (JitError, RuntimeError) as error:
+        failures.append(f"raised {type(error).__name__}: {error}")
+    for failure in failures[:20]:
+        print(failure, file=sys.stderr)
+    sys.stderr.flush()
+    wrong = f"NOT all right on {device}: {len(failures)} wrong, the first of them above"
+    print(f"selftest: {wrong if failures else f'all right on {device}'}")
+    return 1 if failures else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        f"{PROGRAM} selftest",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device",
+        type=existing_device,
+        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
+    )
     parser.add_argument("--wave", type=int, choices=(64, 32), help="cpu wave width; else both")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    options = parser.parse_args(argv)
-    device = current_device(options.device)
-    env_command.run(options)
-    print()
-    failures: list[str] = []
+    return parser
+
+
+def _report(device: torch.device, options: argparse.Namespace, failures: list[str]) -> None:
+    """Prints a table per wave and part; adds what is wrong to `failures`."""
     waves = (options.wave,) if options.wave else (64, 32)
     for wave in waves if device.type == "cpu" else (None,):
         print(format_table(("device", "value"), _device_rows(device, wave)))
@@ -84,10 +111,6 @@ def main(argv: Sequence[str]) -> int:
             rows = _calls(device)
             print(format_table(("decode call, M=32 E=128 K=4 D=2880", "result"), rows))
             print()
-    for failure in failures[:20]:
-        print(failure, file=sys.stderr)
-    print(f"selftest: {'FAILED' if failures else 'passed'} on {device}")
-    return 1 if failures else 0
 
 
 def _device_rows(device: torch.device, wave: int | None) -> list[tuple[str, str]]:
@@ -187,7 +210,7 @@ def _calls(device: torch.device) -> list[tuple[str, str]]:
     rows = [
         ("path", str(fused_moe.last_path())),
         ("largest M of the fused launch",
-         str(aiter.fused_topk_moe_sorting_max_tokens(128, 4, device=device))),
+         str(fused_topk_moe_sorting_max_tokens(128, 4, device=device))),
     ]  # fmt: skip
     if device.type == "cuda":
         rows.append(("host time per call", f"{timing.host_us(call, device).us:.1f} us"))

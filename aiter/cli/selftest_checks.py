@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import aiter
-
 from .. import fused_moe, reference
 from ..ops.expert_load import expert_load
+from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
+from ..ops.topk_softmax import topk_softmax
 from ..reference import layer as reference_moe
 
 WEIGHT_TOLERANCE = 1e-6  # relative: the reference's exp may round differently
@@ -87,7 +87,7 @@ def _topk_softmax(device: torch.device) -> str:
         weights = torch.empty(m, k, device=device)
         ids = torch.empty(m, k, dtype=torch.int32, device=device)
         source = torch.empty_like(ids)
-        aiter.topk_softmax(weights, ids, source, logits, True)
+        topk_softmax(weights, ids, source, logits, True)
         expected_weights, expected_ids = reference.topk_softmax(logits, k, True)
         if not torch.equal(ids, expected_ids):
             return f"topk_indices of M={m} E={e} K={k}: expected the reference's, got others"
@@ -139,7 +139,7 @@ def _layer(device: torch.device) -> str:
 
 def _largest(device: torch.device) -> str:
     """As many rows as LDS holds: on gfx950 that is more than on other AMD GPUs."""
-    m = aiter.fused_topk_moe_sorting_max_tokens(128, 4, device=device)
+    m = fused_topk_moe_sorting_max_tokens(128, 4, device=device)
     logits = logits_of(device, min(m, 4096), 128)
     wrong = difference(route(logits), expected_route(logits))
     return f"M={len(logits)}: {wrong}" if wrong else ""

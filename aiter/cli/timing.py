@@ -1,11 +1,12 @@
 """How long does a call take? The clocks that the benches and `python -m aiter tune` share.
 
+`strict_us`: device time of one call between kernels that do nothing and let nothing start early: the
+slope of a graph of (call, empty kernel) pairs less that of one of empty kernels, both between `LOW` and
+`HIGH` copies. It is what a call takes among other kernels, and the clock to compare launches by.
 `graph_slope_us`: device time of one call inside a stream of calls, with no launch gap and no
 graph-launch cost: the slope between a CUDA/HIP graph of `LOW` and one of `HIGH` copies. Its inputs
 and outputs stay in the L2 (warm). Where launches may overlap (compute capability 9.0), a call that
-follows its like starts up while that one still runs.
-`alone_us`: what a graph of empty kernels, each followed by a call, takes more than one of the empty
-kernels alone: a call behind a kernel that does not let the next launch begin early.
+follows its like starts up while that one still runs: the overlapping clock.
 `cold_us`: device time of one call after the L2 was flushed: what a graph of flushes and calls takes
 more than a graph of the flushes alone.
 `host_us`: what the caller's thread pays per call, enqueueing without synchronising.
@@ -34,7 +35,6 @@ Call = Callable[[], object]
 LOW, HIGH = 20, 60  # calls per graph
 REPLAYS = 60
 LEAST_REPLAYS, MOST_US = 10, 5e5  # fewer replays where 60 would take longer than that
-ALONE_CALLS = 40
 COLD_CALLS, COLD_REPLAYS = 10, 20
 HOST_CALLS, HOST_REPEATS = 30, 20  # NOTE: more calls would fill the launch queue, and wait for it.
 WALL_CALLS = 5
@@ -46,16 +46,17 @@ class Timing:
     """Microseconds per call.
 
     Attributes:
-        us: the median: device time with a warm L2 on a GPU, wall time on the cpu target.
+        us: the median: device time with a warm L2 on a GPU, where calls may overlap; wall time on the
+            cpu target.
         spread: the interquartile range over the median.
-        alone_us: the median behind a kernel that does not overlap; None where it was not measured.
+        strict_us: the median where nothing overlaps; None where it was not measured.
         cold_us: the median with a cold L2; None where it was not measured.
         host_us: the median of what the caller's thread pays; None where it was not measured.
     """
 
     us: float
     spread: float
-    alone_us: float | None = None
+    strict_us: float | None = None
     cold_us: float | None = None
     host_us: float | None = None
 
@@ -90,9 +91,18 @@ def cold_us(calls: Sequence[Call]) -> Timing:
     return _behind(flushed.zero_, calls, COLD_CALLS, COLD_REPLAYS)
 
 
-def alone_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
-    """Device time per call behind a kernel that does nothing and does not overlap."""
-    return _behind(empty_kernel, calls, ALONE_CALLS, replays)
+def strict_us(calls: Sequence[Call], replays: int = REPLAYS) -> Timing:
+    """Device time per call between kernels that do nothing and overlap with nothing."""
+    graphs: list[list[Call]] = []
+    for count in (LOW, HIGH):
+        pairs: list[Call] = []
+        for i in range(count):
+            pairs += [calls[i % len(calls)], empty_kernel]
+        graphs += [pairs, [empty_kernel] * count]
+    low, low_empty, high, high_empty = _replay_us(calls, graphs, replays)
+    pairs_us = slopes(low, high, HIGH - LOW)
+    empty_us = slopes(low_empty, high_empty, HIGH - LOW)
+    return summary([both - empty for both, empty in zip(pairs_us, empty_us, strict=True)])
 
 
 def floor_us() -> Timing:
@@ -127,7 +137,7 @@ def call_us(calls: Sequence[Call], device: torch.device, everything: bool = Fals
 
     Args:
         device: where the calls work, the current one if it is a GPU.
-        everything: also measure alone, cold L2 and host time, on a GPU.
+        everything: also measure the strict clock, cold L2 and host time, on a GPU.
     """
     if device.type != "cuda":
         return cpu_us(calls[0])
@@ -135,7 +145,7 @@ def call_us(calls: Sequence[Call], device: torch.device, everything: bool = Fals
     if everything:
         timing = replace(
             timing,
-            alone_us=alone_us(calls).us,
+            strict_us=strict_us(calls).us,
             cold_us=cold_us(calls).us,
             host_us=host_us(calls[0], device).us,
         )

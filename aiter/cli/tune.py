@@ -11,7 +11,7 @@ AITER_DISPATCH=capacity leaves them aside, and removing the file forgets them.
 
     python -m aiter tune --experts E,K,D,inter ...
 
-measures the tiles of the Triton backend instead (`tune --experts 32,4,2880,2880 --help`).
+measures the tiles of the Triton backend instead; `--experts 32,4,2880,2880 --help` has the options.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from .. import fused_moe
 from ..jit import cpu_wave
 from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
-from ..routing import dispatch, tuned
-from ..routing import plan as routing_plan
+from ..routing import dispatch, known, tuned
+from ..routing.basis import basis_of
 from ..routing.dispatch import Crossover
 from ..routing.graph import fused_topk_moe_sorting_fwd
 from . import timing, tune_experts
+from .options import MOST, MOST_TOKENS, PROGRAM, Parser, check_memory, existing_device, whole
 from .table import format_table
 
 SHAPES = (
@@ -54,25 +55,16 @@ Clock = Callable[[Shape, int, Sequence[dispatch.Path]], dict[str, float]]
 
 def main(argv: Sequence[str]) -> int:
     """Measures what the options say; 0 if everything was measured and kept, 1 if nothing was."""
-    if "--experts" in argv:
+    if any(word.partition("=")[0] == "--experts" for word in argv):
         return tune_experts.main(argv)
-    parser = argparse.ArgumentParser(
-        "python -m aiter tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", help="cpu or cuda[:index]; the GPU if there is one, else cpu")
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
-    parser.add_argument("--shape", action="append", type=parse_shape, metavar="E,K,D")
-    parser.add_argument("--tokens", type=parse_tokens, metavar="M,...", help="instead of all")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
-    parser.add_argument("--replays", type=int, default=20, help="of a graph, on a GPU")
-    parser.add_argument("--rows", action="store_true", help="print the rows of aiter/dispatch.py")
-    parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
+    parser = make_parser()
     options = parser.parse_args(argv)
     device = current_device(options.device)
     shapes = options.shape or [parse_shape(text) for text in SHAPES]
-    command = shlex.join(["python", "-m", "aiter", "tune", *argv])
+    if options.tokens:
+        wide = max(4 * num_experts + 2 * model_dim for num_experts, _, model_dim in shapes)
+        check_memory(parser, wide * max(options.tokens), device)
+    command = shlex.join([*PROGRAM.split(), "tune", *argv])
     on_cpu = device.type == "cpu"
     where = "cpu target (executes the kernel lane by lane: no GPU's times)" if on_cpu else "device"
     with cpu_wave(options.wave) if on_cpu else torch.cuda.device(device):
@@ -102,10 +94,32 @@ def main(argv: Sequence[str]) -> int:
         except OSError as error:
             print(f"error: expected to write the cache folder, got {error}", file=sys.stderr)
             return 1
-        routing_plan.forget()
-        origin = routing_plan.basis_of(device).origin
+        known.forget()
+        origin = basis_of(device).origin
         print(f"\nkept in {path}; dispatch_policy 0 goes by {origin}")
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        f"{PROGRAM} tune",
+        description=(__doc__ or "").replace("python -m aiter", PROGRAM),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device",
+        type=existing_device,
+        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
+    )
+    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
+    parser.add_argument("--shape", action="append", type=parse_shape, metavar="E,K,D")
+    parser.add_argument("--tokens", type=parse_tokens, metavar="M,...", help="instead of all")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
+    parser.add_argument("--replays", type=whole(1, 10**6), default=20, help="of a graph, on a GPU")
+    parser.add_argument("--rows", action="store_true", help="print the rows of aiter/dispatch.py")
+    parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
+    return parser
 
 
 def token_grid(max_tokens: int, chain_tokens: int) -> list[int]:
@@ -154,7 +168,7 @@ def device_clock(device: torch.device, dtype: torch.dtype, replays: int) -> Cloc
             if expected is not None and not torch.equal(result, expected):
                 raise RuntimeError(
                     f"M={tokens} E={num_experts} K={topk}: {path} gives other sorted_ids than"
-                    f" {paths[0]}; `python -m aiter selftest` tells more"
+                    f" {paths[0]}; `{PROGRAM} selftest` tells more"
                 )
             expected = result
             if device.type == "cuda":
@@ -203,20 +217,21 @@ def crossover_table(rows: Sequence[Crossover]) -> str:
 def parse_shape(text: str) -> Shape:
     """E,K,D as an option."""
     try:
-        num_experts, topk, model_dim = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected E,K,D, got {text!r}") from None
-    if not 1 <= topk <= num_experts or model_dim < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 <= K <= E and D >= 1, got {text!r}")
+        num_experts, topk, model_dim = map(whole(1, MOST), text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"expected E,K,D, each from 1 to {MOST}, got {text!r}"
+        ) from None
+    if topk > num_experts:
+        raise argparse.ArgumentTypeError(f"expected 1 <= K <= E, got {text!r}")
     return num_experts, topk, model_dim
 
 
 def parse_tokens(text: str) -> list[int]:
     """M,M,... as an option."""
     try:
-        tokens = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected M,M,..., got {text!r}") from None
-    if min(tokens) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, got {text!r}")
-    return tokens
+        return list(map(whole(1, MOST_TOKENS), text.split(",")))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected M,M,..., each from 1 to {MOST_TOKENS}, got {text!r}"
+        ) from None

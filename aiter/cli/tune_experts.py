@@ -30,8 +30,10 @@ from ..layer.experts import Experts
 from ..layer.triton_configs import Family, Row, Tile
 from ..layer.types import ActivationType
 from ..ops.device import current_device
+from ..routing import known as routing_known
 from ..routing.tuned import device_name
 from . import timing
+from .options import MOST, MOST_TOKENS, PROGRAM, Parser, check_memory, existing_device, whole
 from .table import format_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +44,8 @@ REPLAYS = 5
 
 def main(argv: Sequence[str]) -> int:
     """Measures what the options say; 0 if it was measured and kept, 1 if not."""
-    options = _parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
     device = current_device(options.device)
     reason = triton_experts.why_not(device)
     if device.type != "cuda" or reason:
@@ -50,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     num_experts, topk, model_dim, inter = options.experts
     width = inter if options.plain else 2 * inter
+    rows = max(options.tokens) * (2 * model_dim + 4 * num_experts)
+    check_memory(parser, 2 * num_experts * model_dim * (width + inter) + rows, device)
     experts = _experts(options, device, (num_experts, width, model_dim, inter))
     known = triton_plan.family_for(device, experts.w1.shape, experts.w1.stride())
     rows, cells = [], []
@@ -65,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
             cells.append([tokens, row.block, *tiles, f"{row_us:.1f}"])
             print(f"M={tokens}: {row_us:.1f} us", flush=True)
     print(format_table(("M", "block", "first product", "second product", "us, both"), cells))
-    command = shlex.join(["python", "-m", "aiter", "tune", *argv])
+    command = shlex.join([*PROGRAM.split(), "tune", *argv])
     source = f"{device_name(device)}, {time.strftime('%Y-%m-%d')}, {command}"
     family = Family(known.one_first, known.one_second, known.split, spread(rows), source)
     if options.dry_run:
@@ -77,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: expected to write the cache folder, got {error}", file=sys.stderr)
         return 1
-    triton_experts.forget()
+    routing_known.forget()
     print(f"\nkept in {path}")
     return 0
 
@@ -182,10 +187,11 @@ def _experts(
     )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m aiter tune --experts",
-        description=__doc__,
+def make_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = Parser(
+        f"{PROGRAM} tune --experts",
+        description=(__doc__ or "").replace("python -m aiter", PROGRAM),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--experts", type=_layer, required=True, metavar="E,K,D,inter")
@@ -193,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain", action="store_true", help="w1 without an up projection")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tokens", type=_tokens, default=(8, 64, 256, 1024, 4096), metavar="M,...")
-    parser.add_argument("--device", help="cuda[:index]")
+    parser.add_argument("--device", type=existing_device, help="cuda[:index]")
     parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
     return parser
 
@@ -206,17 +212,11 @@ def _layer(text: str) -> tuple[int, ...]:
 
 
 def _tokens(text: str) -> tuple[int, ...]:
-    sizes = tuple(sorted(set(_sizes(text))))
+    sizes = tuple(sorted(set(_sizes(text, MOST_TOKENS))))
     if sizes[0] < 2:
         raise argparse.ArgumentTypeError(f"expected numbers from 2 on, got {text!r}")
     return sizes
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers, got {text!r}") from None
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, got {text!r}")
-    return sizes
+def _sizes(text: str, most: int = MOST) -> tuple[int, ...]:
+    return tuple(whole(1, most)(part) for part in text.split(","))

@@ -12,6 +12,10 @@ One module per question:
 - `prebuilt`   is it in the package already?
 - `build`      how does it become a shared object?
 - `builders`   where does a builder work, and what does it leave to others?
+- `folders`    how does a folder or file of the cache come to be?
+- `trust`      who could have put that into the cache folder?
+- `cleanup`    what in the cache folder is ours to remove?
+- `full_disk`  is it that the disk is full?
 - `load`       how does it get into the process?
 - `core`       how does a Python function call into it?
 - `warmup`     what has to be there before a server takes requests?

@@ -18,27 +18,22 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import envs, toolchain
-from .builders import UNWRITABLE, plan_lock, private_folder
-from .cache import (
-    BUILD_LOG,
-    FAILED_DIR,
-    TOOL_DIR,
-    Cache,
-    Entry,
-    Header,
-    file_sha256,
-    stat_of,
-)
+from .builders import plan_lock, private_folder
+from .cache import BUILD_LOG, FAILED_DIR, TOOL_DIR, Cache
 from .driver import Job, JobFailed, first_error, parse_depfile, run_jobs
 from .errors import BuildError
+from .folders import file_mode
+from .full_disk import why_compiler_failed
 from .log import get_logger
+from .manifest import Entry, Header, file_sha256, stat_of
 from .plan import Plan
 from .progress import Progress
+from .rocm_flags import unknown_arch
 
 MAX_ATTEMPTS = 4
 _TICK_SECONDS = 0.05
@@ -77,7 +72,7 @@ def build(make_plan: Callable[[], Plan], cache: Cache, reason: str, force: bool)
                 found = cache.lookup(plan)
                 if isinstance(found, Entry):
                     return found
-            known = {path: file_sha256(Path(path)) for path in known if os.path.isfile(path)}
+            known = _hashes(known)
             try:
                 result = _attempt(plan, cache, folder, reason, known)
                 if result.changed is None:
@@ -98,6 +93,17 @@ def build(make_plan: Callable[[], Plan], cache: Cache, reason: str, force: bool)
         f"expected files that keep still during a build, got {changed} changed in each of"
         f" {MAX_ATTEMPTS} attempts; end what edits or removes it, then try again",
     )
+
+
+def _hashes(paths: Iterable[str]) -> dict[str, str]:
+    """The hashes of those files that can be read."""
+    hashes = {}
+    for path in paths:
+        try:
+            hashes[path] = file_sha256(Path(path))
+        except OSError:
+            continue
+    return hashes
 
 
 def _attempt(plan: Plan, cache: Cache, folder: Path, reason: str, known: dict[str, str]) -> _Result:
@@ -242,34 +248,50 @@ def _write_log(path: Path, jobs: list[Job]) -> str:
     return "".join(outputs)
 
 
+def _why_failed(plan: Plan, failure: JobFailed, folder: Path) -> str:
+    """What the first line of the error says: the cause where it is known, else the status."""
+    full = why_compiler_failed(failure.output, folder, failure.killed)
+    if full is not None:
+        return f"expected room to write, got {full} ({failure.problem})"
+    if plan.target.kind == "rocm":
+        unknown = unknown_arch(failure.output, plan.target.archs)
+        if unknown is not None:
+            return (
+                f"expected a compiler that knows {unknown}, got {shlex.join(plan.compiler.command)},"
+                f" which does not: {unknown} needs a newer ROCm ({failure.problem})"
+            )
+    return failure.problem
+
+
 def _build_error(
     plan: Plan, cache: Cache, folder: Path, jobs: list[Job], failure: JobFailed
 ) -> BuildError:
     """Keeps the log of a failed build and describes it."""
     kept = cache.root / FAILED_DIR / f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.log"
-    output = failure.job.output.read_text(encoding="utf-8", errors="replace")
+    problem = _why_failed(plan, failure, folder)
     log = folder / BUILD_LOG
     try:
         cache.make_folder(FAILED_DIR)
         _write_log(log, [job for job in jobs if job.output.exists()])
+        log.chmod(file_mode())
         log.replace(kept)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if not folder.is_dir():
             raise
         # NOTE: what the compiler said matters more than that its log could not be kept.
         return BuildError(
             plan.module,
             plan.target.label,
-            f"{failure.problem}, and its log could not be kept ({error.strerror}: {cache.root})",
+            f"{problem}, and its log could not be kept ({error.strerror}: {cache.root})",
             shlex.join(failure.job.command),
-            first_error(output),
+            first_error(failure.output),
         )
     stopped = "time ran out" in failure.problem
     return BuildError(
         plan.module,
         plan.target.label,
-        failure.problem,
+        problem,
         shlex.join(failure.job.command),
-        "" if stopped else first_error(output),
+        "" if stopped else first_error(failure.output),
         kept,
     )

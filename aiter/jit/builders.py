@@ -5,12 +5,12 @@ builder lives, so that the next builder can remove the folders of those that die
 its process, however that ends, whereas a process id may be another's by then, or another machine's.
 
 The lock per plan saves double work and nothing else. It is waited for with a line in the log, and
-not for ever; where the filesystem has no locks, the build goes on without.
+not for ever; where the filesystem has no locks, the build goes on without. In a cache that a group
+shares, whatever one member cannot open or remove of another's is left to those who can.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -24,19 +24,12 @@ from typing import IO
 from . import envs
 from .cache import LOCK_DIR, WORK_DIR, Cache
 from .errors import CacheError
+from .folders import file_mode
+from .full_disk import why_full
 from .log import get_logger
 from .plan import Plan
 from .trust import check_trusted
 
-UNWRITABLE = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-)
 _LOCK_NOTICES_SECONDS = (2.0, *([30.0] * 60))  # waiting ends, and the build starts, after the last
 
 
@@ -55,12 +48,11 @@ def private_folder(cache: Cache) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
+        full = why_full(error, cache.root)
         raise CacheError(
-            f"cache folder {cache.root}: expected to build in it, got {error.strerror}"
-            f" ({error.filename or 'no name'}); make room, or set AITER_JIT_DIR to a folder that can"
-            " be written"
+            f"cache folder {cache.root}: expected to build in it, got"
+            f" {full or error.strerror or error} ({error.filename or 'no name'});"
+            f"{' make room, or' if full else ''} set AITER_JIT_DIR to a folder that can be written"
         ) from error
 
 
@@ -68,6 +60,8 @@ def private_folder(cache: Cache) -> Iterator[Path]:
 def _alive_file(path: Path) -> Iterator[None]:
     """A file that is locked while this builder lives, and goes with it."""
     with path.open("w") as file:
+        # NOTE: whatever the umask, as other members of the group ask it whether this one lives.
+        os.fchmod(file.fileno(), file_mode())
         _try_flock(file)
         _alive_files.add(file)
         try:
@@ -89,16 +83,39 @@ def _close_alive_files() -> None:
 os.register_at_fork(after_in_child=_close_alive_files)
 
 
-def remove_leftovers(cache: Cache) -> None:
-    """Removes the private folders of builders that died."""
-    for alive in (cache.root / WORK_DIR).glob("*.alive"):
+def dead_builders(cache: Cache) -> list[Path]:
+    """The files of builders that died; beside each may lie their folder."""
+    dead = []
+    for alive in _alive_paths(cache):
         try:
             with alive.open() as file:
                 if _try_flock(file):
-                    shutil.rmtree(alive.with_suffix(""), ignore_errors=True)
-                    alive.unlink(missing_ok=True)
-        except FileNotFoundError:
+                    dead.append(alive)
+        except OSError:
             continue
+    return dead
+
+
+def remove_leftovers(cache: Cache) -> None:
+    """Removes the private folders of builders that died, as far as this user may."""
+    for alive in _alive_paths(cache):
+        try:
+            with alive.open() as file:
+                if _try_flock(file):
+                    folder = alive.with_suffix("")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    if not folder.exists():  # NOTE: else it is for its owner to remove.
+                        alive.unlink(missing_ok=True)
+        except OSError:
+            continue
+
+
+def _alive_paths(cache: Cache) -> list[Path]:
+    """The files of builders, living or dead; none where the folder cannot be read."""
+    try:
+        return sorted((cache.root / WORK_DIR).glob("*.alive"))
+    except OSError:
+        return []
 
 
 def _try_flock(file: IO[str]) -> bool:
@@ -118,7 +135,9 @@ def plan_lock(cache: Cache, plan: Plan) -> Iterator[None]:
     logger = get_logger()
     name = f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.lock"
     mode = 0o660 if envs.AITER_SHARED_CACHE.get() else 0o600
-    lock = filelock.FileLock(cache.make_folder(LOCK_DIR) / name, mode=mode)
+    path = cache.make_folder(LOCK_DIR) / name
+    _make_lock_file(path, mode)
+    lock = filelock.FileLock(path, mode=mode)
     held = False
     started = time.monotonic()
     for wait in _LOCK_NOTICES_SECONDS:
@@ -146,8 +165,20 @@ def plan_lock(cache: Cache, plan: Plan) -> Iterator[None]:
             lock.release()
 
 
+def _make_lock_file(path: Path, mode: int) -> None:
+    """Creates a file with just this mode, whatever the umask; one that is there stays as it is."""
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        return
+    try:
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
 def _living_builders(cache: Cache) -> str:
     """The builders in this cache but for the running process, as host-process."""
-    names = (path.name.rpartition("-")[0] for path in (cache.root / WORK_DIR).glob("*.alive"))
+    names = (path.name.rpartition("-")[0] for path in _alive_paths(cache))
     own = f"{socket.gethostname()}-{os.getpid()}"
     return ", ".join(sorted({name for name in names if name != own})) or "not named"

@@ -10,7 +10,11 @@ nothing, editing a header does, and going back to an older text finds the older 
 
 Before a build is used its inputs are compared with the plan's, its files with their hashes, and
 their owners and permissions with what `trust` asks for; so a build that was copied there from
-another compiler, Python or machine, cut short or replaced is never loaded.
+another compiler, Python or machine, cut short or replaced is never loaded. What a lookup gives is
+the open shared object whose bytes were hashed, not its name.
+
+What vanishes while it is looked at, since others rebuild or clean up, is missing and no error. What
+cannot be read, as a member of a group may have left it, is passed over with a line in the log.
 
 A build appears by one rename of a complete folder, so readers need no lock. Rejected: one flat key
 with the headers in it, as the headers' list is only known from an earlier compile; and mtimes
@@ -25,54 +29,41 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import envs
-from .errors import CacheError, TargetError
+from .errors import CacheError
+from .folders import file_mode, make_private_folder, write_atomically
 from .log import get_logger
-from .paths import make_private_folder
+from .manifest import (
+    MANIFEST,
+    Entry,
+    Header,
+    changed_input,
+    file_sha256,
+    foreign_part,
+    is_build_name,
+    open_library,
+    read_manifest,
+    read_open_manifest,
+    shown_path,
+    stat_of,
+    subfolders,
+)
 from .plan import Plan, Roots
-from .target import Target
-from .trust import check_trusted
+from .trust import Folder, open_any, open_cache
 
-MANIFEST = "manifest.json"
 BUILD_LOG = "build.log"
 WORK_DIR = ".build"
 LOCK_DIR = ".locks"
 COMPILER_DIR = ".compilers"
 BROKEN_DIR = ".broken"
 FAILED_DIR = ".failed"
+DEVICE_CODE_DIR = ".device_code"
+TUNED_DIR = ".tuned"
 TOOL_DIR = ".zig"  # NOTE: zig keeps the C++ library that it builds for itself here.
-
-
-@dataclass(frozen=True)
-class Header:
-    """One header as a build saw it; `stat` is (size, mtime_ns, ctime_ns)."""
-
-    path: str
-    stat: tuple[int, int, int]
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One build in the cache."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def library(self) -> Path:
-        """The shared object."""
-        return self.folder / str(self.manifest["library"]["name"])
-
-    @property
-    def target(self) -> Target:
-        """What it is built for."""
-        kind, archs, cpu_level, cpu_check = self.manifest["target"]
-        return Target(kind, tuple(archs), cpu_level, cpu_check)
 
 
 @dataclass(frozen=True)
@@ -82,15 +73,11 @@ class Miss:
     reason: str
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+class _Unfit(NamedTuple):
+    """A build that is not used: a header changed since, or there is something wrong with it."""
 
-
-def stat_of(path: str | Path) -> tuple[int, int, int]:
-    """(size, mtime_ns, ctime_ns) of a file."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    changed: str = ""
+    problem: str = ""
 
 
 class Cache:
@@ -111,23 +98,21 @@ class Cache:
         """
         changed = ""
         damaged = False
-        for folder in subfolders(self.root / plan.place):
-            self.check_trusted(folder)
-            entry = read_manifest(folder)
-            problem: str | None
-            if entry is not None:
-                differing = self.first_changed_header(entry, plan.roots)
-                if differing is not None:
-                    changed = changed or differing
-                    continue
-                problem = foreign_part(entry, plan) or self.damage(entry)
-                if problem is None:
-                    return entry
-            else:
-                problem = f"expected a complete {MANIFEST}"
-            if folder.is_dir():  # NOTE: else another process replaced it meanwhile.
-                get_logger().warning("damaged build %s: %s; moving it aside", folder, problem)
-                self.set_aside(folder)
+        for place, name, folder in self._builds(plan.place):
+            try:
+                found = self._judge(folder, plan)
+            except PermissionError as error:
+                _pass_over(folder.path, error)
+                continue
+            if isinstance(found, Entry):
+                return found
+            if found.changed:
+                changed = changed or found.changed
+            elif place.holds(name, folder):  # NOTE: else another process replaced it meanwhile.
+                get_logger().warning(
+                    "damaged build %s: %s; moving it aside", folder.path, found.problem
+                )
+                self.set_aside(folder.path)
                 damaged = True
         if damaged:
             return Miss("the cached build was damaged")
@@ -135,16 +120,63 @@ class Cache:
             return Miss(f"{shown_path(changed)} changed")
         return Miss(self._why_no_key(plan))
 
+    def opened(self, entry: Entry) -> Entry | None:
+        """`entry` as it is there now, its shared object opened and verified; None if it is not."""
+        for _, name, folder in self._builds(entry.folder.relative_to(self.root).parent):
+            if name == entry.folder.name:
+                now = read_open_manifest(folder)
+                problem, file = open_library(folder, now) if now is not None else ("none", None)
+                if now is not None and problem is None:
+                    return Entry(folder.path, now.manifest, file)
+        return None
+
+    def _builds(self, place: Path) -> Iterator[tuple[Folder, str, Folder]]:
+        """The open folders of a plan's builds, each with the folder that it is in and its name."""
+        root = open_cache(self.root)
+        if root is None:
+            return
+        with root:
+            above = root.descend(place.parts)
+            if above is None:
+                return
+            with above:
+                for name in above.names():
+                    try:
+                        folder = above.folder(name) if name[0] != "." else None
+                        if folder is not None:
+                            folder.check_contents()
+                    except PermissionError as error:
+                        _pass_over(above.path / name, error)
+                        continue
+                    if folder is not None:
+                        with folder:
+                            yield above, name, folder
+
+    def _judge(self, folder: Folder, plan: Plan) -> Entry | _Unfit:
+        """The build in `folder` if it fits `plan`, else why it does not."""
+        entry = read_open_manifest(folder)
+        if entry is None:
+            return _Unfit(problem=f"expected a complete {MANIFEST}")
+        differing = self.first_changed_header(entry, plan.roots)
+        if differing is not None:
+            return _Unfit(changed=differing)
+        problem = foreign_part(entry, plan)
+        if problem is None:
+            problem, file = open_library(folder, entry)
+            if problem is None:
+                return Entry(folder.path, entry.manifest, file)
+        return _Unfit(problem=problem)
+
     def publish(self, plan: Plan, folder: Path, headers: list[Header], replace: bool) -> Entry:
         """Makes the complete build in `folder` visible, or takes an equal one that is there.
 
         With `replace` an equal build that is there makes way.
         """
         names = "\n".join(f"{header.path} {header.sha256}" for header in headers)
-        place = self.root / plan.place / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
+        place = self._place(plan, names)
         library = folder / plan.library_name
         for path in (library, folder / BUILD_LOG):
-            path.chmod(_file_mode())
+            path.chmod(file_mode())
         manifest = {
             "target": [
                 plan.target.kind,
@@ -162,22 +194,34 @@ class Cache:
             "headers": [[header.path, *header.stat, header.sha256] for header in headers],
         }
         write_atomically(folder / MANIFEST, json.dumps(manifest))
-        self.make_folder(plan.place)
-        for _ in range(8):
+        for attempt in range(1, 8):
             try:
+                self.make_folder(plan.place)
                 os.rename(folder, place)
                 return Entry(place, manifest)
+            except FileNotFoundError:
+                if not folder.is_dir():
+                    raise
+                continue  # NOTE: others remove what they find empty.
             except OSError:
                 if not place.is_dir():
                     raise
-            there = read_manifest(place)
-            if not replace and there is not None and self.damage(there) is None:
-                return there
-            shutil.rmtree(self.set_aside(place), ignore_errors=True)
+            if not replace and self._is_intact(place):
+                return Entry(place, manifest)
+            try:
+                shutil.rmtree(self.set_aside(place), ignore_errors=True)
+            except CacheError:
+                if os.access(place, os.R_OK | os.X_OK):
+                    raise
+                # NOTE: what another member keeps to himself is not in the way; lookups take any name.
+                place = self._place(plan, names + "\n" * attempt)
         raise CacheError(
             f"cache folder {place}: expected to publish a build there, got other processes that"
             " kept replacing it"
         )
+
+    def _place(self, plan: Plan, names: str) -> Path:
+        return self.root / plan.place / hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
     def make_folder(self, name: str | Path) -> Path:
         """Creates the folder `name` in the cache, for the owner alone where it is new."""
@@ -185,10 +229,10 @@ class Cache:
 
     def check_trusted(self, folder: Path) -> None:
         """Raises CacheError if others may write to `folder`, to its files or above them."""
-        above = [parent for parent in folder.parents if self.root in parent.parents]
-        with os.scandir(folder) as found:
-            files = [Path(item.path) for item in found]
-        check_trusted(self.root, (*above, folder, *files))
+        root = open_cache(self.root)
+        opened = root.descend(folder.relative_to(self.root).parts) if root is not None else None
+        if opened is not None:
+            opened.check_contents()
 
     def set_aside(self, folder: Path) -> Path:
         """Moves a build out of sight, keeping it for a look; raises CacheError if it cannot."""
@@ -205,28 +249,47 @@ class Cache:
             ) from None
         return target
 
-    def damage(self, entry: Entry) -> str | None:
-        """What is wrong with the shared object of `entry`; None if it is as published."""
-        expected = entry.manifest["library"]
+    def _is_intact(self, folder: Path) -> bool:
+        """Whether the build there can be read and is as it was published."""
+        entry = read_manifest(folder)
         try:
-            size = entry.library.stat().st_size
-            if size != expected["size"]:
-                return f"expected {expected['size']} bytes, got {size}"
-            digest = file_sha256(entry.library)
-        except OSError as error:
-            return f"expected a readable file, got {error.strerror}"
-        if digest != expected["sha256"]:
-            return f"expected SHA-256 {expected['sha256'][:16]}..., got {digest[:16]}..."
-        return None
+            return entry is not None and self.damage(entry) is None
+        except PermissionError:
+            return False
+
+    def damage(self, entry: Entry) -> str | None:
+        """What is wrong with the shared object of `entry`; None if it is as published.
+
+        Raises PermissionError if it cannot be read.
+        """
+        folder = open_any(entry.folder)
+        if folder is None:
+            return "expected a readable folder, got none"
+        with folder:
+            return open_library(folder, entry)[0]
 
     def entries(self) -> list[tuple[Entry | None, Path]]:
-        """Every build folder of the cache with its entry, None where the manifest is damaged."""
-        found = []
-        for module in subfolders(self.root):
-            for place in subfolders(module):
-                for key in subfolders(place):
-                    found += [(read_manifest(folder), folder) for folder in subfolders(key)]
-        return found
+        """Every build folder of the cache with its entry, None where the manifest is damaged.
+
+        What has no manifest, or another name than builds have, is no build and left out, and so is
+        what a link leads to, and what this user may not read.
+        """
+        folders = [self.root]
+        for _ in ("module", "target", "key", "build"):
+            folders = [
+                below
+                for folder in folders
+                for below in subfolders(folder)
+                if not os.path.islink(below)
+            ]
+        return [
+            (read_manifest(folder), folder)
+            for folder in folders
+            if is_build_name(folder.parent)
+            and is_build_name(folder)
+            and os.path.isfile(folder / MANIFEST)
+            and os.access(folder / MANIFEST, os.R_OK)
+        ]
 
     def first_changed_header(self, entry: Entry, roots: Roots) -> str | None:
         """The first header whose content differs; None if all fit, with their stats refreshed."""
@@ -268,99 +331,17 @@ class Cache:
         known = [entry for entry in map(read_manifest, folders) if entry is not None]
         if not known:
             return "no cached build"
-        newest = max(known, key=lambda entry: entry.folder.stat().st_mtime_ns)
+        newest = max(known, key=lambda entry: _changed_at(entry.folder))
         return changed_input(newest.manifest["inputs"], plan.inputs) or "no cached build"
 
 
-def changed_input(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first part of a plan's inputs that differs, in words; None if none does."""
-    old_sources, new_sources = old.get("sources", {}), new.get("sources", {})
-    if not isinstance(old_sources, dict):
-        return "sources changed"
-    for path in {**old_sources, **new_sources}:
-        if old_sources.get(path) != new_sources.get(path):
-            return f"{shown_path(path)} changed"
-    for part in {**new, **old}:
-        if part not in old or part not in new or old[part] != new[part]:
-            return f"{part} changed"
-    return None
+def _pass_over(path: Path, error: OSError) -> None:
+    get_logger().warning("passing over %s, which cannot be read: %s", path, error.strerror)
 
 
-def read_manifest(folder: Path) -> Entry | None:
-    """The entry in `folder`; None if its manifest is missing or damaged."""
+def _changed_at(folder: Path) -> int:
+    """When something was last put in the folder; 0 if it has vanished."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entry = Entry(folder, manifest)
-        library = manifest["library"]
-        complete = (
-            isinstance(manifest["inputs"]["sources"], dict)
-            and bool(entry.target.label)
-            and isinstance(manifest["abi"], str)
-            and _is_path(library["name"])
-            and Path(library["name"]).name == library["name"]
-            and isinstance(library["size"], int)
-            and isinstance(library["sha256"], str)
-            and all(map(_is_header, manifest["headers"]))
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, TargetError):
-        return None
-    return entry if complete else None
-
-
-def _is_path(value: Any) -> bool:
-    """Whether a JSON value is text that a file could be called."""
-    try:
-        return isinstance(value, str) and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        return False
-
-
-def _is_header(value: Any) -> bool:
-    path, size, mtime, ctime, sha256 = value
-    return (
-        _is_path(path)
-        and all(isinstance(number, int) for number in (size, mtime, ctime))
-        and isinstance(sha256, str)
-    )
-
-
-def foreign_part(entry: Entry, plan: Plan) -> str | None:
-    """How `entry` shows that it was built for something else; None if it was built for `plan`."""
-    changed = changed_input(entry.manifest["inputs"], plan.inputs)
-    if changed is not None:
-        return f"expected a build of this plan, got one from elsewhere ({changed})"
-    if entry.library.name != plan.library_name:
-        return f"expected {plan.library_name}, got {entry.library.name}"
-    return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` in one step, or leaves it as it is."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.chmod(_file_mode())
-        temporary.replace(path)
+        return folder.stat().st_mtime_ns
     except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _file_mode() -> int:
-    """What a published file may be used for, whatever the umask: reading, by those we share with."""
-    return 0o640 if envs.AITER_SHARED_CACHE.get() else 0o600
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The visible folders in `folder`, sorted by name; none if it does not exist."""
-    try:
-        with os.scandir(folder) as found:
-            names = [item.name for item in found if item.is_dir() and item.name[0] != "."]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [folder / name for name in sorted(names)]
-
-
-def shown_path(path: str) -> str:
-    """`<csrc>/include/wave.h` as people write it."""
-    return path.replace("<", "", 1).replace(">", "", 1) if path.startswith("<") else path
+        return 0

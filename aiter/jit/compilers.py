@@ -4,6 +4,11 @@ One compiler per target does everything: device code, host code and the link. An
 (ROCM_HOME, ROCM_PATH, CUDA_HOME, CXX) that holds no compiler is an error instead of a reason to
 look on: code from another compiler than the one asked for is a surprise that costs hours.
 
+A program is looked for once, in the absolute folders of PATH, and goes by its absolute path from
+then on, so that the one that is asked for its version is the one that compiles. An entry of PATH
+that is empty or relative means another folder wherever a process happens to be: where one would
+give the compiler, that is an error and not a choice. So is a relative path in CXX or NVCC_CCBIN.
+
 A compiler's identity is its real path and what `--version` prints. The text needs a process, which
 a cache hit must not start, so it is kept in the cache folder under (real path, size, mtime). A
 wrapper script that stays the same while what it calls changes is told apart only by the headers
@@ -17,14 +22,13 @@ import importlib.util
 import json
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import envs
 from .errors import ToolchainError
-from .paths import make_private_folder
+from .folders import make_private_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,40 @@ def find_compiler(kind: str) -> Compiler:
     return _find_rocm()
 
 
+def _which(program: str) -> str | None:
+    """The absolute path of a program; None if there is none.
+
+    Raises ToolchainError if it would come from the current folder.
+    """
+    if "/" in program:
+        if not os.path.isabs(program):
+            raise ToolchainError(
+                f"compiler {program}: expected an absolute path or a name to look for on PATH, got a"
+                " path from the current folder, which may lead elsewhere"
+            )
+        return program if _is_program(program) else None
+    for folder in envs.search_path():
+        path = os.path.join(folder, program)
+        if not _is_program(path):
+            continue
+        if not os.path.isabs(folder):
+            raise ToolchainError(
+                f"compiler {program}: expected it in an absolute folder of PATH, got one from the"
+                f" current folder, by the entry {folder!r} of PATH; remove that entry, or put the"
+                " folder of the compiler that you want before it"
+            )
+        return path
+    return None
+
+
+def _is_program(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
 def host_compiler_of_nvcc() -> Compiler | None:
     """The compiler that nvcc hands host code to: NVCC_CCBIN, else gcc on PATH."""
     text = envs.compiler_variables().get("NVCC_CCBIN", "gcc")
-    path = shutil.which(text)
+    path = _which(text)
     return None if path is None else _compiler((path,), "nvcc's host compiler", "gcc")
 
 
@@ -67,15 +101,21 @@ def _compiler(command: tuple[str, ...], found_by: str, family: str) -> Compiler:
 def _find_cpu() -> Compiler:
     setting = envs.CXX.get()
     if setting is not None:
-        words = shlex.split(setting)
-        path = shutil.which(words[0]) if words else None
+        try:
+            words = shlex.split(setting)
+        except ValueError as error:
+            raise ToolchainError(
+                f"C++ compiler for cpu: expected CXX to be words as in a shell, got CXX={setting!r}"
+                f" ({error})"
+            ) from None
+        path = _which(words[0]) if words else None
         if path is None:
             raise ToolchainError(
                 f"C++ compiler for cpu: expected CXX to name a program, got CXX={setting!r}"
             )
         return _compiler((path, *words[1:]), "CXX", "gcc")
     for name in ("g++", "clang++"):
-        path = shutil.which(name)
+        path = _which(name)
         if path is not None:
             return _compiler((path,), f"{name} on PATH", "gcc")
     zig = _package_dir("ziglang") / "zig" if _has_package("ziglang") else None
@@ -91,7 +131,7 @@ def _find_cuda() -> Compiler:
     home = envs.CUDA_HOME.get()
     if home is not None:
         return _compiler((_setting("nvcc", "CUDA_HOME", home),), "CUDA_HOME", "nvcc")
-    path = shutil.which("nvcc")
+    path = _which("nvcc")
     if path is not None:
         return _compiler((path,), "nvcc on PATH", "nvcc")
     default = Path("/usr/local/cuda/bin/nvcc")
@@ -107,7 +147,7 @@ def _find_rocm() -> Compiler:
     for name, home in (("ROCM_HOME", envs.ROCM_HOME.get()), ("ROCM_PATH", envs.ROCM_PATH.get())):
         if home is not None:
             return _compiler((_setting("hipcc", name, home),), name, "hipcc")
-    path = shutil.which("hipcc")
+    path = _which("hipcc")
     if path is not None:
         return _compiler((path,), "hipcc on PATH", "hipcc")
     default = Path("/opt/rocm/bin/hipcc")
@@ -186,11 +226,9 @@ def _read_memo(memo: Path, identity: list[Any]) -> str | None:
 
 def _write_memo(memo: Path, content: dict[str, Any]) -> None:
     """Keeps the text; a folder that cannot be written only costs a process next time."""
-    temporary = memo.with_name(f"{memo.name}.{os.getpid()}")
     try:
         make_private_folder(memo.parent.parent, memo.parent.name)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(memo)
+        write_atomically(memo, json.dumps(content))
     except OSError:
         return
 

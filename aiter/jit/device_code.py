@@ -25,18 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import envs
-from .cache import FAILED_DIR, TOOL_DIR, write_atomically
+from .cache import DEVICE_CODE_DIR, FAILED_DIR, TOOL_DIR
 from .device_kernels import KernelCode, arch_of, parse_kernels
 from .driver import Job, JobFailed, first_error, run_jobs
 from .errors import BuildError, CacheError, ConfigError, ToolchainError
+from .folders import write_atomically
 from .load import Loader, default_loader
 from .log import get_logger
 from .progress import Progress
 from .rocm_flags import ROCM_FLAGS, rocm_flags
 from .spec import load_spec
 from .target import Target
-
-DEVICE_CODE_DIR = ".device_code"
 
 # NOTE: what decides the code is as in the rocm profile of `toolchain` for the newest hipcc; the rest
 # replaces ROCm.
@@ -256,11 +255,15 @@ def _compile(words: tuple[str, ...], label: str, arch: str, folder: Path, loader
         run_jobs([job], folder, environment, 1, deadline, progress)
         return result.read_text(encoding="utf-8")
     except JobFailed as failure:
-        text = output.read_text(encoding="utf-8", errors="replace")
         log = loader.cache.make_folder(FAILED_DIR) / f"{label}-device-{arch}.log"
-        write_atomically(log, f"$ {job.text}\n{text}")
+        write_atomically(log, f"$ {job.text}\n{failure.output}")
         raise BuildError(
-            label, f"rocm-{arch}", failure.problem, shlex.join(job.command), first_error(text), log
+            label,
+            f"rocm-{arch}",
+            failure.problem,
+            shlex.join(job.command),
+            first_error(failure.output),
+            log,
         ) from None
     finally:
         result.unlink(missing_ok=True)

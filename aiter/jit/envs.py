@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from .errors import EnvError
+from .paths import PACKAGE
 
 T = TypeVar("T")
 
@@ -128,7 +129,7 @@ AITER_NO_BUILD = Variable(
     "AITER_NO_BUILD", False, "1 forbids building: what is not cached is an error", _flag, "0"
 )
 AITER_JIT_DIR: Variable[Path | None] = Variable(
-    "AITER_JIT_DIR", None, "the cache folder", _folder, "$XDG_CACHE_HOME/aiter"
+    "AITER_JIT_DIR", None, "the cache folder", _folder, f"$XDG_CACHE_HOME/{PACKAGE}"
 )
 AITER_SHARED_CACHE = Variable(
     "AITER_SHARED_CACHE", False, "1 shares the cache folder with its group", _flag, "0"
@@ -233,11 +234,33 @@ _COMPILER_VARIABLES = (
 
 
 def cache_dir() -> Path:
-    """The cache folder: $AITER_JIT_DIR, else $XDG_CACHE_HOME/aiter, else ~/.cache/aiter."""
+    """The cache folder: $AITER_JIT_DIR, else the package's in $XDG_CACHE_HOME or in ~/.cache.
+
+    Raises EnvError where none of them leads to an absolute path.
+    """
     chosen = AITER_JIT_DIR.get()
     if chosen is not None:
         return chosen
-    return (XDG_CACHE_HOME.get() or Path("~/.cache").expanduser()) / "aiter"
+    return (XDG_CACHE_HOME.get() or _default_cache_home()) / PACKAGE
+
+
+def _default_cache_home() -> Path:
+    try:
+        path = Path("~/.cache").expanduser()
+        got = str(path)
+    except RuntimeError:
+        path, got = Path(), "no home folder: neither HOME nor an entry for this user"
+    if not path.is_absolute():
+        raise EnvError(
+            f"cache folder: expected an absolute path in the home folder, got {got}; set"
+            " AITER_JIT_DIR to a folder of your own, or HOME"
+        )
+    return path
+
+
+def search_path() -> tuple[str, ...]:
+    """The folders in which programs are looked for, as PATH has them; "" is the current one."""
+    return tuple(os.environ.get("PATH", os.defpath).split(os.pathsep))
 
 
 def compiler_variables() -> dict[str, str]:
@@ -246,5 +269,10 @@ def compiler_variables() -> dict[str, str]:
 
 
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
-    """The environment for a compiler process: ours, English messages, and `extra` on top."""
-    return {**os.environ, "LC_ALL": "C", **extra}
+    """The environment for a compiler process: ours, English messages, and `extra` on top.
+
+    PATH has its absolute folders alone: a compiler that runs elsewhere must not find another linker
+    there than here.
+    """
+    folders = [folder for folder in search_path() if os.path.isabs(folder)]
+    return {**os.environ, "PATH": os.pathsep.join(folders), "LC_ALL": "C", **extra}

@@ -1,9 +1,20 @@
 """How does a module get into the process?
 
-`Loader` ties the parts together: plan, look up, build on a miss, verify, load by absolute path. One
-lock per module and target makes threads that call at the same time build and load once. The shared
-object is loaded straight from the cache with importlib's extension loader and is not entered in
-`sys.modules`: one process may hold the same module for several targets.
+`Loader` ties the parts together: plan, look up, build on a miss, verify, load. One lock per module
+and target makes threads that call at the same time build and load once. The shared object is loaded
+with importlib's extension loader and is not entered in `sys.modules`: one process may hold the same
+module for several targets.
+
+Loaded is the open file whose owner was checked and whose bytes were hashed, by its descriptor in
+/proc; its name is not looked up again, so it does not matter what is put there meanwhile. The
+descriptor stays open as long as the process: addr2line, sanitizers and debuggers find the file by
+it. A build has nothing beside its shared object that it could look for at a path relative to its
+own. Rejected: a private copy in memory (memfd), which is refused where vm.memfd_noexec is 2, costs
+each process the memory of the whole file, and has no name in /proc/self/maps that profilers could
+open.
+
+A forked child starts with locks of its own, as nobody would release those that other threads held,
+and looks up each module anew.
 
 What was built into the package ahead of time (`prebuilt`) comes first, and needs no compiler.
 
@@ -16,22 +27,30 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import threading
+import weakref
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from . import envs, paths
-from .cache import COMPILER_DIR, Cache, Entry
+from .cache import COMPILER_DIR, Cache
 from .errors import CacheError, LoadError
 from .log import get_logger
+from .manifest import Entry
 from .plan import Plan, make_plan
 from .prebuilt import find_prebuilt
 from .spec import module_names
 from .target import Target
+from .trust import File
 
-_LOAD_ATTEMPTS = 3
+_LOAD_ATTEMPTS = 8
+
+_loads = itertools.count()
+_loaded: dict[tuple[str, str], tuple[ModuleType, File]] = {}  # by path and content
+_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
 
 
 class Loader:
@@ -55,8 +74,13 @@ class Loader:
         self.csrc_dir = csrc_dir or paths.csrc_dir()
         self.cache = Cache(cache_dir or envs.cache_dir())
         self.prebuilt_dir = prebuilt_dir
-        self._modules: dict[tuple[str, Target], ModuleType] = {}
         self._rebuilt: set[tuple[str, Target]] = set()
+        self.forget_modules()
+        _loaders.add(self)
+
+    def forget_modules(self) -> None:
+        """Starts anew with modules and locks, as a forked child has to."""
+        self._modules: dict[tuple[str, Target], ModuleType] = {}
         self._locks: dict[tuple[str, Target], threading.Lock] = {}
         self._guard = threading.Lock()
 
@@ -77,7 +101,7 @@ class Loader:
 
         Raises:
             CacheError: it is missing and AITER_NO_BUILD forbids building, or the cache folder
-                cannot be written or has a path that is not UTF-8.
+                cannot be written.
             BuildError: the build failed.
             ConfigError, TargetError, ToolchainError: as their names say.
         """
@@ -87,9 +111,6 @@ class Loader:
             )
             if entry is not None:
                 return entry, False
-        problem = paths.why_not_loadable(self.cache.root)
-        if problem is not None:
-            raise CacheError(f"cache folder: {problem}; set AITER_JIT_DIR to a folder elsewhere")
         plan = self.plan(module, target)
         if force:
             reason = "AITER_REBUILD" if envs.AITER_REBUILD.get() else "asked to"
@@ -135,22 +156,24 @@ class Loader:
             if built:
                 self._rebuilt.add(key)
             _check_runtime(module, target)
+            opened = entry if entry.file is not None else self.cache.opened(entry)
+            if opened is None:
+                continue
             try:
-                return load_extension(module, entry.library), built
+                return load_extension(module, opened), built
             except ImportError as error:
-                if self.prebuilt_dir in entry.folder.parents:
-                    get_logger().warning(
-                        "prebuilt %s does not load here (%s); going on without prebuilt modules",
-                        entry.library,
-                        error,
-                    )
-                    self.prebuilt_dir = None
-                elif entry.library.is_file():
+                if self.prebuilt_dir not in entry.folder.parents:
                     raise LoadError(
                         f"module {module} for {target.label}: expected to load {entry.library},"
                         f" got {error}"
                     ) from error
-        # NOTE: another process that rebuilds may take a build away between lookup and load.
+                get_logger().warning(
+                    "prebuilt %s does not load here (%s); going on without prebuilt modules",
+                    entry.library,
+                    error,
+                )
+                self.prebuilt_dir = None
+        # NOTE: another process that rebuilds may take away a build that was just published.
         raise LoadError(
             f"module {module} for {target.label}: expected a build that stays in place, got one"
             f" that other processes removed {_LOAD_ATTEMPTS} times"
@@ -177,22 +200,57 @@ def _check_runtime(module: str, target: Target) -> None:
         )
 
 
-def load_extension(name: str, path: Path) -> ModuleType:
-    """Loads the extension module `name` from the absolute `path`; raises ImportError."""
+def load_extension(name: str, entry: Entry) -> ModuleType:
+    """Loads the extension module `name` from the open file of `entry`; raises ImportError."""
+    file = entry.file
+    if file is None:
+        raise ImportError(
+            f"expected {entry.library} to be open, got a build that was not looked at"
+        )
+    key = (str(entry.library), str(entry.manifest["library"]["sha256"]))
+    if key in _loaded:
+        return _loaded[key][0]
     # NOTE: pybind11 keeps one module per full name in a process, so the second target's build would
     # come back as the first's. Python asks the file only for the last part of a dotted name.
-    unique = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    unique = hashlib.sha256(os.fsencode(entry.library)).hexdigest()[:16]
     name = f"{unique}.{name}"
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    if spec is None:
-        raise ImportError(f"no import spec for {path}")
+    path = _path_of_open(file)
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    spec = importlib.machinery.ModuleSpec(name, loader, origin=path)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    spec.origin = module.__file__ = str(entry.library)
+    _loaded.setdefault(key, (module, file))
     return module
+
+
+def _path_of_open(file: File) -> str:
+    """A path of an open file that no load in this process has used before.
+
+    glibc takes a library for loaded by its path alone, and descriptors are used again. The kernel
+    reads over what is added here. The process has its number instead of `self`, since tools that
+    are asked about an address open the path from theirs.
+    """
+    try:
+        process = os.readlink("/proc/self")
+    except OSError as error:
+        raise ImportError(
+            f"expected /proc to be mounted, as modules are loaded by what is open, got"
+            f" {error.strerror}"
+        ) from None
+    unique = f"{next(_loads):b}".replace("0", "/").replace("1", "./")
+    return f"/proc/{process}/fd/{unique}{file.fd}"
+
+
+def _forget_after_fork() -> None:
+    for loader in list(_loaders):
+        loader.forget_modules()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def ahead_command(module: str, target: Target) -> str:
     """The command that builds `module` for `target` ahead of use."""
     archs = ";".join(target.archs)
-    return f"python -m aiter build {module} --target {target.kind} --arch '{archs}'"
+    return f"python -m {paths.PACKAGE} build {module} --target {target.kind} --arch '{archs}'"

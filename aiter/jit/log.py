@@ -1,7 +1,8 @@
 """Where do the loader's messages go?
 
-To the logger `aiter`. A program that configured logging keeps full control; where none did, a
-handler to stderr is added with the first message, so that a build of many seconds is never silent.
+To the logger that is called as the package is. A program that configured logging keeps full control;
+where none did, a handler to stderr is added with the first message, so that a build of many seconds
+is never silent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import sys
 
 from . import envs
+from .paths import PACKAGE
 
 
 class _StderrHandler(logging.Handler):
@@ -17,12 +19,12 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers and sys.stderr is not None:
-            print(f"[aiter] {self.format(record)}", file=sys.stderr, flush=True)
+            print(f"[{PACKAGE}] {self.format(record)}", file=sys.stderr, flush=True)
 
 
 def get_logger() -> logging.Logger:
     """The logger, with a handler and a level if the program set none."""
-    logger = logging.getLogger("aiter")
+    logger = logging.getLogger(PACKAGE)
     configured = logger.hasHandlers()
     if not configured:
         logger.addHandler(_StderrHandler())

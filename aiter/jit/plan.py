@@ -45,6 +45,8 @@ class Roots:
 
     def expand(self, path: str) -> str:
         """The inverse of `shorten`."""
+        if path[:1] != "<":  # NOTE: most of hundreds of headers are the system's.
+            return path
         for name, folder in self._pairs:
             if path.startswith(name + "/"):
                 return folder + path[len(name) :]

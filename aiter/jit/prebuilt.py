@@ -16,25 +16,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import paths
-from .cache import (
-    BROKEN_DIR,
-    COMPILER_DIR,
-    FAILED_DIR,
-    LOCK_DIR,
-    TOOL_DIR,
-    WORK_DIR,
-    Cache,
-    Entry,
-    file_sha256,
-    foreign_part,
-    read_manifest,
-    subfolders,
-)
+from .cache import BROKEN_DIR, COMPILER_DIR, FAILED_DIR, LOCK_DIR, TOOL_DIR, WORK_DIR
 from .errors import TargetError
+from .folders import MARKER
 from .log import get_logger
+from .manifest import Entry, file_sha256, foreign_part, open_library, read_manifest, subfolders
 from .plan import Plan, abi_tag, make_plan
 from .target import Target
+from .trust import open_any
 
 _OWN_HEADERS = "<csrc>/"
 
@@ -55,11 +44,17 @@ def find_prebuilt(
             problems.append("expected a complete manifest")
             continue
         plan = make_plan(config_path, csrc_dir, root, module, target, entry.manifest["inputs"])
-        problem = paths.why_not_loadable(folder) or foreign_part(entry, plan)
-        problem = problem or _changed_header(entry, plan) or Cache(root).damage(entry)
-        if problem is None:
-            return entry
-        problems.append(problem)
+        problem = foreign_part(entry, plan) or _changed_header(entry, plan)
+        opened = open_any(folder) if problem is None else None
+        if opened is not None:
+            with opened:
+                try:
+                    problem, file = open_library(opened, entry)
+                except PermissionError as error:
+                    problem = f"expected a readable file, got {error.strerror}"
+            if problem is None:
+                return Entry(folder, entry.manifest, file)
+        problems.append(problem or "expected a readable folder, got none")
     if places and place not in places:
         others = {entry.manifest["abi"] for entry in _same_target(places, target)}
         problems += [f"expected one for {abi_tag()}, got one for {other}" for other in others]
@@ -106,6 +101,7 @@ def tidy_prebuilt(root: Path) -> None:
     """Removes what only builders need from a folder of builds, and lets every user read the rest."""
     for name in (BROKEN_DIR, COMPILER_DIR, FAILED_DIR, LOCK_DIR, TOOL_DIR, WORK_DIR):
         shutil.rmtree(root / name, ignore_errors=True)
+    (root / MARKER).unlink(missing_ok=True)
     for path in (root, *root.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

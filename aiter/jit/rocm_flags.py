@@ -81,3 +81,21 @@ def rocm_flags(version: Version | None, archs: tuple[str, ...]) -> tuple[str, ..
         if version >= flag.since and (not flag.archs or bare & set(flag.archs))
         for word in flag.words
     )
+
+
+def unknown_arch(output: str, archs: tuple[str, ...]) -> str | None:
+    """The first of `archs` that hipcc, by what it printed, does not know; None if it knows all.
+
+    Its clang says so in one of three ways: as a name that it cannot read, as one that it has no
+    code generator for, or as one that its device libraries are too old for.
+    """
+    for arch in archs:
+        name = re.escape(arch.partition(":")[0])
+        said = (
+            rf"invalid target ID '{name}[':]",
+            rf"(unknown target CPU|[Uu]nsupported HIP gpu architecture:?) '?{name}\b",
+            rf"cannot find ROCm device library for {name}\b",
+        )
+        if any(re.search(text, output) for text in said):
+            return arch
+    return None

@@ -135,8 +135,14 @@ def load_spec(path: Path, name: str, csrc_dir: Path, target: Target) -> ModuleSp
     config = load_config(path)
     known = module_names(path, csrc_dir)
     if name not in known:
+        import difflib
+
+        near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(
+            f"{PREFIX}{name}", known, 1
+        )
+        meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"module {name}: expected one of {', '.join(known) or 'no modules'}, as in {path}"
+            f"module {name}: expected one of {', '.join(known) or 'no modules'}, as in {path}{meant}"
         )
     settings = config.get(name, config.get(EVERY_OP, {}))
     return make_spec(name, settings, template_variables(name, csrc_dir, target))

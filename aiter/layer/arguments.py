@@ -9,16 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing.graph import traced
-from . import triton_experts
-from .experts import BACKENDS, Experts
+from ..routing.autograd import checked
+from ..routing.tracing import traced
+from .experts import BACKENDS, Experts, grouped_mm_problem, triton_problem
 from .types import ActivationType, QuantType
+
+GATE_MODES = {"separated": False, "interleave": True, None: False}
+"""`gate_mode` of ROCm's aiter: whether gate and up take turns along w1's rows."""
+
+_SHARED = "as shared experts are not computed here but by a layer of their own"
+ABSENT = {
+    "beta": "as ActivationType.Situv2 is not computed",
+    "linear_beta": "as ActivationType.Situv2 is not computed",
+    "shared_w1": _SHARED,
+    "shared_w2": _SHARED,
+    "shared_w1_scale": _SHARED,
+    "shared_w2_scale": _SHARED,
+    "shared_expert_id": _SHARED,
+    "stage2_scatter": "as the output goes to one tensor",
+}
+"""Why an argument of ROCm's aiter has no meaning here."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_layer(hidden_states: Tensor, experts: Experts, dtype: torch.dtype | None) -> None:
-    """Raises unless hidden_states [M, D] and the experts' tensors fit each other.
+def check_layer(hidden_states: Tensor, experts: Experts, dtype: torch.dtype | None) -> Tensor:
+    """hidden_states [M, D], if it and the experts' tensors fit each other.
 
     Raises:
         TypeError: an argument is of the wrong Python type.
@@ -44,7 +60,14 @@ def check_layer(hidden_states: Tensor, experts: Experts, dtype: torch.dtype | No
     _check_activation(experts)
     _check_bias("bias1", experts.bias1, w1.shape[0], w1.shape[1], hidden_states)
     _check_bias("bias2", experts.bias2, w1.shape[0], w2.shape[1], hidden_states)
-    _check_no_gradient(hidden_states, experts)
+    return checked(
+        hidden_states,
+        hidden_states=hidden_states,
+        w1=w1,
+        w2=w2,
+        bias1=experts.bias1,
+        bias2=experts.bias2,
+    )
 
 
 def check_routing(
@@ -63,6 +86,8 @@ def check_routing(
         ValueError: `w1` has another number of experts.
     """
     expected, why = num_experts, source
+    if expert_mask is None and local_experts == 0:
+        raise ValueError("w1: expected at least one expert without expert_mask, got none")
     if expert_mask is not None:
         if not isinstance(expert_mask, Tensor):
             raise TypeError(f"expert_mask: expected a tensor, got {type(expert_mask).__name__}")
@@ -100,8 +125,38 @@ def check_unsupported(quant_type: QuantType, **options: object) -> None:
             )
 
 
-def check_knobs(block_size_m: int | None, backend: str | None, device: torch.device) -> None:
-    """Raises for a block size or a backend that does not exist, or not on `device`.
+def check_upstream(
+    splitk: int, swiglu_limit: float | None, gate_mode: str | None, activation: object,
+    **absent: object,
+) -> None:  # fmt: skip
+    """Raises for arguments of ROCm's aiter that have no meaning here, or not that value.
+
+    Args:
+        absent: those that must be None, by name, or -1 for `shared_expert_id`.
+
+    Raises:
+        TypeError, ValueError: as the text says.
+    """
+    if not isinstance(splitk, int) or isinstance(splitk, bool):
+        raise TypeError(f"splitk: expected an int, got {type(splitk).__name__}")
+    if gate_mode not in GATE_MODES:
+        raise ValueError(f"gate_mode: expected one of {list(GATE_MODES)}, got {gate_mode!r}")
+    if swiglu_limit is not None and (
+        activation != ActivationType.Swiglu or not 0 < swiglu_limit < float("inf")
+    ):
+        raise ValueError(
+            "swiglu_limit: expected None, or a positive number with ActivationType.Swiglu, got"
+            f" {swiglu_limit!r} with {activation!s}"
+        )
+    for name, value in absent.items():
+        nothing = -1 if name == "shared_expert_id" else None
+        if value is not nothing and value != nothing:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected {nothing}, {ABSENT[name]}, got {got}")
+
+
+def check_knobs(block_size_m: int | None, backend: str | None, experts: Experts) -> None:
+    """Raises for a block size or a backend that does not exist, or cannot compute these experts.
 
     Raises:
         TypeError, ValueError: as the text says.
@@ -110,16 +165,21 @@ def check_knobs(block_size_m: int | None, backend: str | None, device: torch.dev
         not isinstance(block_size_m, int) or isinstance(block_size_m, bool)
     ):
         raise TypeError(f"block_size_M: expected an int or None, got {type(block_size_m).__name__}")
-    if block_size_m is not None and block_size_m < 1:
-        raise ValueError(f"block_size_M: expected at least 1, or None, got {block_size_m}")
+    if block_size_m is not None and block_size_m < 0:
+        raise ValueError(f"block_size_M: expected at least 1, or 0 or None, got {block_size_m}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)} or None, got {backend!r}")
+    w1, w2 = experts.w1, experts.w2
     if backend == "triton":
-        reason = triton_experts.why_not(device)
+        reason = triton_problem(w1.device, experts.activation)
         if reason is not None:
             raise ValueError(
-                f"backend: expected another one than 'triton' for tensors on {device}: {reason}"
+                f"backend: expected another one than 'triton' or None for these tensors on"
+                f" {w1.device}, as {reason}"
             )
+    problem = grouped_mm_problem(w1, w2) if backend == "grouped_mm" else None
+    if problem is not None:
+        raise ValueError(f"backend: expected 'block_bmm' or None, as {problem}, got 'grouped_mm'")
 
 
 def _check_tensor(name: str, tensor: Tensor, rank: int, hidden_states: Tensor) -> None:
@@ -157,10 +217,14 @@ def _check_sizes(hidden_states: Tensor, experts: Experts) -> None:
 
 def _check_activation(experts: Experts) -> None:
     activation = experts.activation
+    if callable(activation):
+        return
     if not isinstance(activation, ActivationType):
-        raise TypeError(f"activation: expected an ActivationType, got {type(activation).__name__}")
-    if activation == ActivationType.No:
-        raise ValueError("activation: expected Silu, Gelu or Swiglu, got No")
+        raise TypeError(
+            f"activation: expected an ActivationType or a function, got {type(activation).__name__}"
+        )
+    if activation in (ActivationType.No, ActivationType.Situv2):
+        raise ValueError(f"activation: expected Silu, Gelu or Swiglu, got {activation.name}")
     gated = experts.w1.shape[1] == 2 * experts.w2.shape[2]
     if not gated and activation == ActivationType.Swiglu:
         raise ValueError(
@@ -184,16 +248,3 @@ def _check_bias(
         raise ValueError(f"{name}: expected shape [{num_experts}, {width}], got {list(bias.shape)}")
     if bias.dtype not in DTYPES:
         raise ValueError(f"{name}: expected dtype float32, float16 or bfloat16, got {bias.dtype}")
-
-
-def _check_no_gradient(hidden_states: Tensor, experts: Experts) -> None:
-    if not torch.is_grad_enabled():
-        return
-    tensors = (hidden_states, experts.w1, experts.w2, experts.bias1, experts.bias2)
-    names = ("hidden_states", "w1", "w2", "bias1", "bias2")
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that needs no gradient, as routing has no backward, got"
-                " one that requires grad; call under torch.no_grad() or torch.inference_mode()"
-            )

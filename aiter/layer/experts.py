@@ -21,14 +21,15 @@ back; a first call would take seconds, need a compiler of PyTorch's own, and rec
 Three backends for the products; `expert_backend` says which one a pair of weights gets:
 
 - "triton": two grouped products over the sorted buffers, in kernels of our own (`triton_experts`),
-  wherever there is a GPU and a Triton. What is said above of operations and copies does not hold for it.
+  wherever there is a GPU and a Triton, but for activations that are functions. What is said above of
+  operations and copies does not hold for it.
 - "grouped_mm": `torch.nn.functional.grouped_mm` over the entries of all experts at once. The sort
   is asked for blocks of one slot, which leaves no padding between experts: M*K rows are multiplied,
   whatever the number of experts, and `sorted_expert_ids` is the expert of every row. With blocks of
   32, a step of 8 tokens over 128 experts would gather and activate up to 1024 rows instead of 64.
 - "block_bmm": one batched product over the sort's blocks, each with a copy of its expert's weights.
   It takes any dtype, stride and device, at the cost of that copy: at most min(M*K, S / B) experts,
-  in chunks of at most CHUNK_BYTES.
+  in chunks (`layer.graph`).
 
 Where PyTorch has a grouped product but would serve it by a host loop that waits for the device (on
 GPUs, anything but bfloat16 on compute capability 9.x), "block_bmm" is chosen: waiting would break
@@ -36,29 +37,37 @@ graph capture. So it is under torch.compile for all but bfloat16, which PyTorch 
 A product over all experts with M rows each was rejected: it reads every expert's weights for a single
 token. `torch._grouped_mm`, the older name, was rejected too: PyTorch 2.8 has it for one GPU
 generation only and without a CPU kernel.
+
+Under a tracer nothing here depends on the number of tokens but shapes, so that one graph serves all
+numbers: no Python loop, no comparison of sizes, and no slice whose bound a tracer cannot prove to lie
+inside (rows of blocks of more than one slot are gathered instead, which torch.compile fuses away).
+Autocast does not reach inside: products and activation are in the dtype of `hidden_states` always.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
-from ..routing.graph import traced
+from ..routing.tracing import traced, tracing_state, transformed
 from . import triton_experts
+from .graph import block_bmm
 from .types import ActivationType
 
 Backend = Literal["grouped_mm", "block_bmm", "triton"]
 BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm", "triton")
 
+Activation = ActivationType | Callable[[Tensor], Tensor]
+"""What lies between the products: a known one, or a function from [R, N1] to [R, inter], row by row."""
+
 BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
 """Slots per block; "triton" goes by M (`default_block_size`)."""
-
-CHUNK_BYTES = 256 << 20
-"""How much of the experts' weights "block_bmm" copies at once."""
 
 SIGN_SLOT = 128  # the first slot number that sets the sign bit of a sorted id
 ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
@@ -78,27 +87,45 @@ class Experts(NamedTuple):
     w2: Tensor
     bias1: Tensor | None
     bias2: Tensor | None
-    activation: ActivationType
+    activation: Activation
     interleaved: bool
+    swiglu_limit: float = SWIGLU_LIMIT
 
 
-def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
+def expert_backend(w1: Tensor, w2: Tensor, activation: Activation = ActivationType.Silu) -> Backend:
     """Which backend multiplies with these weights: "triton", "grouped_mm" or "block_bmm"."""
-    if w1.device.type == "cuda" and triton_experts.why_not(w1.device) is None:
+    if w1.device.type == "cuda" and triton_problem(w1.device, activation) is None:
         return "triton"
-    if not hasattr(F, "grouped_mm"):
-        return "block_bmm"
-    if not (_rows_aligned(w1) and _rows_aligned(w2)):
-        return "block_bmm"
-    inner_bytes = (w1.shape[2] * w1.element_size(), w2.shape[2] * w2.element_size())
-    if inner_bytes[0] % ALIGNMENT or inner_bytes[1] % ALIGNMENT:
+    if grouped_mm_problem(w1, w2) is not None:
         return "block_bmm"
     if w1.device.type == "cpu":
-        return "grouped_mm" if w1.dtype is torch.bfloat16 or not traced(w1) else "block_bmm"
-    if w1.dtype is not torch.bfloat16 or torch.version.hip is not None:
+        return "grouped_mm"
+    if w1.device.type != "cuda" or w1.dtype is not torch.bfloat16 or torch.version.hip is not None:
         return "block_bmm"
     major: int = torch.cuda.get_device_properties(w1.device).major
     return "grouped_mm" if major == 9 else "block_bmm"
+
+
+def triton_problem(device: torch.device, activation: Activation) -> str | None:
+    """Why "triton" cannot compute a layer on a device, in words; None where it can."""
+    if not isinstance(activation, ActivationType):
+        return "Triton's kernels have Silu, Gelu and Swiglu, and call no function"
+    return triton_experts.why_not(device)
+
+
+def grouped_mm_problem(w1: Tensor, w2: Tensor) -> str | None:
+    """Why "grouped_mm" cannot multiply with these weights, in words; None where it can."""
+    if not hasattr(F, "grouped_mm"):
+        return f"PyTorch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    for name, weight in (("w1", w1), ("w2", w2)):
+        if not _rows_aligned(weight) or weight.shape[2] * weight.element_size() % ALIGNMENT:
+            return (
+                f"{name} {list(weight.shape)} has rows that do not start at multiples of"
+                f" {ALIGNMENT} bytes"
+            )
+    if w1.dtype is not torch.bfloat16 and traced(w1):
+        return f"PyTorch traces its grouped product for bfloat16 only, not for {w1.dtype}"
+    return None
 
 
 def default_block_size(
@@ -106,10 +133,8 @@ def default_block_size(
 ) -> int:
     """The block size that the sort is asked for, unless the caller names one."""
     if backend == "triton":
-        tokens = hidden_states.shape[0]
-        return triton_experts.block_size(
-            hidden_states.device, tokens, topk, num_experts, experts.w1
-        )
+        device, tokens = hidden_states.device, hidden_states.shape[0]
+        return triton_experts.block_size(device, tokens, topk, num_experts, experts.w1)
     return BLOCK_SIZES[backend]
 
 
@@ -134,44 +159,67 @@ def run_experts(
             and ids from our own top-k. Saves the launches that set absent entries apart.
         weight_first: multiply by the routing weight before bias1 and the activation, not at the end.
     """
-    sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = buffers
-    tokens = hidden_states.shape[0]
-    if tokens == 0:
-        return moe_buf
     if backend == "triton":
+        if experts.w1.shape[0] == 0:
+            return buffers[4].zero_()
+        if buffers[4].numel() == 0:
+            return buffers[4]
         return triton_experts.run_triton(
             hidden_states, experts, buffers, topk, block_size,
             all_routed=all_routed, weight_first=weight_first,
         )  # fmt: skip
+    kind = hidden_states.device.type
+    arguments = (hidden_states, experts, buffers, topk, block_size, backend)
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _run_experts(*arguments, all_routed, weight_first)
+    return _run_experts(*arguments, all_routed, weight_first)
+
+
+def _run_experts(
+    hidden_states: Tensor,
+    experts: Experts,
+    buffers: SortedBuffers,
+    topk: int,
+    block_size: int,
+    backend: Backend,
+    all_routed: bool,
+    weight_first: bool,
+) -> Tensor:
+    sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = buffers
+    tokens = hidden_states.shape[0]
     num_experts = experts.w1.shape[0]
-    # NOTE: an expert without a token has no block, so there are no more blocks than entries.
-    blocks = min(sorted_ids.shape[0] // block_size, tokens * topk)
+    if num_experts == 0:
+        return moe_buf.zero_()
+    if not traced(sorted_ids) and tokens == 0:
+        return moe_buf
+    blocks = _most_blocks(sorted_ids, tokens * topk, block_size)
     rows = blocks * block_size
     complete = all_routed and block_size == 1
-    entries = sorted_ids[:rows]
+    entries = _first(sorted_ids, rows, block_size)
     token = entries & TOKEN_MASK
     slot = entries >> TOKEN_BITS
     if not complete or topk > SIGN_SLOT:
         slot = slot & 0xFF
     row_of_entry = torch.add(token, slot, alpha=tokens)
-    block_experts = sorted_expert_ids[:blocks]
+    block_experts = _first(sorted_expert_ids, blocks, block_size)
     if not complete:
         used = (torch.arange(rows, device=entries.device) < num_valid_ids[0]) & (slot < topk)
         token = torch.where(used, token, 0)
         row_of_entry = torch.where(used, row_of_entry, tokens * topk)
         block_used = used.view(blocks, block_size)[:, 0]
         block_experts = torch.where(block_used, block_experts, num_experts)
-    weights = sorted_weights[:rows].unsqueeze(1)
+    weights = _first(sorted_weights, rows, block_size).unsqueeze(1)
 
     product = _Product(block_experts, block_size, num_experts, backend, complete)
     hidden = product(hidden_states.index_select(0, token), experts.w1)
     if weight_first:
         hidden = (hidden * weights).to(hidden_states.dtype)
     if experts.bias1 is not None:
-        hidden.add_(product.per_row(experts.bias1).to(hidden.dtype))
+        hidden = product.plus(hidden, experts.bias1)
     out = product(activate(hidden, experts), experts.w2)
     if experts.bias2 is not None:
-        out.add_(product.per_row(experts.bias2).to(out.dtype))
+        out = product.plus(out, experts.bias2)
     out = out.float() if weight_first else out * weights
     return _combine(out, row_of_entry, moe_buf, topk, complete)
 
@@ -179,6 +227,8 @@ def run_experts(
 def activate(hidden: Tensor, experts: Experts) -> Tensor:
     """The activation of hidden [R, N1], in its dtype; returns [R, inter]."""
     kind = experts.activation
+    if not isinstance(kind, ActivationType):
+        return kind(hidden).to(hidden.dtype)
     if hidden.shape[-1] == experts.w2.shape[2]:
         return F.silu(hidden) if kind == ActivationType.Silu else F.gelu(hidden)
     if experts.interleaved:
@@ -186,8 +236,8 @@ def activate(hidden: Tensor, experts: Experts) -> Tensor:
     else:
         gate, up = hidden.chunk(2, dim=-1)
     if kind == ActivationType.Swiglu:
-        gate = gate.clamp(max=SWIGLU_LIMIT)
-        up = up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        gate = gate.clamp(max=experts.swiglu_limit)
+        up = up.clamp(-experts.swiglu_limit, experts.swiglu_limit)
         gate = gate * torch.sigmoid(SWIGLU_ALPHA * gate)
         return torch.addcmul(gate, gate, up)
     return (F.silu(gate) if kind == ActivationType.Silu else F.gelu(gate)) * up
@@ -220,23 +270,36 @@ class _Product:
         if self.backend == "grouped_mm":
             # NOTE: rows behind the last end are left as they were allocated; nothing reads them.
             return F.grouped_mm(rows, weight.transpose(1, 2), offs=self.ends)
-        blocks = rows.view(-1, self.block_size, rows.shape[1])
-        bytes_of_one = weight[0].numel() * weight.element_size()
-        step = max(1, CHUNK_BYTES // max(1, bytes_of_one))
-        parts = [
-            torch.bmm(
-                blocks[first : first + step],
-                weight.index_select(0, self.known_experts[first : first + step]).transpose(1, 2),
-            )
-            for first in range(0, blocks.shape[0], step)
-        ]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.view(rows.shape[0], -1)
+        return block_bmm(rows, weight, self.known_experts, self.block_size)
 
-    def per_row(self, bias: Tensor) -> Tensor:
-        """bias [E, Y] of each row's expert, [R, Y]."""
-        picked = bias.index_select(0, self.known_experts)
-        return picked if self.block_size == 1 else picked.repeat_interleave(self.block_size, dim=0)
+    def plus(self, values: Tensor, bias: Tensor) -> Tensor:
+        """values [R, Y] + bias [E, Y] of each row's expert, in values' dtype; in place if it can."""
+        picked = bias.index_select(0, self.known_experts).to(values.dtype)
+        if self.block_size == 1:
+            return values + picked if transformed() else values.add_(picked)
+        blocks = values.view(picked.shape[0], self.block_size, picked.shape[1])
+        sums = blocks + picked.unsqueeze(1) if transformed() else blocks.add_(picked.unsqueeze(1))
+        return sums.view(values.shape[0], picked.shape[1])
+
+
+def _most_blocks(sorted_ids: Tensor, entries: int, block_size: int) -> int:
+    """The most blocks that M*K = `entries` can be in; no expert without an entry has one."""
+    if block_size == 1:
+        return entries  # NOTE: S is M*K + E - K then, and K is at most E.
+    capacity = sorted_ids.shape[0] // block_size
+    if not is_dynamo_compiling() and tracing_state() is not None:
+        return capacity  # NOTE: torch.jit.trace would keep the smaller one of the call that it saw.
+    if not traced(sorted_ids):
+        return min(capacity, entries)
+    least: Any = torch.sym_min
+    return cast(int, least(capacity, entries))
+
+
+def _first(values: Tensor, count: int, block_size: int) -> Tensor:
+    """values[:count]; see above for tracers."""
+    if block_size == 1 or not traced(values):
+        return values[:count]
+    return values.index_select(0, torch.arange(count, device=values.device))
 
 
 def _combine(
@@ -256,7 +319,7 @@ def _combine(
         entries = out.new_zeros((topk * tokens + 1, model_dim))
     entries.index_copy_(0, row_of_entry.long(), out)
     total = entries[: topk * tokens].view(topk, tokens, model_dim).sum(dim=0)
-    return moe_buf.copy_(total)
+    return total.to(moe_buf.dtype) if transformed() else moe_buf.copy_(total)
 
 
 def _rows_aligned(weight: Tensor) -> bool:

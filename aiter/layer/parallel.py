@@ -19,20 +19,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..fused_moe import fused_moe_from_logits
+from .calls import fused_moe_from_logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExpertShard:
     """The experts `first` to `first + count - 1` of `num_experts`, with their mask.
 
-    mask: int32 [num_experts], 1 for the shard's experts, on the device of the layer.
+    mask: int32 [num_experts], 1 for the shard's experts, on the device of the layer. Shards are equal
+    if they name the same experts on the same device, which says what the mask holds.
     """
 
     first: int
     count: int
     num_experts: int
     mask: Tensor
+
+    def _key(self) -> tuple[int, int, int, torch.device]:
+        return self.first, self.count, self.num_experts, self.mask.device
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ExpertShard):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        first, count, num_experts, device = self._key()
+        return f"ExpertShard({first=}, {count=}, {num_experts=}, device='{device}')"
 
     def of(self, weight: Tensor) -> Tensor:
         """The shard's part [count, ...] of a tensor [num_experts, ...], as a view."""
@@ -65,9 +81,9 @@ def expert_shard(
         )
     first = num_experts * rank // world_size
     end = num_experts * (rank + 1) // world_size
-    mask = torch.zeros(num_experts, dtype=torch.int32)
+    mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
     mask[first:end] = 1
-    return ExpertShard(first, end - first, num_experts, mask.to(device))
+    return ExpertShard(first, end - first, num_experts, mask)
 
 
 def fused_moe_expert_parallel(

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..routing.buffers import SortedBuffers, allocate
-from ..routing.graph import sorted_sizes
+from ..routing.buffers import SortedBuffers, allocate, sorted_sizes
 from . import triton_configs, triton_tuned
 from .triton_launch import ALIGNMENT, address, interpreted, itself
 from .triton_plan import MOST_PLANS, Call, Choice, Plan, family_for, make_plan
+from .types import ActivationType
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -56,6 +56,8 @@ def why_not(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on a device, in words; None if they can."""
     if not INSTALLED:
         return NOT_INSTALLED
+    if device.type == "meta":
+        return None  # NOTE: nothing is launched; the op says what would come back.
     if device.type == "cpu":
         # NOTE: under a tracer this is left to the op, whose eager call asks again.
         if is_dynamo_compiling() or interpreted():
@@ -107,10 +109,7 @@ def _block_size(
 
 
 def forget() -> None:
-    """Drops plans, known calls and what is known of devices: the next call looks again."""
-    from . import triton_known
-
-    triton_known.forget()
+    """Drops plans and what is known of devices; `triton_known` calls it and drops calls as well."""
     _block_size.cache_clear()
     make_plan.cache_clear()
     triton_tuned.families.cache_clear()
@@ -149,7 +148,7 @@ def plan_of(
     choice: Choice | None = None,
 ) -> Plan:
     """The plan of a call; arguments as above."""
-    w1, w2, bias1, bias2, activation, interleaved = experts
+    w1, w2, bias1, bias2, activation, interleaved, limit = experts
     sorted_ids, *_, out = buffers
     aligned = not (hidden_states.data_ptr() | w1.data_ptr() | w2.data_ptr()) % ALIGNMENT
     return make_plan(
@@ -159,9 +158,19 @@ def plan_of(
             w2.stride(),
             None if bias1 is None else (bias1.dtype, bias1.stride()),
             None if bias2 is None else (bias2.dtype, bias2.stride()),
-            int(activation), interleaved, weight_first, all_routed, aligned, choice,
+            _number(activation), interleaved, float(limit), weight_first, all_routed, aligned, choice,
         )
     )  # fmt: skip
+
+
+def _number(activation: object) -> int:
+    """What the kernels call an activation."""
+    if not isinstance(activation, ActivationType):
+        raise TypeError(
+            f"activation: expected an ActivationType for Triton's kernels, got"
+            f" {type(activation).__name__}"
+        )
+    return int(activation)
 
 
 def fixed_of(plan: Plan, experts: Experts) -> Fixed:
@@ -251,7 +260,7 @@ def compile_ahead(
     weight_first: bool,
 ) -> None:
     """Compiles and loads what layers of 1 to `most_tokens` dense rows launch; launches nothing."""
-    w1, w2, bias1, bias2, activation, interleaved = experts
+    w1, w2, bias1, bias2, activation, interleaved, limit = experts
     sizes = [1 << power for power in range((most_tokens - 1).bit_length())]
     for tokens in (*sizes, most_tokens):
         block = block_size(w1.device, tokens, topk, num_experts, w1)
@@ -262,7 +271,7 @@ def compile_ahead(
                 (w1.shape[2], 1), w1.stride(), w2.stride(),
                 None if bias1 is None else (bias1.dtype, bias1.stride()),
                 None if bias2 is None else (bias2.dtype, bias2.stride()),
-                int(activation), interleaved, weight_first, all_routed,
+                _number(activation), interleaved, float(limit), weight_first, all_routed,
                 not (w1.data_ptr() | w2.data_ptr()) % ALIGNMENT,
             )
         )  # fmt: skip

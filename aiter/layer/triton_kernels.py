@@ -45,8 +45,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 SWIGLU = tl.constexpr(2)
-SWIGLU_LIMIT = tl.constexpr(7.0)
-MINUS_SWIGLU_LIMIT = tl.constexpr(-7.0)
 MINUS_SWIGLU_ALPHA = tl.constexpr(-1.702)
 TOKEN_BITS = tl.constexpr(24)
 TOKEN_MASK = tl.constexpr((1 << 24) - 1)
@@ -63,12 +61,12 @@ def _silu_or_gelu(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _gated(gate, up, ACTIVATION: tl.constexpr):
-    """The activation of float32 gate and up; Swiglu as gpt-oss has it."""
+def _gated(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
+    """The activation of float32 gate and up; Swiglu as gpt-oss has it, clamped to LIMIT."""
     if ACTIVATION == SWIGLU:
-        gate = tl.minimum(gate, SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, MINUS_SWIGLU_LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
         return gate / (1.0 + tl.exp(gate * MINUS_SWIGLU_ALPHA)) * (up + 1.0)
     return _silu_or_gelu(gate, ACTIVATION) * up
 
@@ -201,6 +199,7 @@ def _first_tile(
     W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, TWO: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -248,10 +247,10 @@ def _first_tile(
         else:
             acc += tl.load(bias + columns * BIAS_N).to(dtype).to(tl.float32)[None, :]
     if TWO:
-        value = _gated(acc, acc_up, ACTIVATION)
+        value = _gated(acc, acc_up, ACTIVATION, LIMIT)
     elif GATED:
         gate, up = _split_pairs(acc, BM, BN)
-        value = _gated(gate, up, ACTIVATION)
+        value = _gated(gate, up, ACTIVATION, LIMIT)
     else:
         value = _silu_or_gelu(acc, ACTIVATION)
     to = middle + rows.to(tl.int64)[:, None] * INTER + n[None, :]
@@ -268,6 +267,7 @@ def first_product(
     W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr,
     TWO: tl.constexpr, DESC: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -292,14 +292,14 @@ def first_product(
             _first_tile(
                 each, row_tiles, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
                 middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E, W_N, W_K, WIDE,
-                BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, WEIGHT_FIRST, TWO, DESC,
+                BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, LIMIT, WEIGHT_FIRST, TWO, DESC,
                 PRECISION, BM, BN, BK, GROUP,
             )  # fmt: skip
     elif program < tiles:
         _first_tile(
             program, row_tiles, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
             middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E, W_N, W_K, WIDE,
-            BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, WEIGHT_FIRST, TWO, DESC,
+            BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, LIMIT, WEIGHT_FIRST, TWO, DESC,
             PRECISION, BM, BN, BK, GROUP,
         )  # fmt: skip
 
@@ -433,6 +433,7 @@ def first_vector(
     W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, TWO: tl.constexpr, OVERLAP: tl.constexpr,
     COUNTERS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -484,10 +485,10 @@ def first_vector(
         else:
             total += tl.load(bias1 + columns * BIAS_N).to(dtype).to(tl.float32)
     if TWO:
-        value = _gated(total, total_up, ACTIVATION)
+        value = _gated(total, total_up, ACTIVATION, LIMIT)
     elif GATED:
         gate, up = tl.split(tl.reshape(total, (BN, 2)))
-        value = _gated(gate, up, ACTIVATION)
+        value = _gated(gate, up, ACTIVATION, LIMIT)
     else:
         value = _silu_or_gelu(total, ACTIVATION)
     tl.store(middle + slot * INTER + n, value.to(dtype), mask=n < INTER)

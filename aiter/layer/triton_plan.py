@@ -24,6 +24,7 @@ from ..routing.buffers import Layouts, scratch_layouts
 from . import triton_configs, triton_tuned
 from .triton_configs import Family, Layout, Row, Tile
 from .triton_launch import ALIGNMENT, TYPES, Kernel, Place, address, itself, make_launch
+from .types import ActivationType
 
 MOST_PLANS = 4096
 SUM_COLUMNS = 1024  # of a program of `sum_over_slots`
@@ -74,6 +75,7 @@ class Call(NamedTuple):
     bias2: tuple[Any, ...] | None
     activation: int
     interleaved: bool
+    limit: float  # of Swiglu
     weight_first: bool
     complete: bool
     aligned: bool
@@ -210,7 +212,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
             ("D", model_dim), ("INTER", inter), ("TOPK", call.topk), ("SLOTS", call.block),
             ("HIDDEN_ROW", call.hidden_strides[0]), ("HIDDEN_COLUMN", call.hidden_strides[1]),
             *_weight_constants(call.shape1, call.strides1), *bias_strides,
-            ("GATED", gated), ("INTERLEAVED", call.interleaved), ("ACTIVATION", call.activation),
+            ("GATED", gated), ("INTERLEAVED", call.interleaved), *_activation(call),
             ("WEIGHT_FIRST", call.weight_first), ("COMPLETE", call.complete), ("TWO", two),
             ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
@@ -262,7 +264,7 @@ def _plan_one(call: Call, family: Family) -> Plan:
         (
             ("D", model_dim), ("INTER", inter), ("HIDDEN_COLUMN", call.hidden_strides[1]),
             *_weight_constants(call.shape1, call.strides1), *strides1,
-            ("GATED", gated), ("INTERLEAVED", call.interleaved), ("ACTIVATION", call.activation),
+            ("GATED", gated), ("INTERLEAVED", call.interleaved), *_activation(call),
             ("WEIGHT_FIRST", call.weight_first),
             ("TWO", gated and not call.interleaved and call.strides1[2] != 1),
             ("OVERLAP", overlaps(call.device)), ("COUNTERS", counters if split > 1 else 0),
@@ -376,6 +378,12 @@ def _bias(
 
 def _pointer(dtype: torch.dtype) -> str:
     return f"*{TYPES[dtype]}"
+
+
+def _activation(call: Call) -> tuple[tuple[str, Any], ...]:
+    # NOTE: a limit that nothing looks at makes no other kernel.
+    is_swiglu = call.activation == ActivationType.Swiglu
+    return ("ACTIVATION", call.activation), ("LIMIT", call.limit if is_swiglu else 0.0)
 
 
 def _precision(call: Call) -> str:

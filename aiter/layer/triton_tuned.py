@@ -87,8 +87,7 @@ def keep(device: torch.device, layer: Layer, family: Family) -> Path:
         aiter.jit.CacheError: others may write to the cache.
         OSError: the file cannot be written.
     """
-    from ..jit.cache import write_atomically
-    from ..jit.paths import make_private_folder
+    from ..jit.folders import make_private_folder, write_atomically
     from ..jit.trust import check_trusted
 
     kept = {**families(device), layer: family}

@@ -15,6 +15,7 @@ class ActivationType(IntEnum):
     Silu = 0
     Gelu = 1
     Swiglu = 2
+    Situv2 = 3
 
 
 class QuantType(IntEnum):

@@ -11,29 +11,27 @@ from torch import Tensor
 
 from ..jit import compile_ops, module_for
 from ..jit.target import cpu_wave_override
-from ..routing.buffers import SortedBuffers
 from .device import current_device
+from .rule import RoutingRule
 
-FusedAgain = Callable[..., SortedBuffers | None]
+FusedAgain = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None]
 
 
 class FusedCalls(NamedTuple):
     """The fused launch on a device, as functions of positional arguments that a caller remembers.
 
     Attributes:
-        into: called as (gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-            local_expert_mask, num_local_tokens, plain, layouts), does what
-            `fused_topk_moe_sorting_fwd` does if `out` is a tuple of tensors of exactly the sizes in
-            `expected` (`routing.buffers.Buffers`), else nothing, and returns which. `plain`, if not
-            None, makes the call one that `again` knows: its (topk, num_experts, model_dim,
-            moebuf_dtype, need_renorm, block_size, dispatch_policy, cpu wave override). `layouts`, if
-            not None, are the `routing.buffers.Layouts` that `out` was allocated by for this call.
-        again: called as (gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm,
-            block_size, expert_mask, num_local_tokens, dispatch_policy, out, cpu wave override), makes
-            the launch of an earlier call that agrees in all plain arguments, in having outputs or
-            none, and in everything that is checked of the tensors (device, dtype, shape, strides,
-            alignment, no overlap), if one is remembered, and returns the outputs, `out` or new ones;
-            else launches nothing and returns None.
+        into: called as (request, gating_output, expert_mask, num_local_tokens, correction_bias,
+            topk_out, out, expected, layouts), does what `fused_topk_moe_sorting_fwd` does if `out` is
+            a tuple of tensors of exactly the sizes in `expected` (`routing.buffers.Buffers`), else
+            nothing, and returns which. `request` is a `routing.request.Request`; `layouts`, if not
+            None, are the `routing.buffers.Layouts` that `out` was allocated by for this call. The
+            call is one that `again` knows from then on.
+        again: called as (request, gating_output, expert_mask, num_local_tokens, correction_bias,
+            topk_out, out), makes the launch of an earlier call that agrees in the request, in which
+            tensors there are, and in everything that is checked of the tensors (device, dtype, shape,
+            strides, alignment, no overlap), if one is remembered, and returns the outputs, `out` or
+            new ones; else launches nothing and returns None.
     """
 
     into: Callable[..., bool]
@@ -60,6 +58,10 @@ def fused_topk_moe_sorting_fwd(
     local_expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
     cluster_size: int | None = None,
+    rule: RoutingRule | None = None,
+    correction_bias: Tensor | None = None,
+    topk_out: tuple[Tensor, Tensor] | None = None,
+    id_format: str = "slot",
 ) -> None:
     """Routes M tokens to `topk` of `num_experts` experts and sorts them into blocks, in one launch.
 
@@ -85,6 +87,16 @@ def fused_topk_moe_sorting_fwd(
         cluster_size: workgroups that share the routing: 1, 2, 4, 8 or 16 as far as the device has
             clusters (compute capability 9.0 and above, and the cpu target), else 1. None to choose.
             The result is the same.
+        rule: how experts are chosen and weighed; None for softmax and top-k. `need_renorm` has to
+            agree with its own.
+        correction_bias: [E] float32, float16 or bfloat16, added to the scores for the choice alone.
+        topk_out: out, (weights float32 [M, K], ids int32 [M, K]), rows any stride: what
+            `topk_routing` writes, from the same launch.
+        id_format: "slot" as above; "flat": `sorted_ids` holds t*K + k, padding M*K, and experts that
+            are masked out keep their blocks, with -1 in `sorted_expert_ids`.
+
+    With shared and zero experts in the rule, E, K and the width of the logits are as in
+    `routing.calls.topk_routing_sorting`.
 
     What lies behind slot `num_valid_ids[0]` is not written. Runs on PyTorch's current stream of the
     tensors' device, allocates nothing and does not synchronise.

@@ -26,11 +26,14 @@ def moe_sorting_opus_fwd(
     num_local_tokens: Tensor | None = None,
     workspace: Tensor | None = None,
     dispatch_policy: int = 0,
+    id_format: str = "slot",
+    num_zero_experts: int = 0,
 ) -> None:
     """Sorts the entries (token, slot) of `topk_ids` by expert into blocks of `unit_size` slots.
 
     Args:
-        topk_ids: [M, K] int32, contiguous, distinct in a row; ids outside [0, E) are left out.
+        topk_ids: [M, K] int32, contiguous. Ids may repeat in a row: every (token, slot) is an entry,
+            ascending by token, then slot, within an expert. Ids outside [0, E) are left out.
         topk_weights: [M, K] float32, contiguous.
         sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf: outputs, as in
             `fused_topk_moe_sorting_fwd`.
@@ -41,6 +44,9 @@ def moe_sorting_opus_fwd(
             any dtype, aligned to 4 bytes; None where that is 0. Its contents do not matter.
         dispatch_policy: 0 automatic, 1 one workgroup ("oneshot"), 2 multi-phase. The result is the
             same.
+        id_format: "slot" or "flat", as in `fused_topk_moe_sorting_fwd`.
+        num_zero_experts: how many of the `num_experts` compute nothing, the last ones; the mask has
+            none of them. They are left out like those of the mask.
 
     Raises:
         ValueError: an argument does not fit.
@@ -64,6 +70,8 @@ def moe_sorting_opus_check(
     num_local_tokens: Tensor | None = None,
     workspace: Tensor | None = None,
     dispatch_policy: int = 0,
+    id_format: str = "slot",
+    num_zero_experts: int = 0,
 ) -> None:
     """Raises what `moe_sorting_opus_fwd` would, and launches nothing."""
 

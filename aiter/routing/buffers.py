@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+TopkOut = tuple[Tensor, Tensor]  # weights float32 [M, K], ids int32 [M, K]
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 Allocator = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
@@ -58,12 +59,66 @@ class Buffers(NamedTuple):
     moe_buf: tuple[int, int]
     moebuf_dtype: torch.dtype
 
+    @classmethod
+    def of(
+        cls,
+        tokens: int,
+        topk: int,
+        num_experts: int,
+        model_dim: int,
+        moebuf_dtype: torch.dtype,
+        block_size: int,
+    ) -> Buffers:
+        """The sizes for M tokens of `topk` slots each; nothing is checked."""
+        slots, blocks = sorted_sizes(tokens, topk, num_experts, block_size)
+        return cls(slots, slots, blocks, (tokens, model_dim), moebuf_dtype)
+
 
 class Layouts(NamedTuple):
     """Tensors as they are allocated, and the quick allocator if there is one for them."""
 
     quick: Allocator | None
     tensors: tuple[Layout, ...]
+
+
+def sorted_sizes(tokens: int, topk: int, num_experts: int, block_size: int) -> tuple[int, int]:
+    """S = M*K + E*B - K slots of the sorted buffers, and ceil(S / B) blocks."""
+    slots = tokens * topk + num_experts * block_size - topk
+    return slots, (slots + block_size - 1) // block_size
+
+
+def check_size(name: str, value: int, low: int = 1) -> None:
+    """Raises TypeError for what is not an int, ValueError for an int that is no size."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value < 2**31:
+        raise ValueError(f"{name}: expected a value from {low} to {2**31 - 1}, got {value}")
+
+
+def checked_buffers(
+    tokens: int,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    block_size: int,
+) -> Buffers:
+    """As `Buffers.of`, with a check of what the sizes are computed from; the ops check the rest."""
+    check_size("topk", topk)
+    check_size("num_experts", num_experts)
+    check_size("block_size", block_size)
+    check_size("model_dim", model_dim, low=0)
+    if topk > num_experts:
+        raise ValueError(f"topk: expected at most num_experts = {num_experts}, got {topk}")
+    if not isinstance(moebuf_dtype, torch.dtype):
+        raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
+    buffers = Buffers.of(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
+    if buffers.slots >= 2**31:
+        raise ValueError(
+            f"block_size: expected M*topk + num_experts*block_size - topk below {2**31}, got"
+            f" {buffers.slots}"
+        )
+    return buffers
 
 
 def sorted_layouts(buffers: Buffers, device: torch.device) -> Layouts:
@@ -132,6 +187,13 @@ def empty(layouts: Layouts, device: torch.device) -> list[Tensor]:
     ]
 
 
+def empty_topk(tokens: int, topk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights float32 [M, K] and ids int32 [M, K], uninitialised; also under a tracer."""
+    shape = (tokens, topk)
+    weights = torch.empty(shape, dtype=torch.float32, device=device)
+    return weights, torch.empty(shape, dtype=torch.int32, device=device)
+
+
 def five(tensors: Sequence[Tensor]) -> SortedBuffers:
     """The outputs as a tuple."""
     ids, weights, experts, num_valid, moe_buf = tensors
@@ -149,6 +211,21 @@ def given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:
     if not fits:
         _refuse_out(out, expected)
     return out
+
+
+def given_topk(topk_out: TopkOut, like: Tensor) -> None:
+    """Raises unless `topk_out` is weights float32 and ids int32 of the shape and device of `like`."""
+    if not isinstance(topk_out, tuple) or len(topk_out) != 2:
+        got = f"{len(topk_out)}" if isinstance(topk_out, tuple) else type(topk_out).__name__
+        raise TypeError(f"topk_out: expected a tuple of two tensors or None, got {got}")
+    for i, (tensor, dtype) in enumerate(zip(topk_out, (torch.float32, torch.int32), strict=True)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"topk_out[{i}]: expected a tensor, got {type(tensor).__name__}")
+        if (tensor.shape, tensor.dtype, tensor.device) != (like.shape, dtype, like.device):
+            raise ValueError(
+                f"topk_out[{i}]: expected {dtype} {list(like.shape)} on {like.device}, got"
+                f" {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
 
 
 def _refuse_out(out: object, expected: Buffers) -> NoReturn:

@@ -1,28 +1,22 @@
-"""From router logits, or ready top-k ids, to the buffers that the expert GEMMs read: which launches?
+"""From router logits, or ready top-k ids, to the buffers that the expert GEMMs read.
 
-Allocates the outputs unless the caller gives some, and calls the ops on the path that the call's
-plan names (`aiter.routing.plan`). `last_path()` tells which path the calling thread's last call
-took; a failure in a path is raised, never answered by another path. Under a tracer each function is
-one node, the registered op of its name (see `aiter.routing.graph`). `aiter.fused_moe` is where callers
-find these functions.
+Every function here makes a `Request` of what its caller asks for and hands it to `_route`, which
 
-Host time is what a decode step pays per layer. A first eager call looks its plan up, allocates and
-goes to the binding, which checks the tensors. The plan holds the binding's function, which saves the
-0.7 us of an op's Python function, and that function compares the sizes of given outputs, which takes
-0.5 us in Python. A call that took the fused launch is remembered: `_again`, of the module that was
-called last, knows one like it by its arguments and by what the tensors are like at that moment
-(`csrc/include/known_calls.h`), allocates unless there is `out`, and launches, without a lookup or a
-check. So nothing that only a first call needs stands before `_again`.
+1. asks whether such a call was made before (`known.again`), which launches and is all;
+2. gives a call that somebody records to the registered op of its name (`graph`);
+3. else looks up the plan, allocates what the caller did not give, and calls the compiled functions of
+   the path that the plan names (`launches`).
 
-`python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD EPYC (2026-11-23)
-they are 1.9 us for the five allocations (`routing.buffers`), 1.7 us for this module, 1.0 us for the
+Host time is what a decode step pays per layer, so nothing that only a first call needs stands before
+`known.again`. `python op_tests/bench_host.py --tokens 1` prints the pieces; on the CPU of an AMD EPYC
+(2026-11-23) they are 1.9 us for the five allocations (`buffers`), 1.7 us for this module, 1.0 us for the
 binding and its checks; of a known call 0.4 us for this module and 0.4 us for finding it.
 """
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,50 +24,31 @@ from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
 from ..jit.target import cpu_wave_override
+from ..ops import topk_softmax as topk_softmax_op
 from ..ops.device import current_device
-from ..ops.fused_topk_moe_sorting import FusedAgain
-from . import dispatch
+from ..ops.moe_sorting_opus import moe_sorting_opus_fwd
+from ..ops.rule import RoutingRule
+from . import dispatch, known
+from .autograd import checked, gradients_matter, wrote
 from .buffers import (
     BUFFER_NAMES,
+    Buffers,
     SortedBuffers,
+    TopkOut,
     allocate,
+    check_size,
+    checked_buffers,
     empty,
+    empty_topk,
     five,
     given,
     sorted_layouts,
 )
-from .graph import (
-    empty_topk,
-    fused_topk_moe_sorting_fwd,
-    moe_sorting_opus_fwd,
-    topk_softmax,
-    traced,
-)
-from .plan import Chain, Plan, check_size, plan_routing, plan_sorting, sorted_buffers
-
-if TYPE_CHECKING:
-    from functools import _lru_cache_wrapper
+from .launches import launch_chain, launch_fused
+from .request import Request, Tensors, rule_key
+from .tracing import registered, traced, tracing_state, transforms_active
 
 _cpu_wave = cpu_wave_override.get
-
-
-class _Last(threading.local):
-    path: dispatch.Path | None = None
-
-
-_last = _Last()
-
-
-def _never(*arguments: object) -> None:
-    return None
-
-
-_again: FusedAgain = _never  # of the module that was called last
-
-
-def last_path() -> dispatch.Path | None:
-    """Which path this thread's last routing took: "fused", "oneshot", "multiphase"; None for none."""
-    return _last.path
 
 
 def empty_sorted_buffers(
@@ -101,7 +76,7 @@ def empty_sorted_buffers(
         ValueError, TypeError: a size or the dtype does not fit.
     """
     check_size("tokens", tokens, low=0)
-    buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
+    buffers = checked_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
     chosen = current_device(device)
     return five(empty(sorted_layouts(buffers, chosen), chosen))
 
@@ -146,64 +121,119 @@ def topk_softmax_sorting(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
-    global _again
-    # NOTE: asks what `traced` asks, but for the type of the tensor, which is among what `_again` knows
-    # a call by.
-    if not is_dynamo_compiling() and not _len_torch_dispatch_stack():
-        buffers = _again(
-            gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-            expert_mask, num_local_tokens, dispatch_policy, out, _cpu_wave(),
-        )  # fmt: skip
+    return _route(
+        (
+            topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size, dispatch_policy,
+            "slot",
+        ),
+        (gating_output, expert_mask, num_local_tokens, None, None, out),
+    )  # fmt: skip
+
+
+def topk_routing_sorting(
+    gating_output: Tensor,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    *,
+    rule: RoutingRule | None = None,
+    correction_bias: Tensor | None = None,
+    block_size: int = 32,
+    expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    dispatch_policy: int = 0,
+    topk_out: TopkOut | None = None,
+    id_format: str = "slot",
+    out: SortedBuffers | None = None,
+) -> SortedBuffers:
+    """As `topk_softmax_sorting`, which is its plain case, by any rule.
+
+    Args:
+        gating_output: [M, E' + Z] logits, with shared experts that are weighed by their sigmoid
+            [M, E' + S]; E' = `num_experts` - S the routed experts, S the shared and Z the zero
+            experts of the rule.
+        topk: K, the routed experts of a row, 1 to min(E' + Z, 255 - S).
+        num_experts: E = E' + S.
+        rule: None for softmax and top-k, renormalised.
+        correction_bias: [E' + Z] float32, float16 or bfloat16, added to the scores for the choice
+            alone; None for none.
+        topk_out: (weights float32 [M, K+S], ids int32 [M, K+S]), to be written as `topk_routing`
+            does, by the same launch; rows from `num_local_tokens` on are left undefined.
+        id_format: "slot": `sorted_ids` holds token | slot << 24. "flat": token * (K+S) + slot, with
+            blocks for masked-out and zero experts as well, whose expert id is -1: what vLLM's and
+            SGLang's Triton experts read.
+        The others, the returned tensors and the errors: as in `topk_softmax_sorting`, with K+S in
+            place of K, and with E+Z in place of E for flat ids.
+    """
+    return _route(
+        (
+            topk, num_experts, model_dim, moebuf_dtype, rule_key(rule), block_size,
+            dispatch_policy, id_format,
+        ),
+        (gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out),
+    )  # fmt: skip
+
+
+def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers:
+    """A routing of logits: a `Request` without its last field, and `Tensors`, as plain tuples."""
+    if gradients_matter():
+        arguments = (_checked_gradients(Tensors(*arguments)), *arguments[1:])
+    # NOTE: asks what `traced` asks, but for the tensor, which is among what `again` knows a call by.
+    if not (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack()
+        or transforms_active()
+        or tracing_state() is not None
+    ):
+        fields = (*fields, _cpu_wave())
+        buffers = known.again(fields, *arguments)
         if buffers is not None:
-            _last.path = "fused"
+            known.last.path = "fused"
+            _count_writes(*arguments[-2:])
             return buffers
+    request = Request(*fields)  # NOTE: a tracer cannot read the override, and has no use for it.
+    tensors = Tensors(*arguments)
+    gating_output, out = tensors.gating_output, tensors.out
     if traced(gating_output):
-        return _as_traced(
-            "topk_softmax_sorting", out,
-            gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-            expert_mask, num_local_tokens, dispatch_policy,
-        )  # fmt: skip
+        return _as_traced(request, tensors)
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
         _refuse_matrix("gating_output", gating_output)
-    device, cpu_wave = gating_output.device, _cpu_wave()
-    tokens, width = gating_output.shape
-    sizes = (
-        device, cpu_wave, tokens, width, topk, num_experts, model_dim, moebuf_dtype, block_size,
-        dispatch_policy,
-    )  # fmt: skip
-    path, _, expected, layouts, fused, chain = _known(plan_routing, sizes)
-    buffers = five(allocate(layouts, device)) if out is None else out
-    if fused is not None:
-        into, _again = fused
-        plain = (
-            topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size, dispatch_policy,
-            cpu_wave,
-        )  # fmt: skip
-        # NOTE: checks the outputs' sizes, too, in 0.05 us; in Python that takes 0.5 us.
-        if not into(
-            gating_output, buffers, expected, num_experts, topk, block_size, need_renorm,
-            expert_mask, num_local_tokens, plain, layouts if out is None else None,
-        ):  # fmt: skip
-            buffers = given(buffers, expected)
-            fused_topk_moe_sorting_fwd(
-                gating_output, *buffers, num_experts, topk, block_size, need_renorm,
-                local_expert_mask=expert_mask, num_local_tokens=num_local_tokens,
-            )  # fmt: skip
+    has_bias = tensors.correction_bias is not None
+    sizes = (gating_output.device, *gating_output.shape, gating_output.dtype, has_bias, *fields)
+    plan = known.plan_of("plan_routing", sizes)
+    buffers = five(allocate(plan.layouts, gating_output.device)) if out is None else out
+    if plan.fused is not None:
+        known.again = plan.fused.again
+        launch_fused(request, plan, tensors, buffers)
     else:
-        select, check, sort, scratch = cast(Chain, chain)  # a plan has one or the other
-        if out is not None:
-            given(out, expected)
-        weights, ids, sources, *workspace = allocate(scratch, device)
-        sorting = (
-            ids, weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
-            workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[path],
-        )  # fmt: skip
-        # NOTE: nothing may be launched before every argument is known to be good.
-        check(*sorting)
-        select(weights, ids, sources, gating_output, need_renorm)
-        sort(*sorting)
-    _last.path = path
+        launch_chain(request, plan, tensors, buffers)
+    known.last.path = plan.path
+    _count_writes(tensors.topk_out, out)
     return buffers
+
+
+def _checked_gradients(tensors: Tensors) -> Tensor:
+    """The logits, if no gradient of the call's tensors would be lost."""
+    return checked(
+        tensors.gating_output,
+        gating_output=tensors.gating_output,
+        correction_bias=tensors.correction_bias,
+        **_named(tensors.topk_out, ("topk_out[0]", "topk_out[1]")),
+        **_named(tensors.out, BUFFER_NAMES),
+    )
+
+
+def _count_writes(*given: Sequence[Tensor] | None) -> None:
+    """Bumps the version counters of the outputs that the caller gave."""
+    for tensors in given:
+        if tensors is not None:
+            wrote(*tensors)
+
+
+def _named(given: object, names: Sequence[str]) -> dict[str, object]:
+    """The outputs that a caller gives, by name; what they are is checked later."""
+    return dict(zip(names, given, strict=False)) if isinstance(given, tuple | list) else {}
 
 
 def moe_sorting(
@@ -222,30 +252,36 @@ def moe_sorting(
     """Sorts ready top-k ids by expert.
 
     Args:
-        topk_ids: [M, K] int32, contiguous, distinct in a row.
+        topk_ids: [M, K] int32, contiguous. Ids may repeat in a row: every (token, slot) is an entry,
+            ascending by token, then slot, within an expert. Ids outside [0, E) are left out.
         topk_weights: [M, K] float32, contiguous.
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
+    if gradients_matter():
+        topk_weights = checked(topk_weights, topk_weights=topk_weights, **_named(out, BUFFER_NAMES))
     if traced(topk_ids):
-        return _as_traced(
-            "moe_sorting", out,
+        arguments = (
             topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask,
             num_local_tokens, dispatch_policy,
         )  # fmt: skip
+        return _into_or_new("moe_sorting", out, *arguments)
     if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
         _refuse_matrix("topk_ids", topk_ids)
     device = topk_ids.device
-    tokens, topk = topk_ids.shape
     sizes = (
-        device, tokens, topk, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
+        device, *topk_ids.shape, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
     )  # fmt: skip
-    path, workspace_bytes, expected, layouts, *_ = _known(plan_sorting, sizes)
+    path, workspace_bytes, expected, layouts, *_ = known.plan_of("plan_sorting", sizes)
     buffers = five(allocate(layouts, device)) if out is None else given(out, expected)
+    workspace = None
+    if workspace_bytes:
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
     moe_sorting_opus_fwd(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
-        _workspace(workspace_bytes, device), dispatch.POLICY_OF_CHAIN[path],
+        workspace, dispatch.POLICY_OF_CHAIN[path],
     )  # fmt: skip
-    _last.path = path
+    _count_writes(out)
+    known.last.path = path
     return buffers
 
 
@@ -264,8 +300,10 @@ def fused_topk(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
+    if gradients_matter():
+        gating_output = checked(gating_output, gating_output=gating_output)
     if traced(gating_output):
-        weights, ids = torch.ops.aiter.fused_topk(hidden_states, gating_output, topk, renormalize)
+        weights, ids = registered("fused_topk")(hidden_states, gating_output, topk, renormalize)
         return weights, ids
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
         _refuse_matrix("gating_output", gating_output)
@@ -277,8 +315,8 @@ def fused_topk(
             f" {list(hidden_states.shape)}"
         )
     check_size("topk", topk)
-    weights, ids = empty_topk(gating_output, topk)
-    topk_softmax(weights, ids, torch.empty_like(ids), gating_output, renormalize)
+    weights, ids = empty_topk(gating_output.shape[0], topk, gating_output.device)
+    topk_softmax_op.topk_softmax(weights, ids, torch.empty_like(ids), gating_output, renormalize)
     return weights, ids
 
 
@@ -289,26 +327,38 @@ def _refuse_matrix(name: str, value: object) -> NoReturn:
     raise ValueError(f"{name}: expected a tensor of rank 2, got shape {list(value.shape)}")
 
 
-def _known(plan_for: _lru_cache_wrapper[Plan], sizes: tuple[Any, ...]) -> Plan:
-    """The plan of a call, from the memo if it was asked for before."""
-    try:
-        return plan_for(*sizes)
-    except TypeError:
-        pass
-    # NOTE: an argument of the wrong type, or one that no memo can look up, such as a list: made
-    # without the memo, the plan says which.
-    return plan_for.__wrapped__(*sizes)
-
-
-def _workspace(num_bytes: int, device: torch.device) -> Tensor | None:
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
-
-
-def _as_traced(name: str, out: SortedBuffers | None, *arguments: Any) -> SortedBuffers:
+def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:
     """The call as a tracer is to see it: one registered op, which allocates or writes to `out`."""
+    gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out = tensors
+    sizes = request[:4]
+    later = (request.block_size, expert_mask, num_local_tokens, request.dispatch_policy)
+    if (
+        isinstance(request.rule, bool)
+        and request.id_format == "slot"
+        and correction_bias is None
+        and topk_out is None
+    ):
+        plain = (*sizes, request.rule, *later)
+        return _into_or_new("topk_softmax_sorting", out, gating_output, *plain)
+    rule = [float(number) for number in request.full_rule.packed]
+    arguments = (gating_output, *sizes, rule, correction_bias, *later, request.id_format)
+    if topk_out is None:
+        return _into_or_new("topk_routing_sorting", out, *arguments)
     if out is None:
-        first, second, third, fourth, fifth = getattr(torch.ops.aiter, name)(*arguments)
-        return first, second, third, fourth, fifth
+        buffers = Buffers.of(
+            gating_output.shape[0], request.num_slots, request.num_sorted_experts,
+            request.model_dim, request.moebuf_dtype, request.block_size,
+        )  # fmt: skip
+        out = five(empty(sorted_layouts(buffers, gating_output.device), gating_output.device))
+    weights, ids = topk_out
     named = dict(zip(BUFFER_NAMES, out, strict=True))
-    getattr(torch.ops.aiter, f"{name}_out")(*arguments, **named)
+    registered("topk_routing_sorting_out")(*arguments, **named, topk_weights=weights, topk_ids=ids)
+    return out
+
+
+def _into_or_new(name: str, out: SortedBuffers | None, *arguments: Any) -> SortedBuffers:
+    """What the registered op `name` returns, or `out`, which its namesake with `_out` writes to."""
+    if out is None:
+        return five(registered(name)(*arguments))
+    registered(f"{name}_out")(*arguments, **dict(zip(BUFFER_NAMES, out, strict=True)))
     return out

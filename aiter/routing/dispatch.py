@@ -11,15 +11,18 @@ decides between them:
 1. override   AITER_DISPATCH names the largest M of the fused launch, or asks for capacity alone;
 2. measured   a `Crossover` of this device (`aiter.routing.tuned`) or of its architecture (`MEASURED`) is
               close enough: at most a factor of 2 away in E and K together;
-3. estimated  nothing is measured, but the architecture has an entry in `ESTIMATED`: the fused launch
-              up to that M;
-4. capacity   the fused launch wherever it fits.
+3. modelled   nothing is measured, but a timing model was asked about the architecture (`MODELLED`): by
+              the nearest row for the logits' dtype, however far it is;
+4. estimated  the architecture has an entry in `ESTIMATED`: the fused launch up to that M;
+5. capacity   the fused launch wherever it fits.
 
 Under the last two the chain sorts oneshot up to `MOST_ONESHOT_ENTRIES`.
 
-Where the fused launch does not fit, the chain runs, whatever a row says. Rejected: a model of the
-kernels' costs, which has more parameters than there are measurements; a rule in C++, where a
-measurement could change it only by a rebuild. A direct call of `moe_sorting_opus_fwd` under policy 0
+Where the fused launch does not fit, the chain runs, whatever a row says. Rejected: a formula for the
+kernels' costs, which has more parameters than there are measurements (the timing model replays machine
+code instead, and only its crossovers are kept here); one number per family of architectures, which is
+wrong by up to 10 times, as crossovers go by E, K and dtype; a rule in C++, where a measurement could
+change it only by a rebuild. A direct call of `moe_sorting_opus_fwd` under policy 0
 keeps its kernel's own rule, which is that of capacity; results do not differ.
 """
 
@@ -31,7 +34,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Path = Literal["fused", "oneshot", "multiphase"]
-Rule = Literal["policy", "override", "measured", "estimated", "capacity"]
+Rule = Literal["policy", "override", "measured", "modelled", "estimated", "capacity"]
+Logits = Literal["f32", "f16", "bf16"]
 
 AUTOMATIC, ONESHOT, MULTIPHASE = 0, 1, 2
 POLICIES = (AUTOMATIC, ONESHOT, MULTIPHASE)
@@ -47,11 +51,12 @@ class Crossover:
     """Up to how many tokens a path is the fastest, for one E, K and D on one device.
 
     Attributes:
+        model_dim: D; 0 in the timing model, which leaves the zeroing of moe_buf out.
         fused_tokens: the fused launch is the fastest up to this M; 0 for never.
         oneshot_tokens: of the chain, the oneshot sort is the faster up to this M; 0 for never.
-        source: the device that it was measured on.
+        source: the device that it was measured on, or the model.
         date: when, as YYYY-MM-DD.
-        command: what measured it.
+        command: what measured or modelled it.
     """
 
     num_experts: int
@@ -88,13 +93,17 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 }
 
 
-# Up to how many tokens the fused launch is taken where nothing is measured: 8 rows for every wave that
-# routes, 16 waves of 64 or 32 of 32. A wave takes its rows one after the other, which costs more than
-# further launches in the end, long before LDS is full. From sm_9 on, where several workgroups route, it
-# is half of what was measured for the longest rows on an H100.
+# Whose rows of the timing model (`modelled`) speak for an architecture, by the beginning of its name.
+MODELLED: dict[str, str] = {
+    "gfx9": "gfx942",
+    "gfx95": "gfx950",
+}
+
+
+# Up to how many tokens the fused launch is taken where nothing is known: 8 rows for every wave of one
+# workgroup. From sm_9 on, where several workgroups route, it is half of what was measured for the
+# longest rows on an H100.
 ESTIMATED: dict[str, int] = {
-    "gfx9": 128,
-    "gfx1": 256,
     "sm_8": 256,
     "sm_9": 512,
     "sm_10": 512,
@@ -104,18 +113,19 @@ ESTIMATED: dict[str, int] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice depends on: M, E, K, D and the caller's `dispatch_policy`."""
+    """What the choice depends on: M, E, K, D, the caller's `dispatch_policy` and the logits' dtype."""
 
     tokens: int
     num_experts: int
     topk: int
     model_dim: int
     dispatch_policy: int = AUTOMATIC
+    logits: Logits = "bf16"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The path, the rule that led to it, and the row behind it if that rule is "measured"."""
+    """The path, the rule that led to it, and the row behind it if that is "measured" or "modelled"."""
 
     path: Path
     rule: Rule
@@ -128,6 +138,7 @@ def choose(
     rows: Sequence[Crossover],
     override: int | None = None,
     estimate: int | None = None,
+    modelled: Sequence[Crossover] = (),
 ) -> Choice:
     """The path of a problem.
 
@@ -138,15 +149,21 @@ def choose(
         override: the largest M of the fused launch; `CAPACITY`; None to go by the rows.
         estimate: the largest M of the fused launch where no row speaks for the problem; None for
             what fits.
+        modelled: what the timing model says for the architecture and the problem's dtype of logits;
+            the nearest speaks where nothing measured does.
     """
     if problem.dispatch_policy == ONESHOT:
         return Choice("oneshot", "policy")
     if problem.dispatch_policy == MULTIPHASE:
         return Choice("multiphase", "policy")
-    row = nearest(rows, problem) if override is None else None
+    row: Crossover | None = None
     rule: Rule = "override"
     if override is None:
-        rule = "measured" if row else "capacity" if estimate is None else "estimated"
+        row, rule = nearest(rows, problem), "measured"
+        if row is None:
+            row, rule = nearest(modelled, problem, math.inf), "modelled"
+        if row is None:
+            rule = "capacity" if estimate is None else "estimated"
     fused_tokens = max_tokens
     oneshot_entries = MOST_ONESHOT_ENTRIES
     if row is not None:
@@ -162,8 +179,13 @@ def choose(
     return Choice(path, rule, row)
 
 
-def nearest(rows: Sequence[Crossover], problem: Problem) -> Crossover | None:
-    """The row that speaks for a problem: closest E and K, then closest D; None if all are far."""
+def nearest(
+    rows: Sequence[Crossover], problem: Problem, farthest: float = FARTHEST
+) -> Crossover | None:
+    """The row that speaks for a problem: closest E and K, then closest D.
+
+    None if all are more than `farthest` powers of two away in E and K together.
+    """
 
     def distances(row: Crossover) -> tuple[float, float]:
         experts = abs(math.log2(row.num_experts / problem.num_experts))
@@ -171,13 +193,30 @@ def nearest(rows: Sequence[Crossover], problem: Problem) -> Crossover | None:
         return experts + slots, abs(math.log2((row.model_dim + 1) / (problem.model_dim + 1)))
 
     best = min(rows, key=distances, default=None)
-    return best if best is not None and distances(best)[0] <= FARTHEST else None
+    return best if best is not None and distances(best)[0] <= farthest else None
 
 
 def rows_of(arch: str) -> tuple[str, tuple[Crossover, ...]]:
     """The entry of `MEASURED` for an architecture: its name and rows, ("", ()) if there is none."""
     name = _longest_prefix(arch, MEASURED)
     return name, MEASURED.get(name, ())
+
+
+def modelled_of(arch: str) -> dict[Logits, tuple[Crossover, ...]]:
+    """What the timing model says for an architecture, by the logits' dtype; {} if nothing."""
+    name = MODELLED.get(_longest_prefix(arch, MODELLED))
+    if name is None:
+        return {}
+    # NOTE: imported late, as only AMD's GPUs need it.
+    from . import modelled
+
+    provenance = (f"the timing model, {name}", modelled.DATE, modelled.COMMAND)
+    return {
+        logits: tuple(
+            Crossover(e, k, 0, fused, oneshot, *provenance) for e, k, fused, oneshot in rows
+        )
+        for logits, rows in modelled.ROWS[name].items()
+    }
 
 
 def estimate_of(arch: str) -> int | None:
@@ -216,8 +255,10 @@ def explain(problem: Problem, choice: Choice, max_tokens: int) -> str:
         why = f"M = {problem.tokens} is more than the {max_tokens} that the fused launch's LDS can hold"
     elif choice.row is not None:
         row = choice.row
+        is_measured = choice.rule == "measured"
+        what = f" D={row.model_dim}" if is_measured else f" and {problem.logits} logits"
         why = (
-            f"measured for E={row.num_experts} K={row.topk} D={row.model_dim}: fused up to"
+            f"{choice.rule} for E={row.num_experts} K={row.topk}{what}: fused up to"
             f" M = {row.fused_tokens}, oneshot up to M = {row.oneshot_tokens}"
         )
     elif choice.rule == "estimated":

@@ -14,26 +14,31 @@ an AMD EPYC, Python 3.11, PyTorch 2.13, 2026-11-23.)
 
 The ops that allocate their outputs are registered beside those that fill given ones, because what
 they decide, the path and the workspace, is asked of the compiled module, which no tracer can see
-into. No op has a backward: routing is for inference.
+into. No op has a backward: routing is for inference, and `autograd` says what is refused and counted.
+
+Not only tracers go through the registered ops: torch.func's transforms (vmap runs an op once per slice),
+torch.jit.trace, which would take a result for a constant otherwise, and tensors on the meta device.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.compiler import is_dynamo_compiling
 
 from ..ops import fused_topk_moe_sorting, moe_sorting_opus
+from ..ops import topk_routing as topk_routing_stub
 from ..ops import topk_softmax as topk_softmax_stub
+from ..ops.rule import RoutingRule, rule_of
+from . import calls
+from .autograd import Writes, checked, counting, gradients_matter, refusing
+from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
+from .tracing import NAMESPACE, registered, traced
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-NAMESPACE = "aiter"
 
 _SORT_OUTPUTS = (
     "Tensor(b!) sorted_weights, Tensor(c!) sorted_expert_ids, Tensor(d!) num_valid_ids,"
@@ -43,6 +48,11 @@ _ROUTING = (
     "int num_experts, int model_dim, ScalarType moebuf_dtype, {}int block_size=32,"
     " Tensor? expert_mask=None, Tensor? num_local_tokens=None, int dispatch_policy=0"
 )
+_BY_RULE = (
+    "int num_experts, int model_dim, ScalarType moebuf_dtype, float[] rule,"
+    " Tensor? correction_bias=None, int block_size=32, Tensor? expert_mask=None,"
+    " Tensor? num_local_tokens=None, int dispatch_policy=0, str id_format='slot'"
+)
 _SORTED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _OUT = f"*, Tensor(a!) sorted_ids, {_SORT_OUTPUTS.removesuffix(', int num_experts')}"
 
@@ -51,15 +61,21 @@ SCHEMAS = {
         "(Tensor(a!) topk_weights, Tensor(b!) topk_indices, Tensor(c!) token_expert_indices,"
         " Tensor gating_output, bool need_renorm) -> ()"
     ),
+    "topk_routing": (
+        "(Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor gating_output, *, float[]? rule=None,"
+        " Tensor? correction_bias=None) -> ()"
+    ),
     "moe_sorting_opus_fwd": (
         f"(Tensor topk_ids, Tensor topk_weights, Tensor(a!) sorted_token_ids, {_SORT_OUTPUTS},"
         " int unit_size, Tensor? local_expert_mask=None, Tensor? num_local_tokens=None,"
-        " Tensor(f!)? workspace=None, int dispatch_policy=0) -> ()"
+        " Tensor(f!)? workspace=None, int dispatch_policy=0, str id_format='slot',"
+        " int num_zero_experts=0) -> ()"
     ),
     "fused_topk_moe_sorting_fwd": (
         f"(Tensor gating_output, Tensor(a!) sorted_ids, {_SORT_OUTPUTS}, int topk, int unit_size,"
         " bool need_renorm, *, Tensor? local_expert_mask=None, Tensor? num_local_tokens=None,"
-        " int? cluster_size=None) -> ()"
+        " int? cluster_size=None, float[]? rule=None, Tensor? correction_bias=None,"
+        " Tensor(f!)? topk_weights=None, Tensor(g!)? topk_ids=None, str id_format='slot') -> ()"
     ),
     "topk_softmax_sorting": (
         f"(Tensor gating_output, int topk, {_ROUTING.format('bool need_renorm=True, ')})"
@@ -68,6 +84,11 @@ SCHEMAS = {
     "topk_softmax_sorting_out": (
         f"(Tensor gating_output, int topk, {_ROUTING.format('bool need_renorm=True, ')}, {_OUT})"
         " -> ()"
+    ),
+    "topk_routing_sorting": f"(Tensor gating_output, int topk, {_BY_RULE}) -> {_SORTED}",
+    "topk_routing_sorting_out": (
+        f"(Tensor gating_output, int topk, {_BY_RULE}, {_OUT}, Tensor(f!)? topk_weights=None,"
+        " Tensor(g!)? topk_ids=None) -> ()"
     ),
     "moe_sorting": f"(Tensor topk_ids, Tensor topk_weights, {_ROUTING.format('')}) -> {_SORTED}",
     "moe_sorting_out": (
@@ -81,71 +102,60 @@ SCHEMAS = {
 """The schema of every op; `(x!)` marks what it writes."""
 
 
-def traced(tensor: object) -> bool:
-    """Whether a call with this argument is being recorded or simulated, not run.
+def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) -> F:
+    """Makes an op's function call its registered namesake under a tracer, and `stub` otherwise.
 
-    True under torch.compile and torch.export, inside any dispatch mode (fake tensors, make_fx) and
-    for a tensor subclass that dispatches by itself, such as a fake tensor outside its mode.
+    It refuses gradients and counts what `stub` writes (`autograd`). `in_schema` turns keyword arguments
+    into those of the schema, where they differ.
     """
-    if is_dynamo_compiling() or _len_torch_dispatch_stack():
-        return True
-    kind = type(tensor)
-    if kind is Tensor or kind is torch.nn.Parameter or not isinstance(tensor, Tensor):
-        return False
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    op = registered(stub.__name__)
+    schema = op.default._schema
+    order = tuple(argument.name for argument in schema.arguments)
+    read = next(a.name for a in schema.arguments if a.alias_info is None)
+    count = Writes(schema)
 
-
-def graph_op(stub: F) -> F:
-    """Makes an op's function call `torch.ops.aiter` under a tracer, and `stub` otherwise."""
-    registered = getattr(torch.ops.aiter, stub.__name__)
+    def pass_on(args: Any, kwargs: Any) -> Any:
+        """The arguments, with the first that is read in place of itself once it is checked."""
+        tensors = dict(zip(order, args, strict=False)) | kwargs
+        if read in tensors:  # else the call is refused for that
+            written = tensors.get("topk_out") or ()
+            for i, tensor in enumerate(written):
+                tensors[f"topk_out[{i}]"] = tensor
+            tensors[read] = checked(tensors[read], **tensors)
+        return tuple(tensors[name] for name in order[: len(args)]), {
+            name: tensors[name] for name in kwargs
+        }
 
     @functools.wraps(stub)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if traced(args[0] if args else None):
-            return registered(*args, **kwargs)
-        return stub(*args, **kwargs)
+        if gradients_matter():
+            args, kwargs = pass_on(args, kwargs)
+        by_schema = in_schema(**kwargs) if in_schema else kwargs
+        if traced(args[0] if args else next(iter(kwargs.values()), None)):
+            return op(*args, **by_schema)
+        stub(*args, **kwargs)
+        return count(args, by_schema)
 
     return cast(F, call)
 
 
-def sorted_sizes(tokens: int, topk: int, num_experts: int, block_size: int) -> tuple[int, int]:
-    """S = M*K + E*B - K slots of the sorted buffers, and ceil(S / B) blocks."""
-    slots = tokens * topk + num_experts * block_size - topk
-    return slots, (slots + block_size - 1) // block_size
+def _numbers_in_schema(rule: RoutingRule | None = None, **kwargs: Any) -> dict[str, Any]:
+    return {**kwargs, "rule": None if rule is None else [float(n) for n in rule.packed]}
 
 
-def empty_sorted(
-    like: Tensor,
-    topk: int,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    block_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five sorted buffers for the M rows of `like`, on its device, uninitialised.
-
-    Returns:
-        sorted_ids int32 [S], sorted_weights float32 [S], sorted_expert_ids int32 [ceil(S / B)],
-        num_valid_ids int32 [2], moe_buf [M, D], with S = M*K + E*B - K.
-    """
-    tokens, device = like.shape[0], like.device
-    slots, blocks = sorted_sizes(tokens, topk, num_experts, block_size)
-    return (
-        torch.empty(slots, dtype=torch.int32, device=device),
-        torch.empty(slots, dtype=torch.float32, device=device),
-        torch.empty(blocks, dtype=torch.int32, device=device),
-        torch.empty(2, dtype=torch.int32, device=device),
-        torch.empty((tokens, model_dim), dtype=moebuf_dtype, device=device),
-    )
+def _rule_in_schema(topk_out: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:
+    weights, ids = topk_out or (None, None)
+    return {**_numbers_in_schema(**kwargs), "topk_weights": weights, "topk_ids": ids}
 
 
-def empty_topk(like: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Weights float32 [M, K] and ids int32 [M, K] for the M rows of `like`, uninitialised."""
-    shape = (like.shape[0], topk)
-    return (
-        torch.empty(shape, dtype=torch.float32, device=like.device),
-        torch.empty(shape, dtype=torch.int32, device=like.device),
-    )
+def _topk_routing(*tensors: Tensor, rule: Sequence[float] | None = None, **kwargs: Any) -> None:
+    by_rule = None if rule is None else rule_of(rule)
+    topk_routing_stub.topk_routing(*tensors, rule=by_rule, **kwargs)
+
+
+def _empty_sorted(like: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
+    """The five outputs for the M rows of `like`; `sizes` are those of `Buffers.of` but for M."""
+    return five(empty(sorted_layouts(Buffers.of(like.shape[0], *sizes), like.device), like.device))
 
 
 def _fake_nothing(*args: Any, **kwargs: Any) -> None:
@@ -163,7 +173,27 @@ def _fake_topk_softmax_sorting(
     *_: Any,
     **__: Any,
 ) -> tuple[Tensor, ...]:
-    return empty_sorted(gating_output, topk, num_experts, model_dim, moebuf_dtype, block_size)
+    return _empty_sorted(gating_output, topk, num_experts, model_dim, moebuf_dtype, block_size)
+
+
+def _fake_topk_routing_sorting(
+    gating_output: Tensor,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    rule: Sequence[float],
+    correction_bias: Tensor | None = None,
+    block_size: int = 32,
+    expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    dispatch_policy: int = 0,
+    id_format: str = "slot",
+) -> tuple[Tensor, ...]:
+    full = rule_of(rule)
+    slots = topk + full.num_shared_experts
+    experts = num_experts + (full.num_zero_experts if id_format == "flat" else 0)
+    return _empty_sorted(gating_output, slots, experts, model_dim, moebuf_dtype, block_size)
 
 
 def _fake_moe_sorting(
@@ -177,40 +207,70 @@ def _fake_moe_sorting(
     **__: Any,
 ) -> tuple[Tensor, ...]:
     topk = topk_ids.shape[1]
-    return empty_sorted(topk_ids, topk, num_experts, model_dim, moebuf_dtype, block_size)
+    return _empty_sorted(topk_ids, topk, num_experts, model_dim, moebuf_dtype, block_size)
 
 
 def _fake_fused_topk(
     hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
-    return empty_topk(gating_output, topk)
+    return empty_topk(gating_output.shape[0], topk, gating_output.device)
 
 
-def _routing(name: str) -> Callable[..., Any]:
-    """The eager function `name` of `aiter.routing.calls`, which is imported at its first call."""
+def _topk_routing_sorting(
+    gating_output: Tensor,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    rule: Sequence[float],
+    correction_bias: Tensor | None = None,
+    block_size: int = 32,
+    expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    dispatch_policy: int = 0,
+    id_format: str = "slot",
+    topk_weights: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    out: SortedBuffers | None = None,
+) -> SortedBuffers:
+    """`calls.topk_routing_sorting` with a rule as numbers."""
+    return calls.topk_routing_sorting(
+        gating_output, topk, num_experts, model_dim, moebuf_dtype,
+        rule=rule_of(rule), correction_bias=correction_bias, block_size=block_size,
+        expert_mask=expert_mask, num_local_tokens=num_local_tokens,
+        dispatch_policy=dispatch_policy, topk_out=_pair(topk_weights, topk_ids),
+        id_format=id_format, out=out,
+    )  # fmt: skip
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        from . import calls as moe_routing
 
-        return getattr(moe_routing, name)(*args, **kwargs)
+def _fused_topk_moe_sorting_fwd(
+    *args: Any,
+    rule: Sequence[float] | None = None,
+    topk_weights: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> None:
+    fused_topk_moe_sorting.fused_topk_moe_sorting_fwd(
+        *args,
+        rule=None if rule is None else rule_of(rule),
+        topk_out=_pair(topk_weights, topk_ids),
+        **kwargs,
+    )
 
-    return call
+
+def _pair(weights: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if weights is None or ids is None:
+        if weights is not ids:
+            raise ValueError("topk_weights, topk_ids: expected both or none, got one of them")
+        return None
+    return weights, ids
 
 
-def _routing_out(name: str) -> Callable[..., None]:
-    """As `_routing`, writing to the outputs that come by name."""
+def _out(run: Callable[..., Any]) -> Callable[..., None]:
+    """As `run`, writing to the outputs that come by name."""
 
-    def call(
-        *args: Any,
-        sorted_ids: Tensor,
-        sorted_weights: Tensor,
-        sorted_expert_ids: Tensor,
-        num_valid_ids: Tensor,
-        moe_buf: Tensor,
-        **kwargs: Any,
-    ) -> None:
-        out = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
-        _routing(name)(*args, out=out, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> None:
+        run(*args, out=five([kwargs.pop(name) for name in BUFFER_NAMES]), **kwargs)
 
     return call
 
@@ -219,27 +279,34 @@ def _register() -> Any:
     library: Any = cast(Any, torch.library.Library)(NAMESPACE, "FRAGMENT")
     kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "topk_softmax": (topk_softmax_stub.topk_softmax, _fake_nothing),
+        "topk_routing": (_topk_routing, _fake_nothing),
         "moe_sorting_opus_fwd": (moe_sorting_opus.moe_sorting_opus_fwd, _fake_nothing),
-        "fused_topk_moe_sorting_fwd": (
-            fused_topk_moe_sorting.fused_topk_moe_sorting_fwd,
-            _fake_nothing,
-        ),
-        "topk_softmax_sorting": (_routing("topk_softmax_sorting"), _fake_topk_softmax_sorting),
-        "topk_softmax_sorting_out": (_routing_out("topk_softmax_sorting"), _fake_nothing),
-        "moe_sorting": (_routing("moe_sorting"), _fake_moe_sorting),
-        "moe_sorting_out": (_routing_out("moe_sorting"), _fake_nothing),
-        "fused_topk": (_routing("fused_topk"), _fake_fused_topk),
+        "fused_topk_moe_sorting_fwd": (_fused_topk_moe_sorting_fwd, _fake_nothing),
+        "topk_softmax_sorting": (calls.topk_softmax_sorting, _fake_topk_softmax_sorting),
+        "topk_softmax_sorting_out": (_out(calls.topk_softmax_sorting), _fake_nothing),
+        "topk_routing_sorting": (_topk_routing_sorting, _fake_topk_routing_sorting),
+        "topk_routing_sorting_out": (_out(_topk_routing_sorting), _fake_nothing),
+        "moe_sorting": (calls.moe_sorting, _fake_moe_sorting),
+        "moe_sorting_out": (_out(calls.moe_sorting), _fake_nothing),
+        "fused_topk": (calls.fused_topk, _fake_fused_topk),
     }
     for name, schema in SCHEMAS.items():
         run, fake = kernels[name]
         library.define(name + schema)
-        library.impl(name, run, "CompositeExplicitAutograd")
+        op = registered(name).default
+        library.impl(name, counting(run, op), "CompositeExplicitAutograd")
         library.impl(name, fake, "Meta")
+        library.impl(
+            name, refusing(op, "hidden_states" if name == "fused_topk" else ""), "Autograd"
+        )
     return library
 
 
 _library = _register()  # NOTE: the registrations live as long as this object does.
 
 topk_softmax = graph_op(topk_softmax_stub.topk_softmax)
+topk_routing = graph_op(topk_routing_stub.topk_routing, _numbers_in_schema)
 moe_sorting_opus_fwd = graph_op(moe_sorting_opus.moe_sorting_opus_fwd)
-fused_topk_moe_sorting_fwd = graph_op(fused_topk_moe_sorting.fused_topk_moe_sorting_fwd)
+fused_topk_moe_sorting_fwd = graph_op(
+    fused_topk_moe_sorting.fused_topk_moe_sorting_fwd, _rule_in_schema
+)

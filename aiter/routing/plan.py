@@ -1,49 +1,42 @@
-"""What do the shapes of a routing call decide, and how is it known without asking again?
+"""What do the sizes of a routing call decide?
 
 A `Plan` is everything about a call that does not depend on the contents of its tensors: the path,
-the sizes of the outputs, the workspace, the compiled function. It is made once per shape and device,
-checks included, and found again by one lookup in a typed LRU memo (`True` and `1` are different keys,
-so a bool for an int is refused every time). What a device is known to be fastest at is read once per
-device and process; `forget` drops both, and with them the calls that compiled modules remember.
-
-On the CPU of an AMD EPYC, Python 3.11, a lookup takes 0.3 us and making a plan 14 us (2026-11-23,
+the sizes of the outputs, the workspace, the compiled functions. `known` keeps one per kind of call.
+On the CPU of an AMD EPYC, Python 3.11, making a plan takes 14 us (2026-11-23,
 `python op_tests/bench_host.py --tokens 1`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..jit import envs, module_for
+from ..jit import module_for
 from ..ops.fused_topk_moe_sorting import (
     FusedCalls,
     fused_calls,
-    fused_topk_moe_sorting_forget,
     fused_topk_moe_sorting_max_tokens,
 )
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from . import dispatch
-from .buffers import Buffers, Layouts, chain_layouts, sorted_layouts
-from .dispatch import Crossover
-from .graph import sorted_sizes
-
-MOST_PLANS = 4096  # a plan takes about 1 KiB; decode and prefill sizes of a few layers are hundreds
+from .basis import choose
+from .buffers import Buffers, Layouts, chain_layouts, checked_buffers, sorted_layouts
+from .request import Request
 
 
 class Chain(NamedTuple):
     """The chain on a device.
 
     Attributes:
-        topk, check, sort: the compiled functions behind the ops `topk_softmax`,
+        by_rule: whether `topk` is `topk_routing`, not `topk_softmax`.
+        topk, check, sort: the compiled functions behind the ops `topk_softmax` or `topk_routing`,
             `moe_sorting_opus_check` and `moe_sorting_opus_fwd`, which save 0.7 us each.
         layouts: how what it keeps between its launches is allocated.
     """
 
+    by_rule: bool
     topk: Callable[..., None]
     check: Callable[..., None]
     sort: Callable[..., None]
@@ -51,7 +44,7 @@ class Chain(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a call's shapes decide.
+    """What a call's sizes decide.
 
     Attributes:
         path: which launches run.
@@ -70,108 +63,53 @@ class Plan(NamedTuple):
     chain: Chain | None = None
 
 
-@dataclass(frozen=True)
-class Basis:
-    """What `dispatch` goes by on a device, and where that comes from, in words."""
-
-    rows: tuple[Crossover, ...]
-    override: int | None
-    estimate: int | None
-    origin: str
-
-
-@cache
-def basis_of(device: torch.device) -> Basis:
-    """What is known about `device`: AITER_DISPATCH, else the tuned file, else the built-in table.
-
-    Raises:
-        aiter.jit.TargetError: there is no target for the device.
-        aiter.jit.EnvError: AITER_DISPATCH is set to what it cannot be.
-        aiter.jit.CacheError: others may write to the tuned file.
-    """
-    # NOTE: imported late, as `import aiter` should not pay for what a first call needs.
-    from ..jit.target import device_arch, target_for
-    from . import tuned
-
-    target_for(device)
-    override = envs.AITER_DISPATCH.get()
-    if override is not None:
-        return Basis((), override, None, f"AITER_DISPATCH={envs.AITER_DISPATCH.text()}")
-    arch = "cpu" if device.type == "cpu" else device_arch(device)
-    found = tuned.find(device)
-    if found.rows:
-        return Basis(found.rows, None, dispatch.estimate_of(arch), f"{found.path}")
-    name, rows = dispatch.rows_of(arch)
-    family = f"the built-in table, {name or arch}"
-    tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
-    origin = family + ("" if rows else ": not measured") + tuned_reason
-    return Basis(rows, None, dispatch.estimate_of(arch), origin)
-
-
-def forget() -> None:
-    """Drops plans, remembered calls and what is known of devices: the next call looks again."""
-    fused_topk_moe_sorting_forget()
-    basis_of.cache_clear()
-    plan_routing.cache_clear()
-    plan_sorting.cache_clear()
-
-
-def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> dispatch.Choice:
-    """The path of a problem on a device; arguments as of `dispatch.choose`."""
-    if problem.dispatch_policy != dispatch.AUTOMATIC:
-        return dispatch.choose(problem, max_tokens, ())
-    basis = basis_of(device)
-    return dispatch.choose(problem, max_tokens, basis.rows, basis.override, basis.estimate)
-
-
-@lru_cache(MOST_PLANS, typed=True)
 def plan_routing(
     device: torch.device,
-    cpu_wave: int | None,
     tokens: int,
     width: int,
-    topk: int,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    block_size: int,
-    dispatch_policy: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    *fields: Any,
 ) -> Plan:
-    """The plan of `topk_softmax_sorting` for gating_output [tokens, width] on `device`.
-
-    `cpu_wave` is the override of the cpu target's wave width, which compiled functions are bound to.
+    """The plan of a routing of logits [tokens, width] of `dtype` on `device`; `fields`: a `Request`.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    dispatch.check_policy(dispatch_policy)
-    if width != num_experts:
-        raise ValueError(
-            f"gating_output: expected shape [any, num_experts = {num_experts}], got"
-            f" {[tokens, width]}"
-        )
-    buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    problem = dispatch.Problem(tokens, num_experts, topk, model_dim, dispatch_policy)
+    request = Request(*fields)
+    dispatch.check_policy(request.dispatch_policy)
+    request.check(tokens, width)
+    slots, experts = request.num_slots, request.num_sorted_experts
+    buffers = checked_buffers(
+        tokens, slots, experts, request.model_dim, request.moebuf_dtype, request.block_size
+    )
+    problem = dispatch.Problem(
+        tokens, experts, slots, request.model_dim, request.dispatch_policy, _logits_of(dtype)
+    )
     max_tokens = 0
-    if dispatch_policy == dispatch.AUTOMATIC:
+    if request.dispatch_policy == dispatch.AUTOMATIC:
         # NOTE: asked only where it counts; a forced chain must not build the fused module.
-        max_tokens = fused_topk_moe_sorting_max_tokens(num_experts, topk, device=device)
+        # It has to do with zero experts whatever the format is.
+        all_experts = request.num_experts + request.full_rule.num_zero_experts
+        max_tokens = fused_topk_moe_sorting_max_tokens(all_experts, slots, device=device)
     plan = _plan(device, problem, choose(problem, max_tokens, device).path, buffers)
     if plan.path == "fused":
         return plan._replace(fused=fused_calls(device))
-    select = module_for("module_topk_softmax", device)
+    by_rule = has_bias or not request.is_plain
+    name = "topk_routing" if by_rule else "topk_softmax"
+    select = getattr(module_for(f"module_{name}", device), name)
     sort = module_for("module_moe_sorting_opus", device)
     return plan._replace(
         chain=Chain(
-            select.topk_softmax,
+            by_rule,
+            select,
             sort.moe_sorting_opus_check,
             sort.moe_sorting_opus_fwd,
-            chain_layouts(tokens, topk, plan.workspace_bytes, device),
+            chain_layouts(tokens, slots, plan.workspace_bytes, device),
         )
     )
 
 
-@lru_cache(MOST_PLANS, typed=True)
 def plan_sorting(
     device: torch.device,
     tokens: int,
@@ -184,42 +122,16 @@ def plan_sorting(
 ) -> Plan:
     """The plan of `moe_sorting` for topk_ids [tokens, topk] on `device`; raises as above."""
     dispatch.check_policy(dispatch_policy)
-    buffers = sorted_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
+    buffers = checked_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
     problem = dispatch.Problem(tokens, num_experts, topk, model_dim, dispatch_policy)
     return _plan(device, problem, choose(problem, 0, device).path, buffers)
 
 
-def sorted_buffers(
-    tokens: int,
-    topk: int,
-    num_experts: int,
-    model_dim: int,
-    moebuf_dtype: torch.dtype,
-    block_size: int,
-) -> Buffers:
-    """The outputs' sizes. Checks only what they are computed from; the ops check the rest."""
-    check_size("topk", topk)
-    check_size("num_experts", num_experts)
-    check_size("block_size", block_size)
-    check_size("model_dim", model_dim, low=0)
-    if topk > num_experts:
-        raise ValueError(f"topk: expected at most num_experts = {num_experts}, got {topk}")
-    if not isinstance(moebuf_dtype, torch.dtype):
-        raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
-    slots, blocks = sorted_sizes(tokens, topk, num_experts, block_size)
-    if slots >= 2**31:
-        raise ValueError(
-            f"block_size: expected M*topk + num_experts*block_size - topk below {2**31}, got {slots}"
-        )
-    return Buffers(slots, slots, blocks, (tokens, model_dim), moebuf_dtype)
-
-
-def check_size(name: str, value: int, low: int = 1) -> None:
-    """Raises TypeError for what is not an int, ValueError for an int that is no size."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value < 2**31:
-        raise ValueError(f"{name}: expected a value from {low} to {2**31 - 1}, got {value}")
+def _logits_of(dtype: torch.dtype) -> dispatch.Logits:
+    """The name of the logits' dtype; the ops refuse others than these."""
+    if dtype == torch.float32:
+        return "f32"
+    return "f16" if dtype == torch.float16 else "bf16"
 
 
 def _plan(

@@ -14,6 +14,7 @@ tell a user why the measurement no longer counts.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -73,15 +74,17 @@ def find(device: torch.device) -> Found:
         aiter.jit.CacheError: others may write to the file or to a folder above it.
     """
     path = path_of(device)
-    if not path.exists():
+    if not os.path.exists(path):
         return Found(path)
     # NOTE: imported late, as `import aiter` should not pay for what only tuned devices need.
     from ..jit.log import get_logger
-    from ..jit.trust import check_trusted
+    from ..jit.trust import read_trusted
 
-    check_trusted(path.parent.parent, (path.parent, path))
     try:
-        kept = _parse(json.loads(path.read_text(encoding="utf-8")))
+        content = read_trusted(path.parent.parent, path.parts[-2:])
+        if content is None:
+            return Found(path)
+        kept = _parse(json.loads(content))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{path}: expected what `python -m aiter tune` writes, got {error!r}"
         get_logger().warning("%s; its measurements are left aside", reason)
@@ -109,8 +112,7 @@ def keep(device: torch.device, measured: Iterable[Measured]) -> Path:
         aiter.jit.CacheError: others may write to the cache.
         OSError: the file cannot be written.
     """
-    from ..jit.cache import write_atomically
-    from ..jit.paths import make_private_folder
+    from ..jit.folders import make_private_folder, write_atomically
     from ..jit.trust import check_trusted
 
     found = find(device)
@@ -129,8 +131,8 @@ def keep(device: torch.device, measured: Iterable[Measured]) -> Path:
 
 def builds_of(device: torch.device) -> dict[str, str]:
     """The build in use of every module that is measured, "" where there is none yet."""
-    from ..jit.cache import Entry
     from ..jit.load import default_loader
+    from ..jit.manifest import Entry
 
     loader, target = default_loader(), target_for(device)
     builds = {}

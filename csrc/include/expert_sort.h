@@ -5,6 +5,10 @@
 //   entry (t, k) of expert e goes to slot  start_e + (number of tokens before t that chose e)
 //   slots start_e + c_e ... up to the next block hold padding: id (K << 24) | n, weight 0
 //
+// That is the slot format. With kAny, ids may be flat instead, an entry's t * K + k and padding M * K, and experts
+// that expert_mask leaves out then have blocks like others, whose expert id is -1; and the experts from num_real
+// on, which compute nothing, are left out like those. Without it kernels have none of these questions.
+//
 // Ranks come from a token x expert bitmask, one bit per (token, expert): the number of tokens
 // before t is a popcount over the words before t's and the bits below t's. That needs M*E/8 bytes, is
 // stable by construction, and no entry waits for another. Words are stored [word][expert], so that
@@ -26,6 +30,7 @@ namespace aiter {
 constexpr int kTokensPerWord = 32;
 constexpr int kSlotShift = 24;  // sorted_ids: token in the bits below, slot above
 constexpr uint32_t kNoSlot = 0xffffffffu;
+constexpr uint32_t kNoExpertId = 0xffffffffu;  // -1: of a block that is no local expert's
 
 // Slot k of a token, and what it weighs.
 struct Entry {
@@ -70,6 +75,8 @@ struct SortShape {
   int block_size;   // B
   Divisor by_topk, by_block_size;
   bool wide_stores;  // four slots may be stored at once: B % 4 == 0, buffers on 16-byte boundaries
+  bool flat_ids;     // these two count with kAny only
+  int num_real;      // experts that compute something, which expert_mask is about: the first ones
 };
 
 // M, or what the device says in num_local_tokens.
@@ -96,6 +103,11 @@ struct HitMask {
   __device__ __forceinline__ void set(int token, uint32_t expert_idx) const {
     atomicOr(&words[(token / kTokensPerWord) * stride + expert_idx],
              1u << (token % kTokensPerWord));
+  }
+  // As set(); not 0 if the bit was set before.
+  __device__ __forceinline__ uint32_t set_again(int token, uint32_t expert_idx) const {
+    const uint32_t bit = 1u << (token % kTokensPerWord);
+    return atomicOr(&words[(token / kTokensPerWord) * stride + expert_idx], bit) & bit;
   }
   __device__ __forceinline__ uint32_t count(int expert_idx) const {
     uint32_t sum = 0;
@@ -133,6 +145,18 @@ struct HitMask {
 
 __device__ __forceinline__ bool is_local(const int32_t* expert_mask, uint32_t expert_idx) {
   return expert_mask == nullptr || expert_mask[expert_idx] != 0;
+}
+
+template <bool kAny>
+__device__ __forceinline__ bool leaves_out(const SortShape& shape, const SortParams& out) {
+  return out.expert_mask != nullptr || (kAny && shape.num_real < shape.num_experts);
+}
+
+template <bool kAny>
+__device__ __forceinline__ bool is_local(const SortShape& shape, const SortParams& out,
+                                         uint32_t expert_idx) {
+  if (kAny && expert_idx >= static_cast<uint32_t>(shape.num_real)) return false;
+  return is_local(out.expert_mask, expert_idx);
 }
 
 // Where a workgroup keeps what it knows of every expert, in LDS.
@@ -186,13 +210,13 @@ __device__ __forceinline__ void write_num_valid_ids(const SortShape& shape, cons
 // num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
 // e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early; `wave` is
 // uniform_wave_idx(). Waves beyond the last expert only pass the barriers. Needs one before and after.
-template <typename CountOf>
+template <bool kAny = false, typename CountOf>
 __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
                                               bool is_first_local, bool writes, int wave,
                                               const SortLds& lds, const SortParams& out,
                                               CountOf count_of) {
   uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
-  const bool has_mask = out.expert_mask != nullptr;
+  const bool has_mask = leaves_out<kAny>(shape, out);
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
   AITER_LOOP
@@ -207,8 +231,8 @@ __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_lo
     if (first != 0) __syncthreads();
     if (wave < num_waves) {
       if (has_mask && first == 0) local = is_first_local;
-      if (has_mask && first != 0) local = exists && is_local(out.expert_mask, e);
-      if (local) count = count_of(e);
+      if (has_mask && first != 0) local = exists && is_local<kAny>(shape, out, e);
+      if (kAny && shape.flat_ids ? exists : local) count = count_of(e);
       num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
       blocks = wave_prefix_sum(num_blocks);
       post_total(lds.totals, blocks);
@@ -225,11 +249,13 @@ __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_lo
     const uint32_t first_block = blocks_before + blocks.below;
     const uint32_t start = first_block * shape.block_size;
     if (exists) {
-      lds.starts[e] = local ? start + count.before : kNoSlot;
+      const bool has_entries = local || (kAny && shape.flat_ids);
+      lds.starts[e] = has_entries ? start + count.before : kNoSlot;
       lds.tails[e] = count.total != num_blocks * shape.block_size ? start + count.total : kNoSlot;
     }
     if (writes) {
-      const uint32_t local_id = has_mask ? local_before + locals.below : e;
+      uint32_t local_id = has_mask ? local_before + locals.below : e;
+      if (kAny && !local) local_id = kNoExpertId;
       write_expert_ids(out.sorted_expert_ids, first_block, num_blocks, local_id);
     }
     blocks_before += blocks.total;
@@ -238,7 +264,9 @@ __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_lo
   if (writes && threadIdx.x == 0) write_num_valid_ids(shape, out, blocks_before, num_local);
 }
 
+template <bool kAny = false>
 __device__ __forceinline__ uint32_t padding_id(const SortShape& shape, int num_local) {
+  if (kAny && shape.flat_ids) return static_cast<uint32_t>(shape.num_tokens * shape.topk);
   return static_cast<uint32_t>(shape.topk) << kSlotShift | static_cast<uint32_t>(num_local);
 }
 
@@ -266,10 +294,11 @@ __device__ __forceinline__ void pad_rest(const SortParams& out, uint32_t tail, u
 }
 
 // Writes the padding behind every tail, worker `worker` of `num_workers`.
+template <bool kAny = false>
 __device__ __forceinline__ void write_padding(const SortShape& shape, int num_local,
                                               const uint32_t* lds_tails, const SortParams& out,
                                               uint32_t worker, uint32_t num_workers) {
-  const uint32_t id = padding_id(shape, num_local);
+  const uint32_t id = padding_id<kAny>(shape, num_local);
   const uint32_t block_size = shape.block_size;
   const uint32_t width = shape.wide_stores ? 4 : 1;
   AITER_LOOP
@@ -290,10 +319,12 @@ __device__ __forceinline__ void write_padding(const SortShape& shape, int num_lo
   }
 }
 
-__device__ __forceinline__ void write_entry(const SortParams& out, uint32_t slot,
-                                            const Entry& entry) {
-  out.sorted_ids[slot] = static_cast<int32_t>(static_cast<uint32_t>(entry.k) << kSlotShift |
-                                              static_cast<uint32_t>(entry.token));
+template <bool kAny = false>
+__device__ __forceinline__ void write_entry(const SortShape& shape, const SortParams& out,
+                                            uint32_t slot, const Entry& entry) {
+  uint32_t id = static_cast<uint32_t>(entry.k) << kSlotShift | static_cast<uint32_t>(entry.token);
+  if (kAny && shape.flat_ids) id = static_cast<uint32_t>(entry.token * shape.topk + entry.k);
+  out.sorted_ids[slot] = static_cast<int32_t>(id);
   out.sorted_weights[slot] = entry.weight;
 }
 

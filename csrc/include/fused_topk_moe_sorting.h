@@ -8,7 +8,7 @@
 // to 16 workgroups route, each a range of rows of its own; elsewhere it is one. Phases of a routing
 // workgroup, with a barrier between them:
 //   1 clear    all threads     the bitmask; before memory is touched, as an earlier launch may still run
-//   2 top-k    a wave per row or a few (group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
+//   2 top-k    a wave per row or a few (key_topk.h, group_topk.h, row_topk.h)   slot k: expert, weight and hit bits into LDS
 // then, in a workgroup that routes alone while n <= B (single_blocks.h),
 //   3 padding  all threads     all blocks, whole
 //   4 entries  a thread each   over the padding; expert ids
@@ -24,7 +24,7 @@
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
-// multiple of 4. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
+// multiple of 4, and 24 bytes a thread where top-k is by keys. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
 //
 // What steps brought, in us per call on an H100 (graph slope, bf16, 2026-11-23), by the best number of
 // workgroups:
@@ -53,7 +53,7 @@
 
 #include "device/cluster.h"
 #include "expert_sort.h"
-#include "group_topk.h"
+#include "key_topk.h"
 #include "one_token.h"
 #include "single_blocks.h"
 
@@ -61,7 +61,7 @@ namespace aiter {
 
 // Where a routing workgroup keeps what; the end of the last part is `total`.
 struct FusedLds {
-  uint32_t totals, inbox, hits, starts, tails, counts, weights, experts;  // byte offsets
+  uint32_t totals, inbox, hits, starts, tails, counts, rows, weights, experts;  // byte offsets
   size_t total;
 };
 
@@ -74,7 +74,7 @@ struct FusedConfig {
 
 struct FusedParams {
   const void* gating;
-  int64_t row_stride;  // in items
+  int64_t row_stride;  // in items of the class of rows
   SortShape shape;
   SortParams sort;
   FusedLds lds;
@@ -82,7 +82,7 @@ struct FusedParams {
   int tokens_per_block;  // of each of them
   int one_token;         // 1 for the case of one_token.h
   bool need_renorm;
-  bool wide_rows;  // group_topk.h
+  RowFormat row_format;
 };
 
 // E rounded up, so that four experts' words lie on a 16-byte boundary.
@@ -90,7 +90,9 @@ __host__ __device__ constexpr int padded_experts(int num_experts) {
   return (num_experts + 3) / 4 * 4;
 }
 
-inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int cluster_size) {
+// `row_bytes`: of all waves, for what top-k keeps of rows.
+inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int cluster_size,
+                          int row_bytes) {
   const size_t num_entries = static_cast<size_t>(tokens_per_block) * topk;
   const size_t per_expert = sizeof(uint32_t) * padded_experts(num_experts);
   size_t end = 0;
@@ -106,6 +108,7 @@ inline FusedLds fused_lds(int tokens_per_block, int num_experts, int topk, int c
   lds.starts = take(per_expert);
   lds.tails = take(per_expert);
   lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
+  lds.rows = take(row_bytes);  // on a 16-byte boundary, as all before
   lds.weights = take(sizeof(float) * num_entries);
   lds.experts = take(sizeof(uint16_t) * num_entries);
   lds.total = (end + 15) / 16 * 16;
@@ -201,7 +204,19 @@ struct RoutingBlock {
   }
 };
 
+// What a kernel of plain softmax and the slot format has beside FusedParams, of which there is nothing; see
+// fused_topk_moe_sorting_rules.h for the other kind.
+struct NoRule {
+  static constexpr bool kAnySort = false;  // kAny of expert_sort.h
+  using Sink = FusedSink;
+
+  template <typename Rows>
+  __device__ __forceinline__ void set(Rows&) const {}
+  __device__ __forceinline__ Sink sink(const FusedSink& of_rows, int) const { return of_rows; }
+};
+
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
+template <bool kAny>
 __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block) {
   const int topk = p.shape.topk;
   const int num_entries = block.num_rows * topk;
@@ -214,7 +229,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   const bool has_single_blocks = block.is_alone() && block.num_local <= p.shape.block_size &&
                                  p.shape.num_experts <= kMaxSetExperts;
   if (has_single_blocks) {
-    write_single_blocks(p.shape, block.num_local, hits, block.sets, p.sort, num_entries, entry_at);
+    write_single_blocks<kAny>(p.shape, block.num_local, hits, block.sets, p.sort, num_entries,
+                              entry_at);
     return;
   }
 
@@ -224,7 +240,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     block.counts.exchange(hits, block.wave);
   }
   const SortLds sort_lds{block.lds_starts, block.lds_tails, block.lds_totals};
-  assign_blocks(
+  assign_blocks<kAny>(
       p.shape, block.num_local, block.is_first_local, block.rank == 0, block.wave, sort_lds, p.sort,
       [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : block.counts.of(e); });
   __syncthreads();
@@ -235,15 +251,16 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     const uint32_t start = sort_lds.starts[entry.expert_idx];
     if (start == kNoSlot) continue;
     const int row = entry.token - block.first_token;
-    write_entry(p.sort, start + hits.rank(row, entry.expert_idx), entry);
+    write_entry<kAny>(p.shape, p.sort, start + hits.rank(row, entry.expert_idx), entry);
   }
   // The last threads pad first, as the first ones have most of the entries.
-  write_padding(p.shape, block.num_local, sort_lds.tails, p.sort,
-                (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
-                block.cluster_size * blockDim.x);
+  write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
+                      (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
+                      block.cluster_size * blockDim.x);
 }
 
 // Everything that can be done without memory, while an earlier launch still runs.
+template <bool kAny>
 __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base,
                                             RoutingBlock& block) {
   const auto words = [&](uint32_t offset) {
@@ -258,7 +275,8 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
   block.lds_weights = reinterpret_cast<float*>(lds_base + p.lds.weights);
   block.lds_experts = reinterpret_cast<uint16_t*>(lds_base + p.lds.experts);
   block.lds_totals = words(p.lds.totals);
-  block.sets = SingleBlocks::in(block.lds_totals, p.sort.expert_mask != nullptr);
+  block.sets = SingleBlocks::in(block.lds_totals,
+                                leaves_out<kAny>(p.shape, p.sort) && !(kAny && p.shape.flat_ids));
   block.lds_starts = words(p.lds.starts);
   block.lds_tails = words(p.lds.tails);
   block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(lds_base + p.lds.inbox),
@@ -276,22 +294,24 @@ __device__ __forceinline__ void begin_block(const FusedParams& p, char* lds_base
 }
 
 // What memory says beside the logits.
+template <bool kAny>
 __device__ __forceinline__ void read_locals(const FusedParams& p, RoutingBlock& block) {
   const int num_experts = p.shape.num_experts;
   block.is_first_local =
-      static_cast<int>(threadIdx.x) < num_experts && is_local(p.sort.expert_mask, threadIdx.x);
+      static_cast<int>(threadIdx.x) < num_experts && is_local<kAny>(p.shape, p.sort, threadIdx.x);
   block.num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   const int rows_left =
       block.num_local > block.first_token ? block.num_local - block.first_token : 0;
   block.num_rows = rows_left < p.tokens_per_block ? rows_left : p.tokens_per_block;
-  block.sets.post_mask(num_experts, p.sort.expert_mask, block.is_first_local);
+  block.sets.post_mask<kAny>(p.shape, p.sort, block.is_first_local);
 }
 
-template <typename Rows>
-__device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
+template <typename Rows, typename Rule>
+__device__ __forceinline__ void route(const FusedParams& p, const Rule& rule, char* lds_base) {
+  constexpr bool kAny = Rule::kAnySort;
   const int num_experts = p.shape.num_experts;
   RoutingBlock block;
-  begin_block(p, lds_base, block);
+  begin_block<kAny>(p, lds_base, block);
   const int last_row = p.shape.num_tokens - 1 - block.first_token;
   const auto row_at = [&](int row) {
     const int token = block.first_token + (row < last_row ? row : last_row);
@@ -304,13 +324,18 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
 
   // Rows that turn out not to count are loaded in vain.
   Rows logits;
-  if (first_row < p.tokens_per_block && first_row <= last_row) {
-    logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+  rule.set(logits);
+  if constexpr (kUsesLds<Rows>) {
+    logits.use(lds_base + p.lds.rows + block.wave * best_keys_lds_bytes(kWaveSize));
   }
-  read_locals(p, block);
+  if (first_row < p.tokens_per_block && first_row <= last_row) {
+    logits.load(row_at(first_row + own_row), num_experts, p.row_format);
+  }
+  read_locals<kAny>(p, block);
   const int rows_at_once = static_cast<int>(blockDim.x) / kWaveSize * Rows::kRowsPerWave;
-  FusedSink sink{nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size,
-                 0,       {}};
+  typename Rule::Sink sink = rule.sink(
+      {nullptr, nullptr, block.hits, block.sets.hit, block.num_rows, p.shape.block_size, 0, {}},
+      block.first_token);
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
@@ -321,20 +346,20 @@ __device__ __forceinline__ void route(const FusedParams& p, char* lds_base) {
     wave_topk(logits, num_experts, p.shape.topk, p.need_renorm, row < block.num_rows, sink);
     first_row += rows_at_once;
     if (first_row < block.num_rows) {
-      logits.load(row_at(first_row + own_row), num_experts, p.wide_rows);
+      logits.load(row_at(first_row + own_row), num_experts, p.row_format);
     } else {
       drop(logits);
     }
   }
   if (anew(p.one_token) != 0) {
-    write_one_token(p.shape, block.num_local, block.wave, p.sort, sink.last);
+    write_one_token<kAny>(p.shape, block.num_local, block.wave, p.sort, sink.last);
     return;
   }
   __syncthreads();
   // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
   block.hits.stride = padded_experts(anew(p.shape.num_experts));
   block.hits.num_words = hit_words(anew(p.tokens_per_block));
-  sort_rows(p, block);
+  sort_rows<kAny>(p, block);
 }
 
 template <typename Rows>
@@ -343,7 +368,7 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
   AITER_DYNAMIC_LDS(lds_base);
   const unsigned num_routing = kMaxClusterSize > 1 ? p.cluster_size : 1;
   if (blockIdx.x < num_routing) {
-    if constexpr (Rows::kIsUsed) route<Rows>(p, lds_base);
+    if constexpr (Rows::kIsUsed) route<Rows>(p, NoRule{}, lds_base);
   } else {
     wait_for_earlier_launch();
     let_next_launch_begin();

@@ -8,12 +8,20 @@
 
 namespace aiter {
 
+// A routing rule as Python packs it: aiter.ops.rule.RoutingRule.packed.
+using RuleNumbers = std::array<double, 15>;
+constexpr size_t kRuleNeedRenorm = 4;  // its place among these
+
 struct FusedTopkMoeSortingArgs {
   TensorView gating_output;
   SortTensors sort;
   int64_t num_experts, topk, unit_size;
   bool need_renorm;
-  int64_t cluster_size;  // workgroups that route; 0 to choose
+  int64_t cluster_size;             // workgroups that route; 0 to choose
+  std::optional<RuleNumbers> rule;  // nothing for plain softmax
+  std::optional<TensorView> correction_bias;
+  std::optional<TensorView> topk_weights, topk_ids;  // both or none
+  bool flat_ids;                                     // id_format "flat"
 };
 
 // Throws std::invalid_argument before anything is launched.
@@ -26,12 +34,20 @@ enum FusedTensor {
   kSortedExpertIds,
   kNumValidIds,
   kMoeBuf,
+  kTopkWeights,
+  kTopkIds,
   kGatingOutput,
   kExpertMask,
-  kNumLocalTokens
+  kNumLocalTokens,
+  kCorrectionBias
 };
+constexpr int kNumSortedBuffers = kTopkWeights;  // the outputs that every launch has
 constexpr int kNumFusedOutputs = kGatingOutput;
-constexpr int kNumFusedTensors = kNumLocalTokens + 1;
+constexpr int kNumFusedTensors = kCorrectionBias + 1;
+
+inline const TensorView* or_null(const std::optional<TensorView>& view) {
+  return view ? &*view : nullptr;
+}
 
 // Null for one that is absent.
 inline std::array<const TensorView*, kNumFusedTensors> tensors_of(
@@ -41,9 +57,12 @@ inline std::array<const TensorView*, kNumFusedTensors> tensors_of(
           &args.sort.sorted_expert_ids,
           &args.sort.num_valid_ids,
           &args.sort.moe_buf,
+          or_null(args.topk_weights),
+          or_null(args.topk_ids),
           &args.gating_output,
           args.sort.expert_mask_or_null(),
-          args.sort.num_local_tokens_or_null()};
+          args.sort.num_local_tokens_or_null(),
+          or_null(args.correction_bias)};
 }
 
 using FusedMemory = std::array<void*, kNumFusedTensors>;  // where each lies; null for an absent one

@@ -89,7 +89,7 @@ struct KnownTensor {
 
 // What a call is known by, besides its tensors: the plain arguments, and whether it allocates.
 struct CallKey {
-  static constexpr size_t kNumPlain = 8;
+  static constexpr size_t kNumPlain = 9;
   using Plain = std::array<py::handle, kNumPlain>;
 
   std::array<int64_t, kNumPlain> value;  // of an int, or the address of what is none
@@ -129,13 +129,20 @@ struct KnownCall {
   py::tuple layouts;  // an aiter.routing.buffers.Layouts, of a call that allocates
   std::shared_ptr<const FusedLaunch> launch;
 
-  // The outputs of this call, if they are like those of the one that is known; sets where they lie.
-  bool takes(py::handle outputs, FusedMemory& memory) const {
-    if (!is_tuple_of(kNumFusedOutputs, outputs)) return false;
-    for (int i = 0; i < kNumFusedOutputs; ++i) {
-      if (!tensors[i].is(PyTuple_GET_ITEM(outputs.ptr(), i), memory[i])) return false;
-    }
-    return true;
+  // Whether the outputs are like those of the call that is known; sets where they lie. `topk_out` is a
+  // tuple of two or None.
+  bool takes(py::handle sorted, py::handle topk_out, FusedMemory& memory) const {
+    const auto all = [&](py::handle tuple, int first, int last) {
+      if (!is_tuple_of(last - first, tuple)) return false;
+      for (int i = first; i < last; ++i) {
+        if (!tensors[i].is(PyTuple_GET_ITEM(tuple.ptr(), i - first), memory[i])) return false;
+      }
+      return true;
+    };
+    if (!all(sorted, 0, kNumSortedBuffers)) return false;
+    if (!topk_out.is_none()) return all(topk_out, kNumSortedBuffers, kNumFusedOutputs);
+    memory[kTopkWeights] = memory[kTopkIds] = nullptr;
+    return tensors[kTopkWeights].is_absent();
   }
 
   // Whether an output shares memory with another tensor.
@@ -155,30 +162,37 @@ class KnownCalls {
   // tensors lie.
   std::shared_ptr<const KnownCall> find(const CallKey& key, py::handle gating_output,
                                         py::handle expert_mask, py::handle num_local_tokens,
-                                        FusedMemory& memory) const {
+                                        py::handle correction_bias, FusedMemory& memory) const {
     dlpack::Tensor gating;
     if (!detail::exchange(gating_output, gating) || gating.ndim != 2) return nullptr;
-    const auto& call =
+    // NOTE: held, as reading the tensors below may run Python code, which may forget the call.
+    const std::shared_ptr<const KnownCall> call =
         calls_[place_of(key, {gating.shape[0], gating.strides[0], dlpack::packed(gating.dtype),
                               gating.device.device_id})];
     if (call == nullptr || !(call->key == key) ||
         type_of(gating_output) != call->gating_type.ptr() ||
         !call->tensors[kGatingOutput].is(gating, memory[kGatingOutput]) ||
         !call->tensors[kExpertMask].is(expert_mask, memory[kExpertMask]) ||
-        !call->tensors[kNumLocalTokens].is(num_local_tokens, memory[kNumLocalTokens])) {
+        !call->tensors[kNumLocalTokens].is(num_local_tokens, memory[kNumLocalTokens]) ||
+        !call->tensors[kCorrectionBias].is(correction_bias, memory[kCorrectionBias])) {
       return nullptr;
     }
     return call;
   }
 
-  // Remembers a call that passed the checks. `layouts` are those of one that allocated, else None. Left
-  // out is what could not be told from others, or has no quick allocator.
-  void remember(const FusedTopkMoeSortingArgs& args, py::handle gating_output, py::tuple plain,
-                py::handle layouts, std::shared_ptr<const FusedLaunch> launch) {
+  // How often everything was forgotten, which a call is to ask for before it is made.
+  uint64_t generation() const { return generation_; }
+
+  // Remembers a call that passed the checks, unless something forgot all calls since it had begun.
+  // `layouts` are those of one that allocated, else None. Left out is what could not be told from
+  // others, or has no quick allocator.
+  void remember(uint64_t generation, const FusedTopkMoeSortingArgs& args, py::handle gating_output,
+                py::tuple plain, py::handle layouts, std::shared_ptr<const FusedLaunch> launch) {
     if (plain.size() != CallKey::kNumPlain) {
       throw py::type_error("plain arguments: expected " + std::to_string(CallKey::kNumPlain) +
                            ", got " + std::to_string(plain.size()));
     }
+    if (generation != generation_) return;
     const bool allocates = !layouts.is_none();
     if (allocates && PyTuple_GET_ITEM(layouts.ptr(), 0) == Py_None) return;
     CallKey::Plain objects;
@@ -201,11 +215,15 @@ class KnownCalls {
     const KnownTensor& gating = call->tensors[kGatingOutput];
     const size_t place =
         place_of(*key, {gating.shape[0], gating.stride[0], gating.dtype, gating.device_index});
-    calls_[place] = std::move(call);
+    std::shared_ptr<const KnownCall> replaced = std::move(call);
+    calls_[place].swap(replaced);
   }
 
   void forget() {
-    for (auto& call : calls_) call.reset();
+    ++generation_;
+    // NOTE: taken out of the table first, as what a call holds may run Python code when it goes.
+    const auto forgotten = std::make_unique<Table>();
+    forgotten->swap(calls_);
   }
 
  private:
@@ -228,7 +246,10 @@ class KnownCalls {
     return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
   }
 
-  std::array<std::shared_ptr<const KnownCall>, size_t{1} << kPlaceBits> calls_;
+  using Table = std::array<std::shared_ptr<const KnownCall>, size_t{1} << kPlaceBits>;
+
+  Table calls_;
+  uint64_t generation_ = 0;
 };
 
 }  // namespace aiter

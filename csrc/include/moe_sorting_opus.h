@@ -1,6 +1,7 @@
 // The block-padded sort by expert of ready top-k ids: the second step of the separate chain.
 //
-//   topk_ids i32 [M, K], topk_weights f32 [M, K], contiguous; ids outside [0, E) are left out
+//   topk_ids i32 [M, K], topk_weights f32 [M, K], contiguous; ids outside [0, E) are left out, and ids
+//   may repeat in a row: every (token, slot) is an entry of its own
 //   outputs as in expert_sort.h; moe_buf rows below n zeroed
 //
 // Tokens are handled in tiles of whole bitmask words, so that LDS does not depend on M.
@@ -13,6 +14,13 @@
 //   1 count     a workgroup per tile: its entries per expert (and further ones zero moe_buf)
 //   2 assign    one workgroup: exclusive sums over the tiles, blocks, padding
 //   3 scatter   a workgroup per tile: bits of the tile, entries to start + tile's offset + rank
+//
+// A bit per (token, expert) cannot count an id that repeats in a row. What was set before a bit is set tells
+// of it, and the tile is then done once more with a bit per (entry, expert), which needs no such care: the
+// entries' order by token, then slot, is the order in memory. A tile's bits hold 1/K of its entries at a time,
+// so such a tile takes about K times as long; without repeats nothing is done twice. Rejected: entries as
+// bits always (K times the LDS, or K passes); comparing every id with those before it in its row (K/2 loads
+// per entry, repeats or not); distinct counts against all counts (a pass over the experts per tile).
 #pragma once
 
 #include "device/cluster.h"
@@ -38,11 +46,18 @@ struct OpusParams {
 };
 
 // LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], bitmask [tile_words][E]. An expert's tail
-// takes the place of its count.
+// takes the place of its count, and whether a tile has repeats that of the first total.
 struct OpusLds {
   uint32_t* counts;
   SortLds sort;
   HitMask hits;
+
+  __device__ __forceinline__ uint32_t* repeats() const { return sort.totals; }
+  // Before a tile; needs a barrier behind.
+  __device__ __forceinline__ void clear_tile() const {
+    hits.clear();
+    if (threadIdx.x == 0) *repeats() = 0;
+  }
 };
 
 __host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
@@ -76,20 +91,28 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
 
-// Calls f(entry, expert) for the entries of `tokens` whose id is an expert's, each by one thread. Loads
-// of several entries are on their way at once.
+struct EntryRange {
+  uint32_t first, last;  // last is excluded
+};
+
+__device__ __forceinline__ EntryRange entries_of(const OpusParams& p, TokenRange tokens) {
+  return {static_cast<uint32_t>(tokens.first * p.shape.topk),
+          static_cast<uint32_t>(tokens.last * p.shape.topk)};
+}
+
+// Calls f(entry, expert) for the entries whose id is an expert's, each by one thread. Loads of several
+// entries are on their way at once.
 template <typename F>
-__device__ __forceinline__ void for_each_entry(const OpusParams& p, TokenRange tokens, F f) {
+__device__ __forceinline__ void for_each_entry(const OpusParams& p, EntryRange entries, F f) {
   constexpr uint32_t kAtOnce = 4;
-  const uint32_t last = tokens.last * p.shape.topk;
   AITER_LOOP
-  for (uint32_t first = tokens.first * p.shape.topk + threadIdx.x; first < last;
+  for (uint32_t first = entries.first + threadIdx.x; first < entries.last;
        first += kAtOnce * blockDim.x) {
     uint32_t ids[kAtOnce];
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
       const uint32_t i = first + j * blockDim.x;
-      ids[j] = i < last ? static_cast<uint32_t>(p.topk_ids[i]) : kNoExpert;
+      ids[j] = i < entries.last ? static_cast<uint32_t>(p.topk_ids[i]) : kNoExpert;
     }
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
@@ -100,25 +123,15 @@ __device__ __forceinline__ void for_each_entry(const OpusParams& p, TokenRange t
 
 __device__ __forceinline__ void count_entries(const OpusParams& p, TokenRange tokens,
                                               uint32_t* lds_counts) {
-  for_each_entry(p, tokens,
+  for_each_entry(p, entries_of(p, tokens),
                  [&](uint32_t, uint32_t expert_idx) { atomicAdd(&lds_counts[expert_idx], 1u); });
 }
 
-// Writes the entries of a tile behind lds_starts. The bitmask must be clear, and all threads there.
-__device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tokens,
-                                             const HitMask& hits, const uint32_t* lds_starts) {
-  for_each_entry(p, tokens, [&](uint32_t i, uint32_t expert_idx) {
-    hits.set(static_cast<int>(p.shape.by_topk.quotient(i)) - tokens.first, expert_idx);
-  });
-  __syncthreads();
-  for_each_entry(p, tokens, [&](uint32_t i, uint32_t expert_idx) {
-    const uint32_t start = lds_starts[expert_idx];
-    if (start == kNoSlot) return;
-    const int token = static_cast<int>(p.shape.by_topk.quotient(i));
-    const uint32_t slot = start + hits.rank(token - tokens.first, expert_idx);
-    const int k = static_cast<int>(i) - token * p.shape.topk;
-    write_entry(p.sort, slot, {expert_idx, token, k, p.topk_weights[i]});
-  });
+// Writes entry i at its expert's start + rank.
+__device__ __forceinline__ void write_entry_at(const OpusParams& p, uint32_t start, uint32_t rank,
+                                               uint32_t i, uint32_t expert_idx, int token) {
+  const int k = static_cast<int>(i) - token * p.shape.topk;
+  write_entry<true>(p.shape, p.sort, start + rank, {expert_idx, token, k, p.topk_weights[i]});
 }
 
 // Moves an expert's first slot on by the entries before, unless expert_mask drops the expert.
@@ -126,15 +139,71 @@ __device__ __forceinline__ uint32_t advanced(uint32_t start, uint32_t entries) {
   return start == kNoSlot ? kNoSlot : start + entries;
 }
 
+// Moves all first slots on by the entries in the bitmask. Needs a barrier before and after.
+__device__ __forceinline__ void advance_starts(const OpusParams& p, const OpusLds& lds) {
+  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
+    lds.sort.starts[e] = advanced(lds.sort.starts[e], lds.hits.count(e));
+  }
+}
+
+// Writes the entries of a tile that has repeats, in parts of as many entries as the bitmask has bits per
+// expert. Leaves starts and bitmask as scatter_tile() does: those of the last part.
+__device__ void scatter_repeats(const OpusParams& p, EntryRange entries, const OpusLds& lds) {
+  const uint32_t per_part = static_cast<uint32_t>(p.tile_words) * kTokensPerWord;
+  AITER_LOOP
+  for (uint32_t first = entries.first; first < entries.last; first += per_part) {
+    const EntryRange part{first, entries.last - first < per_part ? entries.last : first + per_part};
+    if (first != entries.first) advance_starts(p, lds);
+    __syncthreads();
+    lds.hits.clear();
+    __syncthreads();
+    for_each_entry(p, part, [&](uint32_t i, uint32_t expert_idx) {
+      lds.hits.set(static_cast<int>(i - part.first), expert_idx);
+    });
+    __syncthreads();
+    for_each_entry(p, part, [&](uint32_t i, uint32_t expert_idx) {
+      const uint32_t start = lds.sort.starts[expert_idx];
+      if (start == kNoSlot) return;
+      const uint32_t rank = lds.hits.rank(static_cast<int>(i - part.first), expert_idx);
+      write_entry_at(p, start, rank, i, expert_idx, static_cast<int>(p.shape.by_topk.quotient(i)));
+    });
+    __syncthreads();
+  }
+}
+
+// Writes the entries of a tile behind the starts. clear_tile() must be done, and all threads there. Starts
+// and bitmask are such that advance_starts() makes them those of the next tile.
+__device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tokens,
+                                             const OpusLds& lds) {
+  const EntryRange entries = entries_of(p, tokens);
+  uint32_t repeats = 0;
+  for_each_entry(p, entries, [&](uint32_t i, uint32_t expert_idx) {
+    const int token = static_cast<int>(p.shape.by_topk.quotient(i)) - tokens.first;
+    repeats |= lds.hits.set_again(token, expert_idx);
+  });
+  if (repeats != 0) atomicOr(lds.repeats(), 1u);
+  __syncthreads();
+  if (*lds.repeats() != 0) {
+    scatter_repeats(p, entries, lds);
+    return;
+  }
+  for_each_entry(p, entries, [&](uint32_t i, uint32_t expert_idx) {
+    const uint32_t start = lds.sort.starts[expert_idx];
+    if (start == kNoSlot) return;
+    const int token = static_cast<int>(p.shape.by_topk.quotient(i));
+    write_entry_at(p, start, lds.hits.rank(token - tokens.first, expert_idx), i, expert_idx, token);
+  });
+}
+
 // From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
 __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
                                                const OpusLds& lds) {
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
-                              is_local(p.sort.expert_mask, threadIdx.x);
-  assign_blocks(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort, p.sort,
-                [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+                              is_local<true>(p.shape, p.sort, threadIdx.x);
+  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort,
+                      p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
-  write_padding(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
+  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }
 
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
@@ -146,15 +215,11 @@ __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_l
   __syncthreads();
   assign_and_pad(p, num_local, lds);
   for (int tile = 0; tile < p.num_tiles; ++tile) {
-    if (tile > 0) {
-      for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
-        lds.sort.starts[e] = advanced(lds.sort.starts[e], lds.hits.count(e));
-      }
-    }
+    if (tile > 0) advance_starts(p, lds);
     __syncthreads();
-    lds.hits.clear();
+    lds.clear_tile();
     __syncthreads();
-    scatter_tile(p, tile_tokens(p, tile, num_local), lds.hits, lds.sort.starts);
+    scatter_tile(p, tile_tokens(p, tile, num_local), lds);
     __syncthreads();
   }
 }
@@ -241,9 +306,9 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusP
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     lds.sort.starts[e] = advanced(starts[e], offsets[e]);
   }
-  lds.hits.clear();
+  lds.clear_tile();
   __syncthreads();
-  scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds.hits, lds.sort.starts);
+  scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds);
 }
 
 }  // namespace aiter

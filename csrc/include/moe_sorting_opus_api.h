@@ -10,7 +10,9 @@ struct MoeSortingOpusArgs {
   SortTensors sort;
   int64_t num_experts, unit_size;
   std::optional<TensorView> workspace;
-  int64_t dispatch_policy;  // 0 automatic, 1 oneshot, 2 multi-phase
+  int64_t dispatch_policy;   // 0 automatic, 1 oneshot, 2 multi-phase
+  bool flat_ids;             // id_format "flat"
+  int64_t num_zero_experts;  // the last ones of num_experts, which compute nothing
 };
 
 // Bytes of workspace that moe_sorting_opus_fwd wants; 0 for none.

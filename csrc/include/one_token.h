@@ -12,13 +12,15 @@ namespace aiter {
 
 // Whether it is this case, as far as the host knows: num_local_tokens may still say 0.
 inline bool is_one_token(const SortShape& shape, const SortParams& out) {
-  return shape.num_tokens == 1 && shape.topk <= kMinWaveSize && out.expert_mask == nullptr;
+  return shape.num_tokens == 1 && shape.topk <= kMinWaveSize && out.expert_mask == nullptr &&
+         shape.num_real == shape.num_experts;
 }
 
 // Pads all slots of the first K blocks but the first of each, worker `worker` of `num_workers`.
+template <bool kAny>
 __device__ __forceinline__ void pad_behind_entries(const SortShape& shape, const SortParams& out,
                                                    uint32_t worker, uint32_t num_workers) {
-  const uint32_t id = padding_id(shape, 1);
+  const uint32_t id = padding_id<kAny>(shape, 1);
   const uint32_t num_slots = shape.topk * shape.block_size;
   const uint32_t width = shape.wide_stores ? 4 : 1;
   AITER_LOOP
@@ -38,12 +40,13 @@ __device__ __forceinline__ void pad_behind_entries(const SortShape& shape, const
 }
 
 // The whole sort. `winner` is that of the lane, k its lane, in the workgroup's first wave; there are others.
+template <bool kAny = false>
 __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_local, int wave,
                                                 const SortParams& out, const Entry& winner) {
   if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_local * shape.topk, num_local);
   if (num_local == 0) return;
   if (wave != 0) {
-    pad_behind_entries(shape, out, threadIdx.x - kWaveSize, blockDim.x - kWaveSize);
+    pad_behind_entries<kAny>(shape, out, threadIdx.x - kWaveSize, blockDim.x - kWaveSize);
     return;
   }
   const bool is_winner = lane_idx() < shape.topk;
@@ -58,7 +61,8 @@ __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_
     }
   }
   if (is_winner) {
-    write_entry(out, block * shape.block_size, {expert_idx, 0, lane_idx(), winner.weight});
+    write_entry<kAny>(shape, out, block * shape.block_size,
+                      {expert_idx, 0, lane_idx(), winner.weight});
     out.sorted_expert_ids[block] = static_cast<int32_t>(expert_idx);
   }
 }

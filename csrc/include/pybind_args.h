@@ -205,6 +205,11 @@ inline std::optional<TensorView> optional_tensor_arg(py::handle object, const ch
   return tensor_arg(object, name);
 }
 
+inline std::optional<TensorView> optional_input_arg(py::handle object, const char* name) {
+  if (object.is_none()) return std::nullopt;
+  return input_arg(object, name);
+}
+
 inline int64_t int_arg(py::handle object, const char* name) {
   if (!PyIndex_Check(object.ptr()) || PyBool_Check(object.ptr())) {
     throw py::type_error(std::string(name) + ": expected an int, got " + detail::type_name(object));
@@ -228,6 +233,39 @@ inline bool bool_arg(py::handle object, const char* name) {
 
 inline bool is_tuple_of(Py_ssize_t size, py::handle object) {
   return PyTuple_Check(object.ptr()) && PyTuple_GET_SIZE(object.ptr()) == size;
+}
+
+// A tuple of N numbers: what an aiter.ops.rule.RoutingRule packs itself into, the rule or the tuple.
+template <size_t N>
+std::array<double, N> packed_arg(py::handle object, const char* name) {
+  static PyObject* const attribute = PyUnicode_InternFromString("packed");
+  py::object packed = py::reinterpret_borrow<py::object>(object);
+  if (!PyTuple_Check(object.ptr())) {
+    packed = py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), attribute));
+    if (!packed) PyErr_Clear();
+  }
+  std::array<double, N> numbers;
+  bool fits = packed && is_tuple_of(N, packed);
+  for (size_t i = 0; fits && i < N; ++i) {
+    numbers[i] = PyFloat_AsDouble(PyTuple_GET_ITEM(packed.ptr(), i));
+    fits = PyErr_Occurred() == nullptr;
+    PyErr_Clear();
+  }
+  if (!fits) {
+    throw py::type_error(std::string(name) + ": expected a RoutingRule, got " +
+                         detail::type_name(object));
+  }
+  return numbers;
+}
+
+// id_format: "slot" or "flat".
+inline bool is_flat(py::handle id_format) {
+  if (!PyUnicode_Check(id_format.ptr())) {
+    throw py::type_error("id_format: expected a string, got " + detail::type_name(id_format));
+  }
+  if (PyUnicode_CompareWithASCIIString(id_format.ptr(), "flat") == 0) return true;
+  if (PyUnicode_CompareWithASCIIString(id_format.ptr(), "slot") == 0) return false;
+  fail_argument("id_format", "'slot' or 'flat'", std::string(py::repr(id_format)));
 }
 
 // A function of torch._C, kept for the life of the process; a static py::object would outlive the

@@ -25,9 +25,10 @@ struct SortTensors {
 void check_experts_and_topk(int64_t num_experts, int64_t topk);
 // gating_output [M, E] of f32, f16 or bf16, inner stride 1.
 void check_gating(const TensorView& gating_output, int64_t num_experts);
-// Sizes, dtypes and layout of the sorted buffers for M tokens, and of mask and num_local_tokens.
+// Sizes, dtypes and layout of the sorted buffers for M tokens, and of mask and num_local_tokens. The mask does not
+// have the last `num_zero_experts` of the experts.
 void check_sort_tensors(const SortTensors& tensors, int64_t num_tokens, int64_t num_experts,
-                        int64_t topk, int64_t unit_size);
+                        int64_t topk, int64_t unit_size, int64_t num_zero_experts = 0);
 // One device for all, and no output that shares memory with anything else.
 void check_placement(const SortTensors& tensors, std::initializer_list<const TensorView*> inputs,
                      const TensorView* workspace = nullptr);

@@ -18,7 +18,8 @@
 // E, slowly.
 //
 // Z over all E is summed by halves of the index range (wave_sum_by_halves, and the same over the
-// registers), so that its last bit does not depend on the wave width nor on kValues > 0.
+// registers), so that its last bit does not depend on the wave width nor on kValues > 0; in memory, by as many
+// lanes as the narrowest wave has.
 //
 // Rejected: 64-bit (key, index) candidates for f32 in registers: with kValues = 32 they spilled 94
 // VGPRs on gfx942, and all kValues >= 16 instances spilled scalar registers. Rejected: unsorted
@@ -66,6 +67,13 @@ __device__ __forceinline__ void sort_four(uint32_t (&values)[kCount], int first)
   order(values, first + 1, first + 2);
 }
 
+// What load() has to know of rows. Whole words, which kernels for AMD GPUs load as scalars.
+enum class LogitType : uint32_t { f32, f16, bf16 };
+struct RowFormat {
+  uint32_t wide;   // 1 if rows begin, and end, on 16-byte boundaries
+  LogitType type;  // for classes of rows that are not instances for one
+};
+
 struct Winner {
   uint32_t stored;      // as Logit<T> stores it
   uint32_t expert_idx;  // where `stored` does not tell
@@ -98,7 +106,7 @@ class WaveRow {
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
-  __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
+  __device__ __forceinline__ void load(const T* row, int num_experts, RowFormat) {
     num_experts = anew(num_experts);
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
@@ -220,7 +228,7 @@ class WaveRow<T, 0> {
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
-  __device__ __forceinline__ void load(const T* row, int num_experts, bool) {
+  __device__ __forceinline__ void load(const T* row, int num_experts, RowFormat) {
     row_ = row;
     num_experts_ = num_experts;
   }
@@ -255,7 +263,8 @@ class WaveRow<T, 0> {
 
   __device__ __forceinline__ float sum_numerators(float max) const {
     float sum = 0.0f;
-    for (int e = lane_idx(); e < num_experts_; e += kWaveSize) {
+    const int first = lane_idx() < kMinWaveSize ? lane_idx() : num_experts_;
+    for (int e = first; e < num_experts_; e += kMinWaveSize) {
       sum += softmax_numerator(Logit<T>::value(Logit<T>::key(stored(e))), max);
     }
     return wave_sum_by_halves(sum);

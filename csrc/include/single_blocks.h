@@ -86,28 +86,32 @@ struct ExpertSet {
 
 // What top-k leaves beside the bitmask: the experts that are hit, and those of expert_mask.
 struct SingleBlocks {
-  ExpertSet hit, local;  // `local` counts where there is an expert_mask
+  ExpertSet hit, local;  // `local` counts where experts are left out
 
-  static __device__ __forceinline__ SingleBlocks in(uint32_t* lds_sets, bool has_mask) {
+  // `drops`: experts that are left out have no blocks.
+  static __device__ __forceinline__ SingleBlocks in(uint32_t* lds_sets, bool drops) {
     uint32_t* const lds_local = lds_sets + kMaxSetWords;
-    return {{lds_sets, has_mask ? lds_local : nullptr}, {lds_local, nullptr}};
+    return {{lds_sets, drops ? lds_local : nullptr}, {lds_local, nullptr}};
   }
   // By all threads; `is_first_local` is is_local() of the thread's first expert, asked for early.
-  __device__ __forceinline__ void post_mask(int num_experts, const int32_t* expert_mask,
+  template <bool kAny = false>
+  __device__ __forceinline__ void post_mask(const SortShape& shape, const SortParams& out,
                                             bool is_first_local) const {
-    if (expert_mask == nullptr) return;
+    if (!leaves_out<kAny>(shape, out)) return;
     AITER_LOOP
-    for (int first = 0; first < num_experts; first += blockDim.x) {
+    for (int first = 0; first < shape.num_experts; first += blockDim.x) {
       const int e = first + static_cast<int>(threadIdx.x);
-      local.post(first, first == 0 ? is_first_local : e < num_experts && is_local(expert_mask, e));
+      local.post(first, first == 0 ? is_first_local
+                                   : e < shape.num_experts && is_local<kAny>(shape, out, e));
     }
   }
 };
 
 // Makes padding of the first `num_slots` slots, by one workgroup.
+template <bool kAny>
 __device__ __forceinline__ void fill_with_padding(const SortShape& shape, int num_local,
                                                   uint32_t num_slots, const SortParams& out) {
-  const uint32_t id = padding_id(shape, num_local);
+  const uint32_t id = padding_id<kAny>(shape, num_local);
   if (shape.wide_stores) {
     AITER_LOOP
     for (uint32_t i = 4 * threadIdx.x; i < num_slots; i += 4 * blockDim.x) pad_four(out, i, id);
@@ -123,12 +127,13 @@ __device__ __forceinline__ void fill_with_padding(const SortShape& shape, int nu
 // The whole rest of the sort by one workgroup where no expert can have more than one block: n <= B, and
 // E <= kMaxSetExperts. entry_at(i) is the entry i of num_entries; `hits` and `sets` know all of them. Needs
 // a barrier before.
-template <typename EntryAt>
+template <bool kAny = false, typename EntryAt>
 __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int num_local,
                                                     const HitMask& hits, const SingleBlocks& sets,
                                                     const SortParams& out, int num_entries,
                                                     EntryAt entry_at) {
-  const bool has_mask = out.expert_mask != nullptr;
+  const bool has_mask = leaves_out<kAny>(shape, out);
+  const bool drops = has_mask && !(kAny && shape.flat_ids);
   AITER_LOOP
   for (int first = 0; first == 0 || first < num_entries; first += blockDim.x) {
     const int i = first + static_cast<int>(threadIdx.x);
@@ -138,19 +143,20 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
     if (is_kept) {
       entry = entry_at(i);
       rank = hits.rank(entry.token, entry.expert_idx);
-      is_kept = !has_mask || sets.local.has(entry.expert_idx);
+      is_kept = !drops || sets.local.has(entry.expert_idx);
     }
     const ExpertSet::Position block = sets.hit.position(entry.expert_idx, shape.num_experts);
     if (first == 0) {
-      fill_with_padding(shape, num_local, block.total * shape.block_size, out);
+      fill_with_padding<kAny>(shape, num_local, block.total * shape.block_size, out);
       if (threadIdx.x == 0) write_num_valid_ids(shape, out, block.total, num_local);
       __syncthreads();
     }
     if (!is_kept) continue;
-    write_entry(out, block.below * shape.block_size + rank, entry);
+    write_entry<kAny>(shape, out, block.below * shape.block_size + rank, entry);
     if (rank == 0) {
-      const uint32_t id = has_mask ? sets.local.position(entry.expert_idx, shape.num_experts).below
-                                   : entry.expert_idx;
+      uint32_t id = has_mask ? sets.local.position(entry.expert_idx, shape.num_experts).below
+                             : entry.expert_idx;
+      if (kAny && has_mask && !sets.local.has(entry.expert_idx)) id = kNoExpertId;
       out.sorted_expert_ids[block.below] = static_cast<int32_t>(id);
     }
   }

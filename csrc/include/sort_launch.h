@@ -5,13 +5,15 @@
 #include <type_traits>
 
 #include "expert_sort.h"
-#include "group_topk.h"
+#include "key_topk.h"
 #include "routing_checks.h"
 
 namespace aiter {
 
+// `num_experts` includes `num_zero_experts`, the last ones, which compute nothing.
 inline SortShape sort_shape(int64_t num_tokens, int64_t num_experts, int64_t topk,
-                            int64_t unit_size, const SortTensors& t) {
+                            int64_t unit_size, const SortTensors& t, bool flat_ids = false,
+                            int64_t num_zero_experts = 0) {
   const auto on_boundary = [](const TensorView& view) {
     return reinterpret_cast<uintptr_t>(view.data) % sizeof(FourWords) == 0;
   };
@@ -21,7 +23,9 @@ inline SortShape sort_shape(int64_t num_tokens, int64_t num_experts, int64_t top
           static_cast<int>(unit_size),
           Divisor::of(static_cast<uint32_t>(topk)),
           Divisor::of(static_cast<uint32_t>(unit_size)),
-          unit_size % 4 == 0 && on_boundary(t.sorted_ids) && on_boundary(t.sorted_weights)};
+          unit_size % 4 == 0 && on_boundary(t.sorted_ids) && on_boundary(t.sorted_weights),
+          flat_ids,
+          static_cast<int>(num_experts - num_zero_experts)};
 }
 
 inline SortParams sort_params(const SortTensors& t) {
@@ -49,31 +53,70 @@ inline unsigned zeroing_blocks(uint64_t num_bytes, const DeviceLimits& limits) {
       std::min<uint64_t>(wanted, std::max(1, limits.num_compute_units - 1)));
 }
 
-// How waves take rows of logits: several in groups of lanes (group_topk.h), or one in so many registers
-// of a lane (row_topk.h).
+// How waves take rows of logits: several in groups of lanes, by lists (group_topk.h) or as f32 keys
+// (key_topk.h), or one in so many registers of a lane (row_topk.h).
+enum class RowsBy { wave, lists, keys };
+
 struct RowChoice {
-  bool in_groups;
-  GroupShape group;
-  int values;  // registers of a lane
+  RowsBy by;
+  GroupShape group;  // of lists and keys
+  int values;        // registers of a lane
   int rows_per_wave;
-  bool wide;
+  int lds_bytes;  // of each wave
+  RowFormat format;
+  int64_t row_stride;   // in items of the class of rows
+  int max_threads = 0;  // of a workgroup; 0 for those of max_row_threads()
 };
 
-inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk, bool need_renorm,
-                             int wave_size) {
-  RowChoice choice{false, {}, row_values(num_experts, wave_size), 1, false};
-  if (gating.dtype == DType::f32 || !need_renorm || topk > kMaxGroupTopk ||
-      num_experts > kMaxGroupExperts) {
-    return choice;
+// The measurements are in group_topk.h and key_topk.h. Lists of f32 logits are for short rows and few tokens. For
+// 16-bit logits, a step per winner takes half of the time that it does for f32, and no longer than keys where
+// winners and tokens are few.
+inline RowsBy choose_kind(const TensorView& gating, int num_experts, int topk, bool need_renorm) {
+  constexpr int kShortRow = 128, kFewF32Logits = 64 * 256;
+  if (!need_renorm) return RowsBy::wave;
+  const bool is_f32 = gating.dtype == DType::f32;
+  const int64_t num_tokens = gating.shape[0];
+  if (topk <= kMaxGroupTopk && num_experts <= kMaxGroupExperts &&
+      (!is_f32 || num_experts <= kShortRow || num_tokens * num_experts <= kFewF32Logits)) {
+    return RowsBy::lists;
   }
-  choice.in_groups = true;
-  choice.group = group_shape(static_cast<int>(gating.shape[0]), num_experts, topk);
+  const bool is_long = num_experts > 512;
+  const int few = is_f32 || topk > (is_long ? 12 : 16) ? 0 : is_long ? 4 : 128;
+  return has_key_group(num_experts, topk) && num_tokens > few ? RowsBy::keys : RowsBy::wave;
+}
+
+// `lds_is_full`: there is none for keys.
+inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk, bool need_renorm,
+                             int wave_size, bool lds_is_full = false) {
+  const LogitType type = gating.dtype == DType::f32   ? LogitType::f32
+                         : gating.dtype == DType::f16 ? LogitType::f16
+                                                      : LogitType::bf16;
+  RowChoice choice{choose_kind(gating, num_experts, topk, need_renorm),
+                   {},
+                   row_values(num_experts, wave_size),
+                   1,
+                   0,
+                   {0, type},
+                   gating.stride[0]};
+  if (choice.by == RowsBy::keys && lds_is_full) choice.by = RowsBy::wave;
+  if (choice.by == RowsBy::wave) return choice;
+  const int num_tokens = static_cast<int>(gating.shape[0]);
+  if (choice.by == RowsBy::lists) {
+    choice.group = group_shape(num_tokens, num_experts, topk);
+  } else {
+    choice.group = key_group_shape(num_experts, topk);
+    choice.lds_bytes = best_keys_lds_bytes(wave_size);
+    choice.row_stride *= gating.itemsize;
+  }
   choice.values = choice.group.values;
+  if (choice.by == RowsBy::lists && type == LogitType::f32) {
+    choice.values = list_registers<float>(choice.values);
+  }
   choice.rows_per_wave = wave_size / choice.group.lanes;
   const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
-  choice.wide = on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
-                on_boundary(gating.stride[0] * gating.itemsize) &&
-                on_boundary(num_experts * gating.itemsize);
+  choice.format.wide = on_boundary(reinterpret_cast<uintptr_t>(gating.data)) &&
+                       on_boundary(gating.stride[0] * gating.itemsize) &&
+                       on_boundary(num_experts * gating.itemsize);
   return choice;
 }
 
@@ -82,20 +125,28 @@ struct RowsTag {
   using type = Rows;
 };
 
-// Calls f(RowsTag<WaveRow or GroupRows of the logit type>{}).
+// Calls f(RowsTag<WaveRow or GroupRows of the logit type, or KeyRows>{}).
 template <typename F>
 void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
-  const auto in_groups = [&](auto logit) {
+  const auto is = [&](int lanes, int values, int best) {
+    return choice.group.lanes == lanes && choice.group.values == values &&
+           choice.group.best == best;
+  };
+  const auto by_lists = [&](auto logit) {
     using T = decltype(logit);
-    const auto is = [&](int lanes, int values, int best) {
-      return choice.group.lanes == lanes && choice.group.values == values &&
-             choice.group.best == best;
-    };
     if (is(8, 16, 4)) return f(RowsTag<GroupRows<T, 8, 16, 4>>{});
     if (is(8, 16, 8)) return f(RowsTag<GroupRows<T, 8, 16, 8>>{});
     if (is(16, 16, 8)) return f(RowsTag<GroupRows<T, 16, 16, 8>>{});
-    if (is(8, 32, 8)) return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    if constexpr (!std::is_same_v<T, float>) {  // so many f32 logits go by keys
+      if (is(8, 32, 8)) return f(RowsTag<GroupRows<T, 8, 32, 8>>{});
+    }
     return f(RowsTag<GroupRows<T, 32, 16, 8>>{});
+  };
+  const auto by_keys = [&] {
+    if (is(8, 32, 8)) return f(RowsTag<KeyRows<8, 32, 8>>{});
+    if (is(32, 16, 16)) return f(RowsTag<KeyRows<32, 16, 16>>{});
+    if (is(32, 32, 16)) return f(RowsTag<KeyRows<32, 32, 16>>{});
+    return f(RowsTag<KeyRows<32, 32, 32>>{});
   };
   const auto by_wave = [&](auto logit) {
     using T = decltype(logit);
@@ -115,13 +166,14 @@ void dispatch_rows(DType dtype, const RowChoice& choice, F f) {
         return f(RowsTag<WaveRow<T, 0>>{});
     }
   };
+  if (choice.by == RowsBy::keys) return by_keys();
   switch (dtype) {
     case DType::f32:
-      return by_wave(float{});
+      return choice.by == RowsBy::lists ? by_lists(float{}) : by_wave(float{});
     case DType::f16:
-      return choice.in_groups ? in_groups(F16{}) : by_wave(F16{});
+      return choice.by == RowsBy::lists ? by_lists(F16{}) : by_wave(F16{});
     default:
-      return choice.in_groups ? in_groups(Bf16{}) : by_wave(Bf16{});
+      return choice.by == RowsBy::lists ? by_lists(Bf16{}) : by_wave(Bf16{});
   }
 }
 

@@ -3,12 +3,12 @@
 //   gating [M, E] f32/f16/bf16, inner stride 1, rows `row_stride` items apart
 //   topk_weights f32 [M, K], topk_indices i32 [M, K], token_expert_indices i32 [M, K] = k*M + row
 //
-// A wave takes one row (row_topk.h) or several (group_topk.h), kWavesPerBlock waves form a workgroup; they
-// share nothing, so there is no LDS and no barrier.
+// A wave takes one row (row_topk.h) or several (group_topk.h, key_topk.h), kWavesPerBlock waves form a
+// workgroup; they share nothing, so there is no barrier, and LDS is a wave's own.
 #pragma once
 
 #include "device/cluster.h"
-#include "group_topk.h"
+#include "key_topk.h"
 
 namespace aiter {
 
@@ -16,10 +16,10 @@ constexpr int kWavesPerBlock = 4;
 
 struct TopkSoftmaxParams {
   const void* gating;
-  int64_t row_stride;  // in items
+  int64_t row_stride;  // in items of the class of rows
   int num_tokens, num_experts, topk;
   bool need_renorm;
-  bool wide_rows;  // group_topk.h
+  RowFormat row_format;
   float* topk_weights;
   int32_t* topk_indices;
   int32_t* token_expert_indices;
@@ -43,6 +43,7 @@ struct TopkSoftmaxSink {
 template <typename Rows>
 __global__ void AITER_LAUNCH_BOUNDS(kWavesPerBlock* kMaxWaveSize)
     topk_softmax_kernel(TopkSoftmaxParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
   if constexpr (Rows::kIsUsed) {
@@ -52,9 +53,14 @@ __global__ void AITER_LAUNCH_BOUNDS(kWavesPerBlock* kMaxWaveSize)
     const int64_t row = first + Rows::row_in_wave();
     const bool valid = row < p.num_tokens;
     Rows logits;
+    if constexpr (kUsesLds<Rows>) {
+      logits.use(lds_base + uniform_wave_idx() * best_keys_lds_bytes(kWaveSize));
+    } else {
+      (void)lds_base;
+    }
     logits.load(static_cast<const typename Rows::Item*>(p.gating) +
                     (valid ? row : p.num_tokens - 1) * p.row_stride,
-                p.num_experts, p.wide_rows);
+                p.num_experts, p.row_format);
     TopkSoftmaxSink sink{p, row};
     wave_topk(logits, p.num_experts, p.topk, p.need_renorm, valid, sink);
   }

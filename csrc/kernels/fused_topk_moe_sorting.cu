@@ -3,6 +3,9 @@
 
 #include "fused_topk_moe_sorting.h"
 #include "fused_topk_moe_sorting_api.h"
+#include "fused_topk_moe_sorting_rules.h"
+#include "rule_checks.h"
+#include "rule_launch.h"
 #include "sort_launch.h"
 
 namespace aiter {
@@ -11,10 +14,11 @@ namespace {
 // The numbers of routing workgroups that are chosen from, unasked, as far as the device has clusters.
 constexpr int kClusterSizes[] = {1, 8, 16};
 
-// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows.
+// Whether each of `cluster_size` routing workgroups has LDS for its share of the rows. What top-k by keys needs
+// beside is no condition, as the rows go without where there is none left.
 bool fits(int num_tokens, int num_experts, int topk, int cluster_size, const DeviceLimits& limits) {
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
-  return fused_lds(num_rows, num_experts, topk, cluster_size).total <=
+  return fused_lds(num_rows, num_experts, topk, cluster_size, 0).total <=
          static_cast<size_t>(limits.lds_bytes);
 }
 
@@ -77,7 +81,9 @@ int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bo
                                      : waves_for(shape.num_experts) + std::min(entry_waves, 4));
   }
   const int most =
-      std::min(limits.max_threads_per_block, max_row_threads(rows.values)) / limits.wave_size;
+      std::min(limits.max_threads_per_block,
+               rows.max_threads != 0 ? rows.max_threads : max_row_threads(rows.values)) /
+      limits.wave_size;
   return std::clamp((wanted + kTotalsAtOnce - 1) / kTotalsAtOnce * kTotalsAtOnce, kTotalsAtOnce,
                     most);
 }
@@ -86,9 +92,11 @@ FusedConfig choose_config(const SortShape& shape, const RowChoice& rows, uint64_
                           int size, bool one_token, const DeviceLimits& limits) {
   FusedConfig config;
   config.tokens_per_block = (shape.num_tokens + size - 1) / size;
-  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size);
-  config.launch.num_threads = limits.wave_size * choose_waves(shape, rows, config.tokens_per_block,
-                                                              size == 1, one_token, limits);
+  const int num_waves =
+      choose_waves(shape, rows, config.tokens_per_block, size == 1, one_token, limits);
+  config.lds = fused_lds(config.tokens_per_block, shape.num_experts, shape.topk, size,
+                         num_waves * rows.lds_bytes);
+  config.launch.num_threads = limits.wave_size * num_waves;
   config.launch.num_blocks = (size + zeroing_blocks(zero_bytes, limits) + size - 1) / size * size;
   config.launch.lds_bytes = config.lds.total;
   config.launch.cluster_size = size;
@@ -131,8 +139,10 @@ int64_t fused_topk_moe_sorting_max_tokens(int64_t num_experts, int64_t topk, int
 }
 
 struct FusedLaunch {
-  void (*kernel)(FusedParams);
+  void (*kernel)(FusedParams);  // of plain softmax in the slot format, else null and
+  FusedRulesKernel rules_kernel;
   FusedParams params;
+  FusedRule rule;  // of the latter
   LaunchShape shape;
   DeviceLimits limits;
   int device_index;
@@ -140,35 +150,118 @@ struct FusedLaunch {
 
 namespace {
 
-FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
-  check_experts_and_topk(args.num_experts, args.topk);
-  check_gating(args.gating_output, args.num_experts);
-  const int64_t num_tokens = args.gating_output.shape[0];
-  check_sort_tensors(args.sort, num_tokens, args.num_experts, args.topk, args.unit_size);
-  check_placement(args.sort, {&args.gating_output});
+// Which kernels take a call, and how many experts and slots its sort has.
+struct Problem {
+  RoutingRule rule;
+  bool by_rule;
+  int64_t num_experts, num_slots;  // E + S + Z, K + S
+};
 
+Problem problem_of(const FusedTopkMoeSortingArgs& args) {
+  Problem problem;
+  problem.by_rule = args.rule || args.correction_bias || args.topk_weights || args.flat_ids;
+  problem.rule =
+      args.rule ? RoutingRule::of(args.rule->data()) : RoutingRule::plain(args.need_renorm);
+  problem.num_experts = args.num_experts + problem.rule.num_zero_experts;
+  problem.num_slots = args.topk + problem.rule.num_shared_experts;
+  return problem;
+}
+
+void check_topk_out(const FusedTopkMoeSortingArgs& args, int64_t num_slots) {
+  if (!args.topk_weights) return;
+  for (const TensorView* t : {&*args.topk_weights, &*args.topk_ids}) {
+    check_dtype(*t, {t == &*args.topk_weights ? DType::f32 : DType::i32});
+    check_shape(*t, {args.gating_output.shape[0], num_slots});
+    check_rows(*t);
+  }
+  const SortTensors& sort = args.sort;
+  check_same_device({&args.gating_output, &*args.topk_weights, &*args.topk_ids});
+  check_no_overlap({&*args.topk_weights, &*args.topk_ids},
+                   {&sort.sorted_ids, &sort.sorted_weights, &sort.sorted_expert_ids,
+                    &sort.num_valid_ids, &sort.moe_buf},
+                   {&args.gating_output, or_null(args.correction_bias), sort.expert_mask_or_null(),
+                    sort.num_local_tokens_or_null()});
+}
+
+void check(const FusedTopkMoeSortingArgs& args, const Problem& problem) {
+  const int64_t num_tokens = args.gating_output.shape[0];
+  const int64_t num_zero = problem.rule.num_zero_experts;
+  if (problem.by_rule) {
+    check_num_logits(problem.rule, args.gating_output, args.num_experts);
+    check_rule(problem.rule, args.correction_bias, args.gating_output, problem.num_slots);
+  } else {
+    check_experts_and_topk(args.num_experts, args.topk);
+    check_gating(args.gating_output, args.num_experts);
+  }
+  check_sort_tensors(args.sort, num_tokens, args.num_experts + (args.flat_ids ? num_zero : 0),
+                     problem.num_slots, args.unit_size, args.flat_ids ? num_zero : 0);
+  if (args.correction_bias) {
+    check_placement(args.sort, {&args.gating_output, &*args.correction_bias});
+  } else {
+    check_placement(args.sort, {&args.gating_output});
+  }
+  check_topk_out(args, problem.num_slots);
+}
+
+FusedRule fused_rule(const FusedTopkMoeSortingArgs& args, const Problem& problem) {
+  FusedRule rule{};
+  rule.row = row_rule(problem.rule, args.correction_bias, args.gating_output, problem.num_slots);
+  if (args.topk_weights) {
+    rule.topk_weights = static_cast<float*>(args.topk_weights->data);
+    rule.topk_ids = static_cast<int32_t*>(args.topk_ids->data);
+    rule.weights_stride = args.topk_weights->stride[0];
+    rule.ids_stride = args.topk_ids->stride[0];
+  }
+  return rule;
+}
+
+FusedLaunch checked_launch(const FusedTopkMoeSortingArgs& args) {
+  const Problem problem = problem_of(args);
+  check(args, problem);
+  const int64_t num_tokens = args.gating_output.shape[0];
   const int device_index = args.gating_output.device_index;
   const DeviceLimits limits = device_limits(device_index);
   const SortShape shape =
-      sort_shape(num_tokens, args.num_experts, args.topk, args.unit_size, args.sort);
-  const RowChoice rows = choose_rows(args.gating_output, shape.num_experts, shape.topk,
-                                     args.need_renorm, limits.wave_size);
+      sort_shape(num_tokens, problem.num_experts, problem.num_slots, args.unit_size, args.sort,
+                 args.flat_ids, problem.rule.num_zero_experts);
+  FusedRule rule{};
+  if (problem.by_rule) rule = fused_rule(args, problem);
+  const auto choose = [&](bool lds_is_full) {
+    if (problem.by_rule) {
+      rule.row.in_memory = lds_is_full;
+      return rule_row_choice(rule.row, args.gating_output, limits.wave_size);
+    }
+    return choose_rows(args.gating_output, shape.num_experts, shape.topk, args.need_renorm,
+                       limits.wave_size, lds_is_full);
+  };
+  RowChoice rows = choose(false);
   const int cluster_size = check_cluster_size(args.cluster_size, shape, rows, limits);
 
   FusedParams params;
   params.gating = args.gating_output.data;
-  params.row_stride = args.gating_output.stride[0];
   params.shape = shape;
   params.sort = sort_params(args.sort);
   params.need_renorm = args.need_renorm;
-  params.wide_rows = rows.wide;
   params.one_token = cluster_size == 1 && is_one_token(shape, params.sort);
-  const FusedConfig config = choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens,
-                                           cluster_size, params.one_token, limits);
+  const auto configure = [&] {
+    return choose_config(shape, rows, params.sort.row_bytes * shape.num_tokens, cluster_size,
+                         params.one_token, limits);
+  };
+  FusedConfig config = configure();
+  if (config.launch.lds_bytes > static_cast<size_t>(limits.lds_bytes)) {
+    rows = choose(true);
+    config = configure();
+  }
+  params.row_stride = rows.row_stride;
+  params.row_format = rows.format;
   params.cluster_size = cluster_size;
   params.tokens_per_block = config.tokens_per_block;
   params.lds = config.lds;
-  FusedLaunch prepared{nullptr, params, config.launch, limits, device_index};
+  FusedLaunch prepared{nullptr, nullptr, params, rule, config.launch, limits, device_index};
+  if (problem.by_rule) {
+    prepared.rules_kernel = fused_rules_kernel(rule.row);
+    return prepared;
+  }
   dispatch_rows(args.gating_output.dtype, rows, [&](auto tag) {
     prepared.kernel = fused_topk_moe_sorting_kernel<typename decltype(tag)::type>;
   });
@@ -183,8 +276,13 @@ std::shared_ptr<const FusedLaunch> prepare_fused_launch(const FusedTopkMoeSortin
 
 void make_fused_launch(const FusedLaunch& prepared, void* stream) {
   const DeviceGuard guard(prepared.device_index);
-  launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
-         prepared.params);
+  if (prepared.kernel != nullptr) {
+    launch(prepared.kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
+           prepared.params);
+  } else {
+    launch(prepared.rules_kernel, prepared.limits, prepared.shape, static_cast<hipStream_t>(stream),
+           prepared.params, prepared.rule);
+  }
 }
 
 void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, void* stream) {
@@ -198,6 +296,9 @@ void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, v
   sort.moe_buf = static_cast<unsigned char*>(memory[kMoeBuf]);
   sort.expert_mask = static_cast<const int32_t*>(memory[kExpertMask]);
   sort.num_local_tokens = static_cast<const int32_t*>(memory[kNumLocalTokens]);
+  moved.rule.row.bias = memory[kCorrectionBias];
+  moved.rule.topk_weights = static_cast<float*>(memory[kTopkWeights]);
+  moved.rule.topk_ids = static_cast<int32_t*>(memory[kTopkIds]);
   make_fused_launch(moved, stream);
 }
 

@@ -67,7 +67,9 @@ Tiling check(const MoeSortingOpusArgs& args) {
   check_dtype(args.topk_weights, {DType::f32});
   check_shape(args.topk_weights, {num_tokens, topk});
   check_contiguous(args.topk_weights);
-  check_sort_tensors(args.sort, num_tokens, args.num_experts, topk, args.unit_size);
+  check_range("num_zero_experts", args.num_zero_experts, 0, args.num_experts - 1);
+  check_sort_tensors(args.sort, num_tokens, args.num_experts, topk, args.unit_size,
+                     args.num_zero_experts);
   const Tiling tiling = choose_tiling(num_tokens, static_cast<int>(args.num_experts),
                                       static_cast<int>(topk), args.dispatch_policy);
   check_workspace(args.workspace, workspace_bytes(tiling, args.num_experts));
@@ -123,7 +125,7 @@ void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   params.topk_ids = static_cast<const int32_t*>(args.topk_ids.data);
   params.topk_weights = static_cast<const float*>(args.topk_weights.data);
   params.shape = sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1],
-                            args.unit_size, args.sort);
+                            args.unit_size, args.sort, args.flat_ids, args.num_zero_experts);
   params.sort = sort_params(args.sort);
   params.workspace = args.workspace ? static_cast<uint32_t*>(args.workspace->data) : nullptr;
   params.tile_words = tiling.tile_words;

@@ -32,7 +32,7 @@ void check_gating(const TensorView& gating_output, int64_t num_experts) {
 }
 
 void check_sort_tensors(const SortTensors& tensors, int64_t num_tokens, int64_t num_experts,
-                        int64_t topk, int64_t unit_size) {
+                        int64_t topk, int64_t unit_size, int64_t num_zero_experts) {
   constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();
   check_range("unit_size", unit_size, 1, kMaxSlots);
   const int64_t slots = num_tokens * topk + num_experts * unit_size - topk;
@@ -62,12 +62,12 @@ void check_sort_tensors(const SortTensors& tensors, int64_t num_tokens, int64_t 
   check_contiguous(tensors.moe_buf);
   if (const TensorView* mask = tensors.expert_mask_or_null()) {
     check_dtype(*mask, {DType::i32});
-    check_shape(*mask, {num_experts});
+    check_shape(*mask, {num_experts - num_zero_experts});
     check_contiguous(*mask);
   }
   if (const TensorView* local = tensors.num_local_tokens_or_null()) {
     check_dtype(*local, {DType::i32});
-    check_shape(*local, {1});
+    if (local->ndim != 0) check_shape(*local, {1});
   }
 }
 

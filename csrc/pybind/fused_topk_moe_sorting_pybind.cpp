@@ -12,11 +12,11 @@ namespace {
 // Reads `out` if it is a tuple of tensors of exactly the sizes in `expected`, an
 // aiter.routing.buffers.Buffers.
 bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort) {
-  if (!aiter::is_tuple_of(aiter::kNumFusedOutputs, expected)) {
+  if (!aiter::is_tuple_of(aiter::kNumSortedBuffers, expected)) {
     throw py::type_error("expected: expected a tuple of 5, got " +
                          aiter::detail::type_name(expected));
   }
-  if (!aiter::is_tuple_of(aiter::kNumFusedOutputs, out)) return false;
+  if (!aiter::is_tuple_of(aiter::kNumSortedBuffers, out)) return false;
   const auto output = [&](int index) { return py::handle(PyTuple_GET_ITEM(out.ptr(), index)); };
   if (!aiter::read_exchanged(output(0), "sorted_ids", sort.sorted_ids) ||
       !aiter::read_exchanged(output(1), "sorted_weights", sort.sorted_weights) ||
@@ -43,8 +43,8 @@ bool read_outputs(py::handle out, py::handle expected, aiter::SortTensors& sort)
 void check_layouts(py::handle layouts) {
   using aiter::is_tuple_of;
   bool fits = is_tuple_of(2, layouts) &&
-              is_tuple_of(aiter::kNumFusedOutputs, PyTuple_GET_ITEM(layouts.ptr(), 1));
-  for (int i = 0; fits && i < aiter::kNumFusedOutputs; ++i) {
+              is_tuple_of(aiter::kNumSortedBuffers, PyTuple_GET_ITEM(layouts.ptr(), 1));
+  for (int i = 0; fits && i < aiter::kNumSortedBuffers; ++i) {
     fits = is_tuple_of(3, PyTuple_GET_ITEM(PyTuple_GET_ITEM(layouts.ptr(), 1), i));
   }
   if (!fits) {
@@ -59,27 +59,73 @@ aiter::KnownCalls& known_calls() {
   return calls;
 }
 
+// What a call asks for beside its tensors, in the order of an aiter.routing.request.Request.
+struct RoutingFields {
+  py::handle topk, num_experts, model_dim, moebuf_dtype, rule, block_size, dispatch_policy,
+      id_format, cpu_wave;
+
+  static RoutingFields of(py::handle routing) {
+    if (!aiter::is_tuple_of(aiter::CallKey::kNumPlain, routing)) {
+      throw py::type_error("routing: expected a tuple of " +
+                           std::to_string(aiter::CallKey::kNumPlain) + ", got " +
+                           aiter::detail::type_name(routing));
+    }
+    const auto at = [&](int i) { return py::handle(PyTuple_GET_ITEM(routing.ptr(), i)); };
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
+  }
+  aiter::CallKey::Plain plain() const {
+    return {topk,       num_experts,     model_dim, moebuf_dtype, rule,
+            block_size, dispatch_policy, id_format, cpu_wave};
+  }
+};
+
+// `rule` is None or a bool, its need_renorm, for plain softmax.
+void set_rule(py::handle rule, py::handle correction_bias, aiter::FusedTopkMoeSortingArgs& args) {
+  args.correction_bias = aiter::optional_input_arg(correction_bias, "correction_bias");
+  if (rule.is_none()) return;
+  if (PyBool_Check(rule.ptr())) {
+    args.need_renorm = rule.ptr() == Py_True;
+  } else {
+    args.rule = aiter::packed_arg<std::tuple_size_v<aiter::RuleNumbers>>(rule, "rule");
+    args.need_renorm = (*args.rule)[aiter::kRuleNeedRenorm] != 0;
+  }
+}
+
+// `topk_out` is None or two tensors.
+void set_topk_out(py::handle topk_out, aiter::FusedTopkMoeSortingArgs& args) {
+  if (topk_out.is_none()) return;
+  if (!aiter::is_tuple_of(2, topk_out)) {
+    throw py::type_error("topk_out: expected a tuple of two tensors or None, got " +
+                         aiter::detail::type_name(topk_out));
+  }
+  args.topk_weights = aiter::tensor_arg(PyTuple_GET_ITEM(topk_out.ptr(), 0), "topk_out[0]");
+  args.topk_ids = aiter::tensor_arg(PyTuple_GET_ITEM(topk_out.ptr(), 1), "topk_out[1]");
+}
+
 // As fused_topk_moe_sorting_fwd, into outputs of exactly the expected sizes. False: nothing was
 // launched, as they are not plainly that, and the caller is to find out what they are.
 //
-// Arguments: gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-// local_expert_mask, num_local_tokens, plain, layouts. `plain`, if not None, is the tuple of what
-// fused_topk_moe_sorting_again is to know the call by, besides its tensors; `layouts`, if not None, the
-// aiter.routing.buffers.Layouts that `out` was allocated by for this call.
-py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& arguments) {
-  const auto [gating_output, out, expected, num_experts, topk, unit_size, need_renorm,
-              local_expert_mask, num_local_tokens, plain, layouts] = arguments;
+// Arguments: routing, gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out,
+// expected, layouts. fused_topk_moe_sorting_again is to know the call from then on; `layouts`, if not None,
+// is the aiter.routing.buffers.Layouts that `out` was allocated by for this call.
+py::object fused_topk_moe_sorting_into(const std::array<py::handle, 9>& arguments) {
+  const auto [routing, gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out,
+              expected, layouts] = arguments;
+  const uint64_t generation = known_calls().generation();
+  const RoutingFields fields = RoutingFields::of(routing);
   aiter::FusedTopkMoeSortingArgs args{};
   if (!read_outputs(out, expected, args.sort)) return py::bool_(false);
   args.gating_output = aiter::input_arg(gating_output, "gating_output");
   const auto views = aiter::tensors_of(args);
-  for (int i = 0; i < aiter::kNumFusedOutputs; ++i) aiter::check_memory(*views[i]);
-  args.sort.expert_mask = aiter::optional_tensor_arg(local_expert_mask, "local_expert_mask");
+  for (int i = 0; i < aiter::kNumSortedBuffers; ++i) aiter::check_memory(*views[i]);
+  args.sort.expert_mask = aiter::optional_tensor_arg(expert_mask, "local_expert_mask");
   args.sort.num_local_tokens = aiter::optional_tensor_arg(num_local_tokens, "num_local_tokens");
-  args.num_experts = aiter::int_arg(num_experts, "num_experts");
-  args.topk = aiter::int_arg(topk, "topk");
-  args.unit_size = aiter::int_arg(unit_size, "unit_size");
-  args.need_renorm = aiter::bool_arg(need_renorm, "need_renorm");
+  set_topk_out(topk_out, args);
+  args.num_experts = aiter::int_arg(fields.num_experts, "num_experts");
+  args.topk = aiter::int_arg(fields.topk, "topk");
+  args.unit_size = aiter::int_arg(fields.block_size, "unit_size");
+  set_rule(fields.rule, correction_bias, args);
+  args.flat_ids = aiter::is_flat(fields.id_format);
   void* stream = aiter::current_stream(gating_output, args.gating_output);
   if (!layouts.is_none()) check_layouts(layouts);
   auto launch = aiter::prepare_fused_launch(args);
@@ -87,10 +133,8 @@ py::object fused_topk_moe_sorting_into(const std::array<py::handle, 11>& argumen
     const aiter::ReleaseGilOnCpu release(args.gating_output);
     aiter::make_fused_launch(*launch, stream);
   }
-  if (!plain.is_none()) {
-    known_calls().remember(args, gating_output, py::cast<py::tuple>(plain), layouts,
-                           std::move(launch));
-  }
+  known_calls().remember(generation, args, gating_output,
+                         py::reinterpret_borrow<py::tuple>(routing), layouts, std::move(launch));
   return py::bool_(true);
 }
 
@@ -103,8 +147,8 @@ py::object allocate(const py::tuple& layouts, int device_index) {
   if (fills.ptr() != Py_False || !aiter::is_current_device(device_index)) return py::none();
   PyObject* const quick = PyTuple_GET_ITEM(layouts.ptr(), 0);
   PyObject* const tensors = PyTuple_GET_ITEM(layouts.ptr(), 1);
-  py::tuple outputs(aiter::kNumFusedOutputs);
-  for (int i = 0; i < aiter::kNumFusedOutputs; ++i) {
+  py::tuple outputs(aiter::kNumSortedBuffers);
+  for (int i = 0; i < aiter::kNumSortedBuffers; ++i) {
     PyObject* const layout = PyTuple_GET_ITEM(tensors, i);  // shape, strides, dtype
     PyObject* const output =
         PyObject_Vectorcall(quick, &PyTuple_GET_ITEM(layout, 0),
@@ -118,22 +162,21 @@ py::object allocate(const py::tuple& layouts, int device_index) {
 // The launch of a call like one that fused_topk_moe_sorting_into remembers: returns the outputs, `out`
 // itself or new ones. None: there is none, nothing was launched.
 //
-// Arguments: those of aiter.fused_moe.topk_softmax_sorting, and the override of the cpu target's wave
-// width; the plain ones are remembered in this order.
-py::object fused_topk_moe_sorting_again(const std::array<py::handle, 12>& arguments) {
-  const auto [gating_output, topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size,
-              expert_mask, num_local_tokens, dispatch_policy, out, cpu_wave] = arguments;
-  const auto key = aiter::CallKey::of({topk, num_experts, model_dim, moebuf_dtype, need_renorm,
-                                       block_size, dispatch_policy, cpu_wave},
-                                      out.is_none());
+// Arguments: routing, gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out.
+py::object fused_topk_moe_sorting_again(const std::array<py::handle, 7>& arguments) {
+  const auto [routing, gating_output, expert_mask, num_local_tokens, correction_bias, topk_out,
+              out] = arguments;
+  const auto key = aiter::CallKey::of(RoutingFields::of(routing).plain(), out.is_none());
   if (!key) return py::none();
   aiter::FusedMemory memory;
-  const auto call = known_calls().find(*key, gating_output, expert_mask, num_local_tokens, memory);
+  const auto call = known_calls().find(*key, gating_output, expert_mask, num_local_tokens,
+                                       correction_bias, memory);
   if (call == nullptr || aiter::is_negated(gating_output)) return py::none();
+  if (!correction_bias.is_none() && aiter::is_negated(correction_bias)) return py::none();
   const aiter::KnownTensor& gating = call->tensors[aiter::kGatingOutput];
   const auto outputs = out.is_none() ? allocate(call->layouts, gating.device_index)
                                      : py::reinterpret_borrow<py::object>(out);
-  if (!call->takes(outputs, memory) || call->overlaps(memory)) return py::none();
+  if (!call->takes(outputs, topk_out, memory) || call->overlaps(memory)) return py::none();
   if constexpr (aiter::kTargetIsGpu) {
     aiter::make_fused_launch(
         *call->launch, memory,
@@ -153,8 +196,9 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       [](py::handle gating_output, py::handle sorted_ids, py::handle sorted_weights,
          py::handle sorted_expert_ids, py::handle num_valid_ids, py::handle moe_buf,
          py::handle num_experts, py::handle topk, py::handle unit_size, py::handle need_renorm,
-         py::handle local_expert_mask, py::handle num_local_tokens, py::handle cluster_size) {
-        const aiter::FusedTopkMoeSortingArgs args{
+         py::handle local_expert_mask, py::handle num_local_tokens, py::handle cluster_size,
+         py::handle rule, py::handle correction_bias, py::handle topk_out, py::handle id_format) {
+        aiter::FusedTopkMoeSortingArgs args{
             aiter::input_arg(gating_output, "gating_output"),
             {aiter::tensor_arg(sorted_ids, "sorted_ids"),
              aiter::tensor_arg(sorted_weights, "sorted_weights"),
@@ -167,7 +211,18 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
             aiter::int_arg(topk, "topk"),
             aiter::int_arg(unit_size, "unit_size"),
             aiter::bool_arg(need_renorm, "need_renorm"),
-            cluster_size.is_none() ? 0 : aiter::int_arg(cluster_size, "cluster_size")};
+            cluster_size.is_none() ? 0 : aiter::int_arg(cluster_size, "cluster_size"),
+            {},
+            {},
+            {},
+            {},
+            aiter::is_flat(id_format)};
+        const bool asked = args.need_renorm;
+        set_rule(rule, correction_bias, args);
+        if (args.need_renorm != asked) {
+          aiter::fail_argument("need_renorm", "that of the rule", asked ? "True" : "False");
+        }
+        set_topk_out(topk_out, args);
         void* stream = aiter::current_stream(gating_output, args.gating_output);
         const aiter::ReleaseGilOnCpu release(args.gating_output);
         aiter::fused_topk_moe_sorting_fwd(args, stream);
@@ -176,7 +231,9 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
       py::arg("sorted_expert_ids"), py::arg("num_valid_ids"), py::arg("moe_buf"),
       py::arg("num_experts"), py::arg("topk"), py::arg("unit_size"), py::arg("need_renorm"),
       py::kw_only(), py::arg("local_expert_mask") = py::none(),
-      py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none());
+      py::arg("num_local_tokens") = py::none(), py::arg("cluster_size") = py::none(),
+      py::arg("rule") = py::none(), py::arg("correction_bias") = py::none(),
+      py::arg("topk_out") = py::none(), py::arg("id_format") = "slot");
   aiter::def_positional<&fused_topk_moe_sorting_into>(m, "fused_topk_moe_sorting_into");
   aiter::def_positional<&fused_topk_moe_sorting_again>(m, "fused_topk_moe_sorting_again");
   m.def("fused_topk_moe_sorting_forget", [] { known_calls().forget(); });

@@ -10,8 +10,8 @@ void moe_sorting_opus(py::handle topk_ids, py::handle topk_weights, py::handle s
                       py::handle sorted_weights, py::handle sorted_expert_ids,
                       py::handle num_valid_ids, py::handle moe_buf, py::handle num_experts,
                       py::handle unit_size, py::handle local_expert_mask,
-                      py::handle num_local_tokens, py::handle workspace,
-                      py::handle dispatch_policy) {
+                      py::handle num_local_tokens, py::handle workspace, py::handle dispatch_policy,
+                      py::handle id_format, py::handle num_zero_experts) {
   const aiter::MoeSortingOpusArgs args{
       aiter::tensor_arg(topk_ids, "topk_ids"),
       aiter::input_arg(topk_weights, "topk_weights"),
@@ -24,7 +24,9 @@ void moe_sorting_opus(py::handle topk_ids, py::handle topk_weights, py::handle s
       aiter::int_arg(num_experts, "num_experts"),
       aiter::int_arg(unit_size, "unit_size"),
       aiter::optional_tensor_arg(workspace, "workspace"),
-      aiter::int_arg(dispatch_policy, "dispatch_policy")};
+      aiter::int_arg(dispatch_policy, "dispatch_policy"),
+      aiter::is_flat(id_format),
+      aiter::int_arg(num_zero_experts, "num_zero_experts")};
   void* stream = aiter::current_stream(topk_ids, args.topk_ids);
   const aiter::ReleaseGilOnCpu release(args.topk_ids);
   kRun(args, stream);
@@ -40,7 +42,8 @@ void define(py::module_& m, const char* name, Function function) {
         py::arg("sorted_weights"), py::arg("sorted_expert_ids"), py::arg("num_valid_ids"),
         py::arg("moe_buf"), py::arg("num_experts"), py::arg("unit_size"),
         py::arg("local_expert_mask") = py::none(), py::arg("num_local_tokens") = py::none(),
-        py::arg("workspace") = py::none(), py::arg("dispatch_policy") = 0);
+        py::arg("workspace") = py::none(), py::arg("dispatch_policy") = 0,
+        py::arg("id_format") = "slot", py::arg("num_zero_experts") = 0);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ import torch
 from aiter import fused_moe
 from aiter.cli import selftest, selftest_checks
 from aiter.cli.selftest_checks import CHECKS, Skipped, difference, expected_route, logits_of
+from aiter.jit import BuildError
 
 CPU = torch.device("cpu")
 GPU_CHECKS = [name for name in CHECKS if name.startswith(("graph", "side", "two", "a device"))]
@@ -30,7 +31,7 @@ def test_report(few: None, capsys: pytest.CaptureFixture[str]) -> None:
     for name in CHECKS:
         result = "skipped: needs a GPU" if name in GPU_CHECKS else "right"
         assert report.count(f"\n{name:<29}  {result}\n") == 2, name
-    assert report.endswith("selftest: passed on cpu\n")
+    assert report.endswith("selftest: all right on cpu\n")
 
 
 def test_a_wrong_routing_fails(
@@ -46,8 +47,24 @@ def test_a_wrong_routing_fails(
     monkeypatch.setattr(fused_moe, "topk_softmax_sorting", wrong)
     assert selftest.main(["--device", "cpu", "--wave", "64", "--quick"]) == 1
     output = capsys.readouterr()
-    assert "selftest: FAILED on cpu" in output.out
+    assert "selftest: NOT all right on cpu" in output.out
     assert "policy 1, M=3 E=16 K=2 normal torch.float32: sorted_ids[0]: expected" in output.err
+
+
+def test_what_ends_the_test_is_its_last_line(
+    few: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that cannot be built, say: no report without a line that says all right or not."""
+
+    def broken(*arguments: object) -> None:
+        raise BuildError("module_x", "cpu-wave64", "the compiler exited with status 1")
+
+    monkeypatch.setattr(selftest, "_report", broken)
+    assert selftest.main(["--device", "cpu"]) == 1
+    output = capsys.readouterr()
+    last = output.out.splitlines()[-1]
+    assert last == "selftest: NOT all right on cpu: 1 wrong, the first of them above"
+    assert "raised BuildError: building module_x for cpu-wave64 failed" in output.err
 
 
 def test_a_wrong_op_fails(

@@ -7,8 +7,8 @@ model of which changes an op must refuse. An accepted call, changed or not, must
 that says what was expected and what came, and leave every output as it was; an unchanged one must
 be accepted. Guards around all outputs must survive in any case.
 
-Where the contract leaves a result open (ids that repeat in a row, a mask of other numbers than 0
-and 1), the arguments are `Unjudged` and only the guards are looked at.
+Where the contract leaves a result open (a mask of other numbers than 0 and 1), the arguments are
+`Unjudged` and only the guards are looked at.
 """
 
 from __future__ import annotations
@@ -223,7 +223,13 @@ class Ops:
     def _moe_sorting_opus(self, rng: random.Random) -> Call:
         tokens, experts, topk, block = shape = _shape(rng)
         call = Call(aiter.moe_sorting_opus_fwd, {}, check_opus)
-        rows = [rng.sample(range(experts), topk) for _ in range(tokens)]
+        kind = rng.choice(("distinct", "distinct", "any", "outside"))
+        outside = (-1, experts, 2**31 - 1, -(2**31)) if kind == "outside" else ()
+        choices = (*range(experts), *outside)
+        rows = [
+            rng.sample(choices, topk) if kind == "distinct" else rng.choices(choices, k=topk)
+            for _ in range(tokens)
+        ]
         ids = torch.tensor(rows, dtype=torch.int32).reshape(tokens, topk)
         weights = torch.tensor(
             [rng.random() for _ in range(tokens * topk)], dtype=torch.float32

@@ -45,6 +45,19 @@ def _sorting(policy: int) -> Run:
     return run
 
 
+def _repeats(policy: int) -> Run:
+    """The sort of ids that repeat in a row, and of some that are no expert's."""
+
+    def run(case: Case, target: Target) -> object:
+        size = aiter.moe_sorting_opus_get_workspace_size
+        generator = torch.Generator().manual_seed(0)
+        shape = (case.num_tokens, case.topk)
+        ids = torch.randint(-1, min(5, case.num_experts), shape, generator=generator).int()
+        return run_moe_sorting(case, target, aiter.moe_sorting_opus_fwd, policy, size, ids)
+
+    return run
+
+
 def _routing(policy: int) -> Run:
     return lambda case, target: run_routing(case, target, policy)
 
@@ -59,6 +72,8 @@ RUNS: dict[str, Run] = {
     "topk_softmax": _topk_softmax,
     "sorting oneshot": _sorting(1),
     "sorting multiphase": _sorting(2),
+    "repeated ids oneshot": _repeats(1),
+    "repeated ids multiphase": _repeats(2),
     "routing automatic": _routing(0),
     "routing oneshot": _routing(1),
     "routing multiphase": _routing(2),

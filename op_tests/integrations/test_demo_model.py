@@ -29,6 +29,16 @@ def test_tokens_are_equal(target: Target, capsys: pytest.CaptureFixture[str]) ->
         assert sum(map(int, calls)) == 3
 
 
+def test_deepseek_v3(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert main(["demo", "--model", "deepseek-v3", *SMALL, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens equal to the untouched model's: 6 of 6" in printed
+    rows = [line for line in printed.splitlines() if line.startswith("model.layers.")]
+    assert "no experts" in rows[0] and re.search(r"(fused|oneshot|multiphase): \d+ calls", rows[1])
+    assert len(rows) == 2
+
+
 def test_other_tokens_are_noticed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from toy import Toy
 
-from aiter.jit import envs
+from aiter.jit import compilers, envs
 
 _PR_CAPBSET_DROP = 24
 _CAP_DAC_OVERRIDE = 1
@@ -83,3 +83,13 @@ def _drop_write(path: Path, changed: list[tuple[Path, int]]) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     changed.append((path, mode))
     path.chmod(mode & ~0o222)
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH of one empty folder, and no packages that carry compilers."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(compilers, "_has_package", lambda name: False)
+    return folder

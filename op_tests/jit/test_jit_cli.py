@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from toy import MODULE, Toy, child_environment
@@ -234,3 +234,36 @@ def test_format_table() -> None:
     assert format_table(("only", "head"), []) == "only  head\n----  ----"
     with pytest.raises(ValueError, match="expected 2 cells, got 1"):
         format_table(("a", "b"), [("x",)])
+
+
+WIDE = (("name", "count", "what it is for"), [
+    ("first", "12", "a sentence that is a good deal longer than a narrow terminal is wide"),
+    ("second", "3", "/a/path/" + "without/any/space/" * 4),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 20, 29, 30, 40, 60, 93, 94, 200])
+def test_a_table_is_as_wide_as_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    table = format_table(*WIDE)
+    assert table == format_table(*WIDE, width=width)
+    assert max(map(len, table.splitlines())) <= width
+
+
+def test_a_table_for_other_programs_has_a_line_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert len(format_table(*WIDE).splitlines()) == 4
+
+
+def test_a_narrow_table_keeps_every_word(capsys: Output) -> None:
+    """Columns are wrapped where they stay readable, else each row becomes lines."""
+    wrapped = format_table(*WIDE, width=50).splitlines()
+    assert wrapped[0] == "name    count  what it is for"
+    assert [line[:13].strip() for line in wrapped[2:] if line[:13].strip()] == [
+        "first      12",
+        "second      3",
+    ]
+    records = format_table(*WIDE, width=22).split("\n\n")
+    assert records[0].splitlines()[:3] == ["name: first", "count: 12", "what it is for: a"]
+    assert " ".join(records[0].splitlines()[2:]) == f"what it is for: {WIDE[1][0][2]}"

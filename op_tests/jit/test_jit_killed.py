@@ -56,7 +56,11 @@ def kill_at(toy: Toy, stage: str, number: int) -> subprocess.Popen[str]:
     wait_for(mark.exists)
     waiting = start(toy, "print('ready', flush=True)\n" + LOAD)
     assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "ready\n"
+    # NOTE: a buffered read could take what is printed next along, and keep it from `communicate`.
+    line = b""
+    while len(line) < len("ready\n"):
+        line += os.read(waiting.stdout.fileno(), 1) or b"?"
+    assert line == b"ready\n"
     time.sleep(0.5)
     builder.send_signal(number)
     builder.communicate(timeout=PATIENCE_SECONDS)

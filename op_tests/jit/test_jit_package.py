@@ -147,3 +147,46 @@ def test_version_is_stated_once() -> None:
     assert pytest.importorskip("tomllib").loads((REPOSITORY / "pyproject.toml").read_text())[
         "project"
     ]["dynamic"] == ["version"]
+
+
+NAMED = """
+import contextlib, io, json, os
+import second.jit.load
+from second.cli.main import main
+
+said = []
+def command(*words):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            main(words)
+        except SystemExit:
+            pass
+    said.append(text.getvalue())
+
+file = second.jit.module_for("module_toy", "cpu").__file__
+command("--version")
+command("explain", "--help")
+command("build", "module_toy", "--force")
+command("status")
+os.environ["AITER_NO_BUILD"] = "1"
+os.environ["XDG_CACHE_HOME"] += "-empty"
+second.jit.load.default_loader.cache_clear()
+command("build", "module_toy")
+print(json.dumps([file, *said]))
+"""
+
+
+def test_the_same_tree_under_a_second_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cache folder, log and command line go by the name that the package has."""
+    place, caches = tmp_path / "place", tmp_path / "caches"
+    toy_package(place)
+    (place / "aiter").rename(place / "second")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    file, version, usage, built, status, forbidden = map(str, run(NAMED, PYTHONPATH=str(place)))
+    assert Path(file).is_relative_to(caches / "second" / "module_toy")
+    assert version.startswith("second ")
+    assert "usage: python -m second explain" in usage and "aiter" not in usage
+    assert built.startswith("[second] building module_toy")
+    assert f"cache folder: {caches / 'second'}\n" in status
+    assert "with `python -m second build module_toy --target" in forbidden

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import Toy
+from toy import Toy, program
 
 from aiter.jit import compilers
 from aiter.jit.cache import Entry
-from aiter.jit.compilers import Compiler, compiler_version, find_compiler
+from aiter.jit.compilers import (
+    Compiler,
+    compiler_version,
+    find_compiler,
+)
 from aiter.jit.errors import ToolchainError
 from aiter.jit.load import Loader
 from aiter.jit.rocm_flags import ROCM_FLAGS
@@ -40,24 +44,6 @@ static PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "module_toy", nullptr, 0
                                  nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit_module_toy() { return PyModuleDef_Init(&module_def); }
 """
-
-
-def program(path: Path, text: str = "#!/bin/sh\necho made up 1.0\n") -> Path:
-    """An executable file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-@pytest.fixture
-def bare_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of one empty folder, and no packages that carry compilers."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(compilers, "_has_package", lambda name: False)
-    return folder
 
 
 def test_cpu_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

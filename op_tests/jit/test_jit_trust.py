@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from toy import MODULE, Toy
+from users import ALICE, BOB, OTHERS, TEAM, as_user, only_root, place_for_all
 
-from aiter.jit.cache import Cache, write_atomically
-from aiter.jit.errors import CacheError, JitError
-
-ALICE, BOB, TEAM, OTHERS = 50001, 50002, 50010, 50011
-
-only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as other users")
+from aiter.jit.cache import Cache
+from aiter.jit.errors import CacheError
+from aiter.jit.folders import write_atomically
 
 
 def parts(toy: Toy) -> dict[str, Path]:
@@ -110,39 +106,11 @@ def test_what_is_published_is_trusted_whatever_the_umask(toy: Toy, umask: int) -
     assert modes == {0}
 
 
-def as_user(uid: int, groups: list[int], body: Callable[[], None]) -> str:
-    """Runs `body` in a child that is another user; what it raised from the loader, else ''."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 3
-        try:
-            os.setgroups(groups)
-            os.setgid(groups[0])
-            os.setuid(uid)
-            body()
-            status = 0
-        except JitError as error:
-            os.write(write_end, str(error).encode())
-            status = 0
-        except BaseException as error:  # NOTE: a forked child must not return into pytest.
-            os.write(write_end, repr(error).encode())
-        finally:
-            os._exit(status)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        text = pipe.read()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, text
-    return text
-
-
 @pytest.fixture
 def shared_place() -> Iterator[Path]:
     """A folder that every user can reach."""
-    place = Path(tempfile.mkdtemp(dir="/tmp"))
-    place.chmod(0o755)
-    yield place
-    shutil.rmtree(place)
+    with place_for_all() as place:
+        yield place
 
 
 def publish(cache: Cache, name: str) -> None:

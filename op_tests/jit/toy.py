@@ -154,3 +154,11 @@ MODULE = {MODULE!r}
 def child_environment(**variables: str) -> dict[str, str]:
     """The environment for a Python process that imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
+
+
+def program(path: Path, text: str = "#!/bin/sh\necho made up 1.0\n") -> Path:
+    """An executable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path

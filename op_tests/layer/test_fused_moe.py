@@ -24,7 +24,8 @@ from torch import Tensor
 
 from aiter import ActivationType
 from aiter import fused_moe as layer
-from aiter.layer.experts import BACKENDS, CHUNK_BYTES
+from aiter.layer.experts import BACKENDS
+from aiter.layer.graph import CHUNK_BYTES
 from aiter.layer.triton_experts import why_not
 from aiter.reference.layer import moe_layer
 
@@ -92,7 +93,7 @@ def test_weights_in_chunks(target: Target, monkeypatch: pytest.MonkeyPatch) -> N
     """A copy of the weights that is cut into chunks gives the same result."""
     whole = run_layer(BASE, target, "block_bmm")
     inputs = make_layer(BASE, target.device)
-    monkeypatch.setattr("aiter.layer.experts.CHUNK_BYTES", 2 * inputs.w1[0].numel() * 4)
+    monkeypatch.setattr("aiter.layer.graph.CHUNK_BYTES", 2 * inputs.w1[0].numel() * 4)
     assert CHUNK_BYTES > inputs.w1.numel() * 4
     torch.testing.assert_close(run_layer(BASE, target, "block_bmm"), whole, rtol=1e-6, atol=1e-6)
 

@@ -6,7 +6,9 @@ Two processes meet in a file: gloo on the CPU, NCCL where there are two GPUs. Wh
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,20 @@ def test_what_does_not_fit_is_refused() -> None:
     inputs = make_layer(BASE, "cpu")
     with pytest.raises(ValueError, match="w1: expected 4 of 8 experts, as shard, got 8 of 8"):
         fused_moe_expert_parallel(inputs.hidden, inputs.w1, inputs.w2, inputs.logits, 3, shard)
+
+
+def test_shards_are_values() -> None:
+    """They compare, hash, print and copy by what they name, and are made under any default device."""
+    shard, same = (expert_shard(8, 1, 2, "cpu") for _ in range(2))
+    assert shard == same and hash(shard) == hash(same) and {shard, same} == {shard}
+    assert repr(shard) == "ExpertShard(first=4, count=4, num_experts=8, device='cpu')"
+    assert copy.deepcopy(shard) == shard == pickle.loads(pickle.dumps(shard))
+    others = (
+        expert_shard(8, 0, 2, "cpu"),
+        expert_shard(9, 1, 2, "cpu"),
+        expert_shard(8, 1, 2, "meta"),
+    )
+    assert all(shard != other for other in (*others, "a shard", None))
+    with torch.device("meta"):
+        made = expert_shard(8, 1, 2, "cpu")
+    assert made == shard and made.mask.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]

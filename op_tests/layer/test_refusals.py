@@ -65,7 +65,11 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     refused(r"topk_ids", topk_ids=torch.ones(9, 3, dtype=torch.int64))
     refused("w1: expected a tensor, got list", TypeError, w1=[])
     refused("expert_mask: expected a tensor, got list", TypeError, expert_mask=[1] * 8)
-    refused("activation: expected an ActivationType, got str", TypeError, activation="silu")
+    refused(
+        "activation: expected an ActivationType or a function, got str",
+        TypeError,
+        activation="silu",
+    )
     refused("quant_type: expected a QuantType", TypeError, quant_type=0)
     refused("block_size_M: expected an int", TypeError, block_size_M=1.5)
     mask = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.int32)

@@ -33,6 +33,8 @@ MAX_WAVES_PER_BLOCK = constant("device/wave.h", "kMaxWavesPerBlock")
 MIN_WAVE_SIZE = constant("device/wave.h", "kMinWaveSize")
 MAX_GROUP_EXPERTS = constant("group_topk.h", "kMaxGroupExperts")
 MAX_GROUP_TOPK = constant("group_topk.h", "kMaxGroupTopk")
+MAX_KEY_TOPK = constant("key_topk.h", "kMaxKeyTopk")
+CANDIDATES_PER_LANE = constant("best_keys.h", "kCandidatesPerLane")
 FEW_TOKENS = constant("group_topk.h", "kFewTokens")
 MAX_ROW_EXPERTS = constant("row_topk.h", "kMaxRowExperts")
 ZERO_BYTES_PER_BLOCK = constant("sort_launch.h", "kZeroBytesPerBlock")
@@ -41,6 +43,7 @@ TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
 
 Shape = tuple[int, int, int, int]
 _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+LOGIT_TYPES = tuple(_TYPE_NAMES)  # LogitType of row_topk.h
 
 
 @dataclass(frozen=True)
@@ -52,36 +55,45 @@ class RowChoice:
         values: registers of a lane that hold logits; 0 for rows that stay in memory.
         rows_per_wave: taken at once.
         wide: whether rows can be loaded 16 bytes at a time.
+        item_bytes: of what row strides count; 0 for a logit.
+        lds_bytes: of each wave.
     """
 
     name: str
     values: int
     rows_per_wave: int = 1
     wide: bool = False
+    item_bytes: int = 0
+    lds_bytes: int = 0
 
 
 def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) -> RowChoice:
     """The choice for router logits [M, E] (choose_rows of sort_launch.h)."""
     num_tokens, num_experts = gating.shape
     dtype = _TYPE_NAMES[gating.dtype]
-    in_groups = (
-        gating.dtype != torch.float32
-        and need_renorm
-        and topk <= MAX_GROUP_TOPK
+    is_f32 = gating.dtype == torch.float32
+    by_lists = (
+        topk <= MAX_GROUP_TOPK
         and num_experts <= MAX_GROUP_EXPERTS
+        and (not is_f32 or num_experts <= 128 or num_tokens * num_experts <= 64 * 256)
     )
-    if not in_groups:
+    is_long = num_experts > 512
+    few = 0 if is_f32 or topk > (12 if is_long else 16) else 4 if is_long else 128
+    by_keys = not by_lists and has_key_group(num_experts, topk) and num_tokens > few
+    if not need_renorm or not (by_lists or by_keys):
         values = row_values(num_experts, wave_size)
         return RowChoice(f"WaveRow<{dtype}, {values}>", values)
-    lanes, values, best = group_shape(num_tokens, num_experts, topk)
     size = gating.element_size()
     places = (gating.data_ptr(), gating.stride(0) * size, num_experts * size)
-    return RowChoice(
-        f"GroupRows<{dtype}, {lanes}, {values}, {best}>",
-        values,
-        wave_size // lanes,
-        all(place % 16 == 0 for place in places),
-    )
+    wide = all(place % 16 == 0 for place in places)
+    if by_lists:
+        lanes, values, best = group_shape(num_tokens, num_experts, topk)
+        name = f"GroupRows<{dtype}, {lanes}, {values}, {best}>"
+        return RowChoice(name, values * (2 if is_f32 else 1), wave_size // lanes, wide)
+    lanes, values, best = key_group_shape(num_experts, topk)
+    name = f"KeyRows<{lanes}, {values}, {best}>"
+    lds_bytes = 8 * CANDIDATES_PER_LANE * wave_size
+    return RowChoice(name, values, wave_size // lanes, wide, 1, lds_bytes)
 
 
 def group_shape(num_tokens: int, num_experts: int, topk: int) -> tuple[int, int, int]:
@@ -91,6 +103,22 @@ def group_shape(num_tokens: int, num_experts: int, topk: int) -> tuple[int, int,
     if num_experts > 128:
         return (8, 32, 8) if num_tokens > FEW_TOKENS else (16, 16, 8)
     return 8, 16, 8 if topk > 4 else 4
+
+
+def key_group_shape(num_experts: int, topk: int) -> tuple[int, int, int]:
+    """The same of key_topk.h."""
+    if topk > 16:
+        return 32, 32, 32
+    if num_experts > 512:
+        return 32, 32, 16
+    return (32, 16, 16) if topk > 8 or num_experts > 256 else (8, 32, 8)
+
+
+def has_key_group(num_experts: int, topk: int) -> bool:
+    """Whether there is one for such rows (key_topk.h)."""
+    lanes, _, best = key_group_shape(num_experts, topk)
+    least = (5 if lanes < 2 * best else 10) * best
+    return topk <= MAX_KEY_TOPK and least <= num_experts <= MAX_ROW_EXPERTS
 
 
 def row_values(num_experts: int, wave_size: int) -> int:

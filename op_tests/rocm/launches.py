@@ -18,11 +18,13 @@ from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
 from choices import (
+    LOGIT_TYPES,
     MAX_THREADS,
     MAX_WAVES_PER_BLOCK,
     SORT_LDS_WORDS,
     TARGET_TILES,
     WAVES_PER_BLOCK,
+    RowChoice,
     choose_rows,
     fused_threads,
     is_one_token,
@@ -68,8 +70,14 @@ class FusedLds(ctypes.Structure):
 
     _fields_ = [
         ("totals", _u32), ("inbox", _u32), ("hits", _u32), ("starts", _u32), ("tails", _u32),
-        ("counts", _u32), ("weights", _u32), ("experts", _u32), ("total", _u64),
+        ("counts", _u32), ("rows", _u32), ("weights", _u32), ("experts", _u32), ("total", _u64),
     ]  # fmt: skip
+
+
+class RowFormat(ctypes.Structure):
+    """row_topk.h"""
+
+    _fields_ = [("wide", _u32), ("type", _u32)]
 
 
 class FusedParams(ctypes.Structure):
@@ -79,7 +87,7 @@ class FusedParams(ctypes.Structure):
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("shape", SortShape),
         ("sort", SortParams), ("lds", FusedLds), ("cluster_size", _i32),
         ("tokens_per_block", _i32), ("one_token", _i32), ("need_renorm", ctypes.c_bool),
-        ("wide_rows", ctypes.c_bool),
+        ("row_format", RowFormat),
     ]  # fmt: skip
 
 
@@ -89,7 +97,7 @@ class TopkSoftmaxParams(ctypes.Structure):
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_tokens", _i32),
         ("num_experts", _i32), ("topk", _i32), ("need_renorm", ctypes.c_bool),
-        ("wide_rows", ctypes.c_bool), ("topk_weights", _ptr), ("topk_indices", _ptr),
+        ("row_format", RowFormat), ("topk_weights", _ptr), ("topk_indices", _ptr),
         ("token_expert_indices", _ptr),
     ]  # fmt: skip
 
@@ -129,6 +137,8 @@ class Device:
         seed: of the noise in registers and LDS, and of the order of waves and workgroups.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count LDS bank conflicts.
+        traced: whether to keep what every wave executes, in order.
+        workgroups: those that run, by the kernel's name; all of a kernel that is not named.
         statistics: of every launch so far, by kernel.
     """
 
@@ -136,6 +146,8 @@ class Device:
     seed: int = 0
     rcp_rounding: int = 0
     counts_banks: bool = False
+    traced: bool = False
+    workgroups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     statistics: dict[str, Statistics] = field(default_factory=dict)
 
     @property
@@ -157,12 +169,12 @@ class Device:
         memory = GlobalMemory()
         params = TopkSoftmaxParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
-            row_stride=gating_output.stride(0),
+            row_stride=row_stride(rows, gating_output),
             num_tokens=num_tokens,
             num_experts=num_experts,
             topk=topk_weights.shape[1],
             need_renorm=need_renorm,
-            wide_rows=rows.wide,
+            row_format=row_format(rows, gating_output),
             topk_weights=_map(memory, "topk_weights", topk_weights),
             topk_indices=_map(memory, "topk_indices", topk_indices),
             token_expert_indices=_map(memory, "token_expert_indices", token_expert_indices),
@@ -171,7 +183,8 @@ class Device:
         blocks = (num_tokens + rows_per_block - 1) // rows_per_block
         threads = WAVES_PER_BLOCK * self.wave_size
         name = f"topk_softmax<{rows.name}>"
-        self._launch("module_topk_softmax", name, memory, params, blocks, threads, 0)
+        lds_bytes = WAVES_PER_BLOCK * rows.lds_bytes
+        self._launch("module_topk_softmax", name, memory, params, blocks, threads, lds_bytes)
 
     def fused_topk_moe_sorting_fwd(
         self,
@@ -194,30 +207,32 @@ class Device:
         num_tokens = gating_output.shape[0]
         outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
         sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
-        lds = fused_lds(num_tokens, num_experts, topk)
         rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
         one_token = is_one_token(num_tokens, topk, local_expert_mask is not None)
         shape = (num_tokens, num_experts, topk, unit_size)
+        wide_stores = bool(sort_shape(*shape, sort).wide_stores)
+        threads = fused_threads(shape, rows, self.wave_size, one_token, wide_stores)
+        row_bytes = threads // self.wave_size * rows.lds_bytes
+        lds = fused_lds(num_tokens, num_experts, topk, row_bytes)
         params = FusedParams(
             gating=_map(memory, "gating_output", gating_output, writable=False),
-            row_stride=gating_output.stride(0),
+            row_stride=row_stride(rows, gating_output),
             shape=sort_shape(*shape, sort),
             sort=sort,
             lds=lds,
             cluster_size=1,
             tokens_per_block=num_tokens,
             need_renorm=need_renorm,
-            wide_rows=rows.wide,
+            row_format=row_format(rows, gating_output),
             one_token=one_token,
         )
-        wide_stores = bool(params.shape.wide_stores)
         self._launch(
             "module_fused_topk_moe_sorting",
             f"fused_topk_moe_sorting<{rows.name}>",
             memory,
             params,
             1 + zeroing_blocks(sort.row_bytes * num_tokens),
-            fused_threads(shape, rows, self.wave_size, one_token, wide_stores),
+            threads,
             lds.total,
         )
 
@@ -245,10 +260,7 @@ class Device:
         multiphase = dispatch_policy == 2 or (
             dispatch_policy == 0 and num_tokens * topk > MOST_ONESHOT_ENTRIES
         )
-        words = (num_tokens + 31) // 32
-        wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
-        tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
-        num_tiles = (words + tile_words - 1) // tile_words
+        tile_words, num_tiles = tiling(num_tokens, num_experts, multiphase)
         params = OpusParams(
             topk_ids=_map(memory, "topk_ids", topk_ids, writable=False),
             topk_weights=_map(memory, "topk_weights", topk_weights, writable=False),
@@ -282,11 +294,24 @@ class Device:
     ) -> None:
         kernel = kernels(module, self.arch)[name]
         launch = Launch(blocks, threads, lds_bytes, bytes(params), self.seed, self.rcp_rounding,
-                        self.counts_banks)  # fmt: skip
+                        self.counts_banks, self.traced,
+                        self.workgroups.get(name))  # fmt: skip
         self.statistics[name] = run(kernel, memory, launch)
 
 
-def fused_lds(num_tokens: int, num_experts: int, topk: int) -> FusedLds:
+def row_format(rows: RowChoice, gating: Tensor) -> RowFormat:
+    """What loads of rows have to know (sort_launch.h)."""
+    return RowFormat(wide=int(rows.wide), type=LOGIT_TYPES.index(gating.dtype))
+
+
+def row_stride(rows: RowChoice, gating: Tensor) -> int:
+    """Between rows, in what the class of rows counts (sort_launch.h)."""
+    return int(gating.stride(0)) * (
+        gating.element_size() // rows.item_bytes if rows.item_bytes else 1
+    )
+
+
+def fused_lds(num_tokens: int, num_experts: int, topk: int, row_bytes: int) -> FusedLds:
     """Where the one routing workgroup keeps what (fused_topk_moe_sorting.h)."""
     entries = num_tokens * topk
     per_expert = 4 * ((num_experts + 3) // 4 * 4)
@@ -297,12 +322,21 @@ def fused_lds(num_tokens: int, num_experts: int, topk: int) -> FusedLds:
         "starts": per_expert,
         "tails": per_expert,
         "counts": 0,
+        "rows": row_bytes,
         "weights": 4 * entries,
         "experts": 2 * entries,
     }
     ends = list(itertools.accumulate(parts.values()))
     offsets = dict(zip(parts, (0, *ends), strict=False))
     return FusedLds(**offsets, total=(ends[-1] + 15) // 16 * 16)
+
+
+def tiling(num_tokens: int, num_experts: int, multiphase: bool) -> tuple[int, int]:
+    """Words of 32 tokens that a tile has, and the number of tiles (moe_sorting_opus.cu)."""
+    words = (num_tokens + 31) // 32
+    wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
+    tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
+    return tile_words, (words + tile_words - 1) // tile_words
 
 
 def divisor(number: int) -> Divisor:

@@ -46,6 +46,18 @@ SWAP(4)
 SWAP(8)
 SWAP(16)
 
+#define EXCHANGE(mask) \
+  PRIMITIVE(exchange_##mask) { out[threadIdx.x] = wave_exchange<mask>(in[threadIdx.x]); }
+EXCHANGE(1)
+EXCHANGE(2)
+EXCHANGE(3)
+EXCHANGE(4)
+EXCHANGE(7)
+EXCHANGE(8)
+EXCHANGE(15)
+EXCHANGE(16)
+EXCHANGE(31)
+
 #define SUM_IN_GROUPS(group)                                                    \
   PRIMITIVE(sum_in_groups_##group) {                                            \
     const float x = bit_cast<float>(in[threadIdx.x]);                           \

@@ -32,7 +32,7 @@ from aiter.jit.spec import ModuleSpec  # noqa: E402
 from aiter.jit.target import Target  # noqa: E402
 
 MODULES = ("module_topk_softmax", "module_fused_topk_moe_sorting", "module_moe_sorting_opus")
-INSTANCES = {"module_topk_softmax": 28, "module_fused_topk_moe_sorting": 28,
+INSTANCES = {"module_topk_softmax": 36, "module_fused_topk_moe_sorting": 36,
              "module_moe_sorting_opus": 4}  # fmt: skip
 
 

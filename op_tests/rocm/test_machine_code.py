@@ -40,11 +40,14 @@ SHAPES = (
     (3, 385, 9, BF16), (3, 513, 11, F32), (2, 896, 16, BF16), (2, 1024, 3, F16), (2, 1500, 4, BF16),
     (2, 80, 70, F32), (2, 1100, 65, F16), (66, 40, 3, BF16),
 )  # fmt: skip
-# Where waves take several rows (group_topk.h): every instance beside those of SHAPES; aligned rows and
-# others; with all lanes' registers full and not; in one block per expert, and in more.
+# Where waves take several rows (group_topk.h, key_topk.h): every instance beside those of SHAPES;
+# aligned rows and others; with all lanes' registers full and not; in one block per expert, and in more.
 GROUPS = (
     (5, 30, 4, F16), (6, 64, 8, F16), (9, 100, 7, BF16), (5, 161, 8, F16), (9, 256, 8, BF16),
-    (3, 385, 8, BF16), (2, 512, 6, F16),
+    (3, 385, 8, BF16), (2, 512, 6, F16), (5, 96, 4, F32), (5, 127, 3, F32), (6, 128, 7, F32),
+    (5, 99, 8, F32), (5, 250, 8, F32), (6, 256, 5, F32), (3, 385, 8, F32), (3, 512, 4, F32),
+    (3, 256, 10, F32), (3, 161, 9, F32), (2, 896, 16, F32), (3, 517, 13, F16), (2, 512, 22, F32),
+    (2, 257, 32, F32),
 )  # fmt: skip
 # One token: sorted in registers up to K = 32 (one_token.h), in LDS beyond and with a mask; stores of
 # four slots and of one; more padding than threads; with num_local_tokens and without.
@@ -57,7 +60,9 @@ ONE_TOKEN = (
     Case(1, 70, 64, F32, num_local=1), Case(1, 64, 8, BF16, mask="random"),
     Case(1, 1100, 5, F16, logits="all_nan", slots_offset=8),
 )  # fmt: skip
-MANY_ROWS = ((513, 136, 2, BF16), (513, 131, 2, F16))
+MANY_ROWS = (
+    (513, 136, 2, BF16), (513, 131, 2, F16), (129, 132, 2, F32), (129, 131, 2, F32), (129, 160, 9, F16)
+)  # fmt: skip
 SPECIAL = tuple(
     Case(6, 37, 5, dtype, index % 2 == 0, 4, 3, logits=logits)
     for index, (logits, dtype) in enumerate(
@@ -107,20 +112,19 @@ def check_topk(arch: str, case: Case) -> None:
     require_same_bits(got, run_topk_softmax(case, cpu, aiter.topk_softmax), case)
 
 
-def check_sorting(arch: str, case: Case, policy: int) -> None:
+def check_sorting(arch: str, case: Case, policy: int, given_ids: Tensor | None = None) -> None:
     """The separate sort of `case` on `arch`, against contract and CPU."""
     device = device_for(arch, case)
     cpu = Target("cpu", device.wave_size)
     size = aiter.moe_sorting_opus_get_workspace_size
-    got = run_moe_sorting(case, cpu, device.moe_sorting_opus_fwd, policy, size)
+    got = run_moe_sorting(case, cpu, device.moe_sorting_opus_fwd, policy, size, given_ids)
     names = ("oneshot",) if policy == 1 else ("count", "assign", "scatter")
     require(
         set(device.statistics) == {f"moe_sorting_{name}" for name in names},
         f"{arch}, policy {policy}: expected {names}, got {list(device.statistics)}",
     )
-    require_same_bits(
-        got, run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size), case
-    )
+    expected = run_moe_sorting(case, cpu, aiter.moe_sorting_opus_fwd, policy, size, given_ids)
+    require_same_bits(got, expected, case)
 
 
 @pytest.mark.parametrize("need_renorm", [True, False], ids=["renorm", "softmax"])
@@ -162,8 +166,9 @@ def test_all_groups_of_lanes_are_covered(arch: str) -> None:
         wide[rows.wide].add(rows.name.partition(", ")[2])
         names.add(rows.name)
     compiled = {name.partition("<")[2].removesuffix(">")
-                for name in kernels("module_topk_softmax", arch) if "GroupRows" in name}  # fmt: skip
-    assert len(compiled) == 10 and compiled - names == set()
+                for name in kernels("module_topk_softmax", arch)
+                if "GroupRows" in name or "KeyRows" in name}  # fmt: skip
+    assert len(compiled) == 18 and compiled - names == set()
     assert {name.partition(", ")[2] for name in compiled} <= wide[False] & wide[True]
 
 
@@ -208,6 +213,17 @@ def test_moe_sorting(arch: str, case: Case, policy: int) -> None:
 def test_moe_sorting_several_tiles(arch: str, policy: int) -> None:
     """A tile is at most 15 bitmask words for 896 experts: more than 480 tokens make several."""
     check_sorting(arch, Case(500, 896, 1, BF16, block_size=2), policy)
+
+
+@pytest.mark.parametrize("policy", [1, 2])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+def test_moe_sorting_repeated_ids(arch: str, policy: int) -> None:
+    """Repeats and ids that are no experts'; several parts per tile (entries above 32 per word)."""
+    generator = torch.Generator().manual_seed(0)
+    for case in (Case(40, 12, 4, mask="random", num_local=37, block_size=8), Case(3, 5, 5)):
+        shape = (case.num_tokens, case.topk)
+        ids = torch.randint(-1, case.num_experts + 1, shape, generator=generator, dtype=torch.int32)
+        check_sorting(arch, case, policy, ids)
 
 
 def test_oldest_arch() -> None:

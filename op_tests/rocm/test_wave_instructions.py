@@ -35,6 +35,9 @@ PRIMITIVES = {
     "wave_inclusive_sum": ("inclusive_sum",), "wave_rank": ("rank",),
     "wave_read_lane": ("read_lane",), "uniform_wave_idx": ("wave_index",),
     "wave_swap, 1 to 8": ("swap_1", "swap_2", "swap_4", "swap_8"), "wave_swap, 16": ("swap_16",),
+    "wave_exchange, 1 to 15": tuple(f"exchange_{mask}" for mask in (1, 2, 3, 7, 8, 15)),
+    "wave_exchange, 4": ("exchange_4",), "wave_exchange, 16": ("exchange_16",),
+    "wave_exchange, 31": ("exchange_31",),
     "wave_sum_in_groups, 8": ("sum_in_groups_8", "sum_in_groups_16"),
     "wave_sum_in_groups, 32": ("sum_in_groups_32",),
 }  # fmt: skip

@@ -109,6 +109,14 @@ def test_swap(arch: str, distance: int) -> None:
     assert np.array_equal(run_primitive(arch, f"swap_{distance}", words), expected)
 
 
+@pytest.mark.parametrize("mask", [1, 2, 3, 4, 7, 8, 15, 16, 31])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_exchange(arch: str, mask: int) -> None:
+    words = random_words(FACTS[arch].wave_size, mask)
+    expected = words[np.arange(len(words)) ^ mask]
+    assert np.array_equal(run_primitive(arch, f"exchange_{mask}", words), expected)
+
+
 @pytest.mark.parametrize("group", [8, 16, 32])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sum_in_groups(arch: str, group: int) -> None:

@@ -7,7 +7,6 @@ a test of the fused launch cannot pass through the chain.
 from __future__ import annotations
 
 import builtins
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,8 +28,8 @@ import aiter.fused_moe
 from aiter import reference
 from aiter.jit import envs
 from aiter.ops.fused_topk_moe_sorting import FusedCalls
-from aiter.routing import calls as moe_routing
 from aiter.routing import dispatch
+from aiter.routing import known as remembered
 from aiter.routing import plan as routing_plan
 
 POLICIES = (0, *PATH_OF_POLICY)
@@ -155,9 +154,8 @@ def break_op(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
                 if value is op:
                     monkeypatch.setattr(module, attribute, broken)
     # NOTE: a plan holds the compiled functions behind the ops.
-    plan = moe_routing.plan_routing
+    plan = routing_plan.plan_routing
 
-    @functools.lru_cache(typed=True)
     def broken_plan(*sizes: Any) -> routing_plan.Plan:
         made = plan(*sizes)
         fused, chain = made.fused, made.chain
@@ -168,8 +166,8 @@ def break_op(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             chain = chain._replace(**{part: broken}) if part else chain
         return made._replace(fused=fused, chain=chain)
 
-    monkeypatch.setattr(moe_routing, "plan_routing", broken_plan)
-    routing_plan.forget()  # what an earlier test called is answered without a plan
+    monkeypatch.setattr(routing_plan, "plan_routing", broken_plan)
+    remembered.forget()  # what an earlier test called is answered without a plan
 
 
 def assert_fails(case: Case, target: Target, policies: Sequence[int], words: str) -> None:
@@ -179,6 +177,7 @@ def assert_fails(case: Case, target: Target, policies: Sequence[int], words: str
             route(case, inputs, target, policy)
 
 
+@pytest.mark.usefixtures("nothing_known")
 def test_fused_path_runs_without_the_chain(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
     break_op(monkeypatch, "moe_sorting_opus_fwd")
     break_op(monkeypatch, "topk_softmax")
@@ -186,12 +185,14 @@ def test_fused_path_runs_without_the_chain(monkeypatch: pytest.MonkeyPatch, targ
     assert_fails(DECODE, target, (1, 2), "topk_softmax")
 
 
+@pytest.mark.usefixtures("nothing_known")
 def test_chain_runs_without_the_fused_path(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
     break_op(monkeypatch, "fused_topk_moe_sorting_fwd")
     for policy, path in PATH_OF_POLICY.items():
         assert run_routing(DECODE, target, policy)[1] == path
 
 
+@pytest.mark.usefixtures("nothing_known")
 def test_failure_in_the_fused_path_is_raised(
     monkeypatch: pytest.MonkeyPatch, target: Target
 ) -> None:
@@ -220,7 +221,7 @@ def test_a_later_call_asks_nothing_again(
     assert torch.equal(first[0][:slots], again[0][:slots])
     with monkeypatch.context() as patched:
         patched.setattr(dispatch, "choose", refused)
-        routing_plan.forget()
+        remembered.forget()
         with pytest.raises(PlantedFailure, match="asked again"):
             route(DECODE, inputs, target, policy)
 

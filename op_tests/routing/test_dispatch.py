@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import _checkout  # noqa: F401
 import pytest
+import torch
 
-from aiter.routing import dispatch
+from aiter.cli import explain
+from aiter.routing import dispatch, plan
 from aiter.routing.dispatch import CAPACITY, Crossover, Problem
 
 DATE = ("somewhere", "2026-11-23", "a command")
@@ -53,9 +55,76 @@ def test_an_estimate_gives_way() -> None:
     assert dispatch.choose(problem, 900, (), estimate=10**6).path == "oneshot"
 
 
+MODELLED = (Crossover(128, 4, 0, 30, 600, *DATE), Crossover(896, 16, 0, 10, 300, *DATE))
+
+
+def test_the_model_speaks_where_nothing_is_measured() -> None:
+    def rule(tokens: int, num_experts: int, topk: int) -> tuple[str, str, Crossover | None]:
+        problem = Problem(tokens, num_experts, topk, 2880)
+        choice = dispatch.choose(problem, 1600, [ROW], None, 10**6, MODELLED)
+        return choice.path, choice.rule, choice.row
+
+    assert rule(64, 128, 4) == ("fused", "measured", ROW)
+    assert rule(10, 1024, 16) == ("fused", "modelled", MODELLED[1])
+    assert rule(11, 1024, 16) == ("oneshot", "modelled", MODELLED[1])
+    assert rule(301, 1024, 16) == ("multiphase", "modelled", MODELLED[1])
+    assert rule(1, 4, 1) == ("fused", "modelled", MODELLED[0]), "however far"
+
+
+def test_the_model_gives_way() -> None:
+    problem = Problem(31, 128, 4, 2880, logits="f32")
+    choice = dispatch.choose(problem, 1600, (), modelled=MODELLED)
+    assert choice.path == "oneshot"
+    words = dispatch.explain(problem, choice, 1600)
+    assert "modelled for E=128 K=4 and f32 logits: fused up to M = 30" in words
+    assert dispatch.choose(problem, 1600, (), CAPACITY, modelled=MODELLED).path == "fused"
+    assert dispatch.choose(problem, 30, (), 99, modelled=MODELLED).rule == "override"
+    generous = (Crossover(128, 4, 0, 10**6, 10**6, *DATE),)
+    assert dispatch.choose(problem, 30, (), modelled=generous).path == "oneshot"
+
+
 @pytest.mark.parametrize(
     ("arch", "expected"),
-    [("gfx942", 128), ("gfx90a", 128), ("gfx1201", 256), ("sm_90", 512), ("cpu", None)],
+    [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx941", "gfx942"), ("gfx908", "gfx90a"),
+     ("gfx1030", "gfx1100"), ("gfx1151", "gfx1100"), ("gfx1200", "gfx1201"), ("gfx1251", "gfx1250"),
+     ("sm_90", None), ("cpu", None)],
+)  # fmt: skip
+def test_whose_model_speaks(arch: str, expected: str | None) -> None:
+    found = dispatch.modelled_of(arch)
+    assert (set(found) == {"f32", "f16", "bf16"}) == (expected is not None)
+    for rows in found.values():
+        assert {row.source for row in rows} == {f"the timing model, {expected}"}
+
+
+def test_a_plan_goes_by_the_dtype_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"bf16": MODELLED, "f32": (Crossover(128, 4, 0, 0, 600, *DATE),)}
+    basis = plan.Basis((), None, None, "planted", rows)
+    monkeypatch.setattr(plan, "basis_of", lambda device: basis)
+    sizes = (torch.device("cpu"), None, 8, 128, 4, 128, 16, torch.bfloat16, 32, 0)
+    made = plan.plan_routing.__wrapped__
+    assert made(*sizes, torch.bfloat16).path == "fused"
+    assert made(*sizes, torch.float32).path == "oneshot"
+
+
+def test_explain_tells_what_is_modelled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    basis = plan.Basis((), None, None, "planted", {"f32": MODELLED})
+    monkeypatch.setattr(plan, "basis_of", lambda device: basis)
+    shape = ["--tokens", "31", "--experts", "128", "--topk", "4", "--device", "cpu"]
+    assert explain.main([*shape, "--dtype", "f32"]) == 0
+    printed = capsys.readouterr().out
+    assert "oneshot" in printed and "modelled for E=128 K=4 and f32 logits" in printed
+    assert "planted: somewhere, 2026-11-23, `a command`" in printed
+    assert explain.main(shape) == 0
+    assert "capacity" in capsys.readouterr().out
+    assert explain.main(["--table", "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cpu, f32 logits" in line]
+    assert len(lines) == len(MODELLED)
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"), [("gfx942", None), ("sm_80", 256), ("sm_90", 512), ("cpu", None)]
 )
 def test_estimates(arch: str, expected: int | None) -> None:
     assert dispatch.estimate_of(arch) == expected

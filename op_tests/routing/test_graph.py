@@ -21,15 +21,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import aiter
 from aiter import fused_moe
+from aiter.ops.rule import RoutingRule
 from aiter.routing import graph as torch_ops
+from aiter.routing.buffers import empty_topk
 from aiter.routing.calls import BUFFER_NAMES
 
 M, E, K, D = 6, 4, 4, 16
 LAUNCHERS = (
     "topk_softmax",
+    "topk_routing",
     "moe_sorting_opus_fwd",
     "fused_topk_moe_sorting_fwd",
     "topk_softmax_sorting_out",
+    "topk_routing_sorting_out",
     "moe_sorting_out",
 )
 
@@ -45,21 +49,23 @@ def fresh_compiler() -> Iterator[None]:
 def buffers(device: str) -> tuple[Tensor, ...]:
     """The five outputs of a sort, zeroed."""
     like = torch.empty(M, E, device=device)
-    return tuple(t.zero_() for t in torch_ops.empty_sorted(like, K, E, D, torch.bfloat16, 1))
+    return tuple(t.zero_() for t in torch_ops._empty_sorted(like, K, E, D, torch.bfloat16, 1))
 
 
 def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the registered op `name` that define every element of its outputs."""
     logits = torch.randn(M, E, generator=torch.Generator().manual_seed(0)).to(device)
-    weights, ids = torch_ops.empty_topk(logits, K)
+    weights, ids = empty_topk(logits.shape[0], K, logits.device)
     weights.uniform_()
     ids.copy_(torch.stack([torch.randperm(E) for _ in range(M)])[:, :K])
     mask = torch.ones(E, dtype=torch.int32, device=device)
     count = torch.tensor([M], dtype=torch.int32, device=device)
     routing = (E, D, torch.bfloat16)
+    rule = [float(number) for number in RoutingRule(need_renorm=False).packed]
     out = dict(zip(BUFFER_NAMES, buffers(device), strict=True))
     by_name: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "topk_softmax": ((weights, ids, torch.empty_like(ids), logits, True), {}),
+        "topk_routing": ((weights, ids, logits), {"rule": rule}),
         "moe_sorting_opus_fwd": (
             (ids, weights, *buffers(device), E, 1, mask, count, None, 1),
             {},
@@ -70,6 +76,8 @@ def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any
         ),
         "topk_softmax_sorting": ((logits, K, *routing, True, 1, mask, count), {}),
         "topk_softmax_sorting_out": ((logits, K, *routing, True, 1, mask, count), out),
+        "topk_routing_sorting": ((logits, K, *routing, rule, None, 1, mask, count), {}),
+        "topk_routing_sorting_out": ((logits, K, *routing, rule, None, 1, mask, count), out),
         "moe_sorting": ((ids, weights, *routing, 1, mask, count, 2), {}),
         "moe_sorting_out": ((ids, weights, *routing, 1, mask, count, 2), out),
         "fused_topk": ((logits, logits, K, False), {}),
@@ -105,12 +113,16 @@ def test_opcheck_can_fail(written: int) -> None:
         torch.library.opcheck(op, arguments, test_utils="test_schema")
 
 
-@pytest.mark.parametrize("name", LAUNCHERS[:3])
+@pytest.mark.parametrize("name", LAUNCHERS[:4])
 def test_a_schema_has_every_parameter(name: str) -> None:
     """A tracer takes what an eager call takes, by the same names."""
     schema = getattr(torch.ops.aiter, name).default._schema
-    parameters = inspect.signature(getattr(aiter, name)).parameters
-    assert [argument.name for argument in schema.arguments] == list(parameters)
+    parameters = inspect.signature(getattr(torch_ops, name)).parameters
+    names = [argument.name for argument in schema.arguments]
+    if "topk_out" in parameters:  # a schema has no optional pair of tensors
+        first = names.index("topk_weights")
+        names[first : first + 2] = ["topk_out"]
+    assert names == list(parameters)
 
 
 @pytest.mark.parametrize("name", torch_ops.SCHEMAS)
@@ -155,18 +167,18 @@ def chain_layer(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tenso
 
 
 def raw_ops(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    outputs = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    outputs = torch_ops._empty_sorted(logits, K, E, D, torch.float32, 1)
     aiter.fused_topk_moe_sorting_fwd(logits, *outputs, E, K, 1, True)
-    weights, ids = torch_ops.empty_topk(logits, K)
+    weights, ids = empty_topk(logits.shape[0], K, logits.device)
     aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)
-    again = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    again = torch_ops._empty_sorted(logits, K, E, D, torch.float32, 1)
     aiter.moe_sorting_opus_fwd(ids, weights, *again, E, 1, dispatch_policy=1)
     return outputs[1] + again[1] + outputs[0] - again[0]
 
 
 def given_outputs(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    out = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
-    again = torch_ops.empty_sorted(logits, K, E, D, torch.float32, 1)
+    out = torch_ops._empty_sorted(logits, K, E, D, torch.float32, 1)
+    again = torch_ops._empty_sorted(logits, K, E, D, torch.float32, 1)
     fused_moe.topk_softmax_sorting(logits, K, E, D, torch.float32, block_size=1, out=out)
     weights, ids = fused_moe.fused_topk(hidden, logits, K, True)
     fused_moe.moe_sorting(ids, weights, E, D, torch.float32, block_size=1, out=again)
@@ -256,7 +268,7 @@ def test_export_and_load(tmp_path: Any) -> None:
 def test_eager_calls_pass_the_dispatcher_by() -> None:
     """The registered op is not called outside a tracer, and the module not inside one."""
     logits = layer_inputs("cpu")[1]
-    weights, ids = torch_ops.empty_topk(logits, 2)
+    weights, ids = empty_topk(logits.shape[0], 2, logits.device)
     on_the_cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=on_the_cpu) as profile:
         aiter.topk_softmax(weights, ids, torch.empty_like(ids), logits, True)

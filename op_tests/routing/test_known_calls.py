@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aiter.fused_moe
-from aiter.routing import calls as moe_routing
-from aiter.routing import plan as routing_plan
+from aiter.routing import known as remembered
+from aiter.routing.request import Request
 
 Change = Callable[[Arguments], object]  # changes them in place
 
@@ -215,7 +215,7 @@ def test_a_change_without_out_is_as_in_a_fresh_call(target: Target, name: str) -
 def check_change(target: Target, call: Arguments) -> None:
     """The call is not known, and does what it does where nothing is."""
     after = outcome(target, call)
-    routing_plan.forget()
+    remembered.forget()
     fresh = outcome(target, call)
     assert not after.known and after.same(fresh)
 
@@ -272,11 +272,11 @@ def test_every_dtype_of_moe_buf_is_told_from_every_other(
 def test_nothing_is_known_after_forget(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """What decides between the paths may have changed."""
     call = known(target)
-    routing_plan.forget()
+    remembered.forget()
     assert not outcome(target, call).known and outcome(target, call).known
     monkeypatch.setenv("AITER_DISPATCH", "1")
     assert outcome(target, call).path == "fused"
-    routing_plan.forget()
+    remembered.forget()
     for _ in range(2):
         again = outcome(target, call)
         assert not again.known and again.path != "fused" and again.error == ""
@@ -302,10 +302,11 @@ def test_a_tensor_of_another_type_is_not_known(target: Target) -> None:
     """In the same memory, as what a tracer wraps may be."""
     call = known(target)
     call["gating_output"] = call["gating_output"].as_subclass(Subclass)
-    names = ("gating_output", *PLAIN, "expert_mask", "num_local_tokens", "dispatch_policy", "out")
-    assert moe_routing._again(*(call[name] for name in names), target.wave) is None
+    request = Request(*(call[name] for name in PLAIN), call["dispatch_policy"], "slot", target.wave)
+    others = (None, None, None, None, call["out"])
+    assert remembered.again(request, call["gating_output"], *others) is None
     call["gating_output"] = call["gating_output"].as_subclass(Tensor)
-    assert moe_routing._again(*(call[name] for name in names), target.wave) is call["out"]
+    assert remembered.again(request, call["gating_output"], *others) is call["out"]
 
 
 def test_a_tracer_sees_a_known_call(target: Target) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 import aiter.fused_moe
 from aiter import reference
 from aiter.ops.fused_topk_moe_sorting import FusedCalls
-from aiter.routing import calls as moe_routing
+from aiter.routing import known as remembered
 from aiter.routing import plan as routing_plan
 
 POLICIES = (0, 1, 2)
@@ -152,19 +151,19 @@ def test_refused(
         buffer.check_untouched()
 
 
+@pytest.mark.usefixtures("nothing_known")
 def test_routes_where_the_binding_leaves_the_outputs_to_python(
     monkeypatch: pytest.MonkeyPatch, target: Target
 ) -> None:
     """As it does in a PyTorch whose tensors it cannot read by the exchange."""
     plan = routing_plan.plan_routing
 
-    @functools.lru_cache(typed=True)
     def declined_plan(*sizes: Any) -> routing_plan.Plan:
         made = plan(*sizes)
         return made._replace(fused=FusedCalls(lambda *_: False, lambda *_: None))
 
-    monkeypatch.setattr(moe_routing, "plan_routing", declined_plan)
-    routing_plan.forget()  # what an earlier test called is answered without a plan
+    monkeypatch.setattr(routing_plan, "plan_routing", declined_plan)
+    remembered.forget()  # what an earlier test called is answered without a plan
     for options in ({}, {"mask": "random", "num_local": 3}):
         case = replace(CASE, **options)
         inputs = make_inputs(case, target.device)

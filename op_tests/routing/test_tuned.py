@@ -20,7 +20,8 @@ from aiter.cli import explain, tune
 from aiter.jit import CacheError, EnvError, envs
 from aiter.ops.device import current_device
 from aiter.routing import dispatch, tuned
-from aiter.routing import plan as routing_plan
+from aiter.routing import known as remembered
+from aiter.routing.basis import basis_of
 from aiter.routing.dispatch import Crossover
 
 CPU = torch.device("cpu")
@@ -36,9 +37,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tuned, "builds_of", lambda device: dict(builds))
     monkeypatch.setattr(tuned, "path_of", lambda device: tmp_path / tuned.FOLDER / "cpu.json")
     monkeypatch.delenv("AITER_DISPATCH", raising=False)
-    routing_plan.forget()
+    remembered.forget()
     yield tmp_path
-    routing_plan.forget()
+    remembered.forget()
 
 
 def path_of(tokens: int) -> str | None:
@@ -64,7 +65,7 @@ def planted_clock(fused_until: int, oneshot_until: int) -> tune.Clock:
 
 def test_nothing_kept(cache: Path) -> None:
     assert tuned.find(CPU) == tuned.Found(tuned.path_of(CPU))
-    assert "not measured" in routing_plan.basis_of(CPU).origin
+    assert "not measured" in basis_of(CPU).origin
     assert path_of(5) == "fused"
 
 
@@ -73,7 +74,7 @@ def test_kept_rows_decide_at_once_and_later(cache: Path) -> None:
     path = tuned.keep(CPU, [tuned.Measured(ROW, [[1, 1.0, 2.0, 3.0]])])
     assert path.stat().st_mode & 0o77 == 0 and path.is_relative_to(cache)
     assert path_of(5) == "fused", "a kept plan is not made again by itself"
-    routing_plan.forget()
+    remembered.forget()
     assert [path_of(tokens) for tokens in (4, 5, 6, 7)] == [
         "fused", "oneshot", "oneshot", "multiphase",
     ]  # fmt: skip
@@ -107,7 +108,7 @@ def test_another_build_counts_for_nothing(
     found = tuned.find(CPU)
     assert found.rows == () and tuned.MODULES[1] in found.reason
     assert path_of(5) == "fused"
-    assert "tune" in routing_plan.basis_of(CPU).origin
+    assert "tune" in basis_of(CPU).origin
     tuned.keep(CPU, [])
     assert tuned.find(CPU).rows == (), "a stale row must not be kept under the new builds"
 
@@ -144,7 +145,7 @@ def test_a_damaged_file_is_reported(
 def test_what_others_can_write_is_refused(cache: Path, part: str) -> None:
     path = tuned.keep(CPU, [tuned.Measured(ROW)])
     (path if part == "file" else path.parent).chmod(0o777)
-    routing_plan.forget()
+    remembered.forget()
     with pytest.raises(CacheError, match="writable by everyone"):
         path_of(5)
 
@@ -159,10 +160,10 @@ def test_the_environment_comes_first(cache: Path, monkeypatch: pytest.MonkeyPatc
         ("0", 1, "oneshot"),
     ):
         monkeypatch.setenv("AITER_DISPATCH", text)
-        routing_plan.forget()
+        remembered.forget()
         assert path_of(tokens) == expected, text
     monkeypatch.setenv("AITER_DISPATCH", "sometimes")
-    routing_plan.forget()
+    remembered.forget()
     with pytest.raises(EnvError, match="AITER_DISPATCH: expected measured, capacity or"):
         path_of(1)
 

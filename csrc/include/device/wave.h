@@ -15,6 +15,9 @@
 //   wave_read_lane(x, lane)         x of one lane, the same for all; uint32_t or float
 //   wave_swap<D>(x)                 uint32_t of the neighbouring one of the groups of D lanes, all lanes of
 //                                   which hold the same: lane l reads one of l ^ D; D = 1, 2, 4, 8, 16
+//   wave_exchange<X>(x)             uint32_t of lane l ^ X; X = 1, 2, 3, 4, 7, 8, 15, 16 or 31
+//   wave_sync()                     what lanes of the wave stored in LDS before can be loaded by the others
+//   highest_bit(x)                  index of the highest set bit of a uint32_t that is not 0
 //   wave_sum_in_groups<G>(x, n)     (x of lane 0 + x of lane 1) + ... n terms, within each group of G
 //                                   lanes, in its first n; G = 8 or 16 with n <= 8, or 32
 //   uniform_wave_idx()              wave_idx() as a value that compilers know to be the wave's, so that
@@ -60,6 +63,18 @@
 //   wave_swap, 16           gfx9          1 ds_swizzle_b32
 //                           gfx950        1 v_permlane16_swap_b32
 //                           gfx11, gfx12  1 v_permlanex16_b32
+//                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 1 to 15  gfx           1 v_mov_b32_dpp
+//                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 4        gfx           2 v_mov_b32_dpp
+//                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 16       gfx9          1 ds_swizzle_b32
+//                           gfx950        1 v_permlane16_swap_b32
+//                           gfx11, gfx12  1 v_permlanex16_b32
+//                           sm_90         1 SHFL.BFLY
+//   wave_exchange, 31       gfx9          1 v_mov_b32_dpp, 1 ds_swizzle_b32
+//                           gfx950        1 v_mov_b32_dpp, 1 v_permlane16_swap_b32
+//                           gfx11, gfx12  1 v_mov_b32_dpp, 1 v_permlanex16_b32
 //                           sm_90         1 SHFL.BFLY
 //   wave_sum_in_groups, 8   gfx           3 v_mov_b32_dpp, 7 v_add_f32_dpp for n = 8
 //                           sm_90         n SHFL.IDX, n FADD

@@ -117,6 +117,19 @@ inline uint32_t wave_swap(uint32_t x, AITER_CALL_SITE) {
   return theirs;
 }
 
+template <int kMask>
+inline uint32_t wave_exchange(uint32_t x, AITER_CALL_SITE) {
+  const hip_cpu::Site site = AITER_SITE_OF("wave_exchange");
+  const unsigned parity = hip_cpu::collective(hip_cpu::to_word(x), nullptr, site);
+  return wave_cpu::read_slot<uint32_t>(parity, lane_idx() ^ kMask, site);
+}
+
+inline void wave_sync(AITER_CALL_SITE) {
+  hip_cpu::collective(0, nullptr, AITER_SITE_OF("wave_sync"));
+}
+
+inline int highest_bit(uint32_t x) { return 31 - __builtin_clz(x); }
+
 template <int kGroup>
 inline float wave_sum_in_groups(float x, int count, AITER_CALL_SITE) {
   const hip_cpu::Site site = AITER_SITE_OF("wave_sum_in_groups");

@@ -56,6 +56,15 @@ __device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
   return __shfl_xor_sync(kAllLanes, x, kDistance);
 }
 
+template <int kMask>
+__device__ __forceinline__ uint32_t wave_exchange(uint32_t x) {
+  return __shfl_xor_sync(kAllLanes, x, kMask);
+}
+
+__device__ __forceinline__ void wave_sync() { __syncwarp(); }
+
+__device__ __forceinline__ int highest_bit(uint32_t x) { return 31 - __clz(static_cast<int>(x)); }
+
 __device__ __forceinline__ WaveMask wave_ballot(bool flag) {
   return __ballot_sync(kAllLanes, flag);
 }

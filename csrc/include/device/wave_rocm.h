@@ -15,6 +15,7 @@ namespace dpp {
 constexpr int kQuadRead = 0x55;     // * n: all lanes of a quad read its lane n
 constexpr int kQuadSwap1 = 0xb1;    // lane l reads l ^ 1
 constexpr int kQuadSwap2 = 0x4e;    // lane l reads l ^ 2
+constexpr int kQuadMirror = 0x1b;   // lane l reads l ^ 3
 constexpr int kRowMirror = 0x140;   // lane l of a row reads 15 - l
 constexpr int kHalfMirror = 0x141;  // lane l of half a row reads 7 - l
 constexpr int kRowShr = 0x110;      // + n: lane l reads l - n of its row
@@ -118,6 +119,39 @@ __device__ __forceinline__ float add_across_rows(float x) {
 #endif
 }
 
+// x of the lane whose index differs in the bit 16, on every architecture.
+__device__ __forceinline__ uint32_t other_row(uint32_t x) {
+#if defined(__gfx950__)
+  const auto both = __builtin_amdgcn_permlane16_swap(x, x, false, false);
+  return (lane_idx() & 16) != 0 ? both[0] : both[1];
+#else
+  return swap_rows(x);
+#endif
+}
+
+template <int kMask>
+__device__ __forceinline__ uint32_t wave_exchange(uint32_t x) {
+  if constexpr (kMask == 1) return dpp::move<dpp::kQuadSwap1>(x);
+  if constexpr (kMask == 2) return dpp::move<dpp::kQuadSwap2>(x);
+  if constexpr (kMask == 3) return dpp::move<dpp::kQuadMirror>(x);
+  if constexpr (kMask == 4) return dpp::move<dpp::kHalfMirror>(dpp::move<dpp::kQuadMirror>(x));
+  if constexpr (kMask == 7) return dpp::move<dpp::kHalfMirror>(x);
+  if constexpr (kMask == 8) return dpp::move<dpp::kRowRor + 8>(x);
+  if constexpr (kMask == 15) return dpp::move<dpp::kRowMirror>(x);
+  if constexpr (kMask == 16) return other_row(x);
+  static_assert(kMask <= 4 || kMask == 7 || kMask == 8 || kMask == 15 || kMask == 16 || kMask == 31,
+                "no instruction does it");
+  return other_row(dpp::move<dpp::kRowMirror>(x));
+}
+
+// A wave's accesses to LDS are done in order; only the compiler has to be told.
+__device__ __forceinline__ void wave_sync() {
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+}
+
+__device__ __forceinline__ int highest_bit(uint32_t x) { return 31 - __builtin_clz(x); }
+
 template <int kDistance>
 __device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
   static_assert(kDistance <= 16, "halves of a wave64 are not swapped");
@@ -125,12 +159,7 @@ __device__ __forceinline__ uint32_t wave_swap(uint32_t x) {
   if constexpr (kDistance == 2) return dpp::move<dpp::kQuadSwap2>(x);
   if constexpr (kDistance == 4) return dpp::move<dpp::kHalfMirror>(x);
   if constexpr (kDistance == 8) return dpp::move<dpp::kRowMirror>(x);
-#if defined(__gfx950__)
-  const auto both = __builtin_amdgcn_permlane16_swap(x, x, false, false);
-  return (lane_idx() & 16) != 0 ? both[0] : both[1];
-#else
-  return swap_rows(x);
-#endif
+  return other_row(x);
 }
 
 // In small groups the first quad adds up its lanes, hands the sum to the second one by a mirror, and

@@ -23,6 +23,7 @@ from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.scalar import BARRIER, END, Operation, decode_scalar
 from amdgcn.statistics import Statistics
+from amdgcn.trace import Trace
 from amdgcn.vector import decode_vector
 from amdgcn.wave import TTMP, Fault, Wave
 
@@ -45,6 +46,8 @@ class Launch:
         seed: of the noise and of the order in which waves and workgroups run.
         rcp_rounding: which neighbour of 1 / x v_rcp_f32 returns: -1 below, 1 above, 0 the nearer.
         counts_banks: whether to count the passes of LDS accesses over the banks.
+        traced: whether to keep every wave's `amdgcn.trace`.
+        workgroups: which of the grid's run; None for all.
     """
 
     grid: int
@@ -54,6 +57,8 @@ class Launch:
     seed: int = 0
     rcp_rounding: int = 0
     counts_banks: bool = False
+    traced: bool = False
+    workgroups: tuple[int, ...] | None = None
 
 
 def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
@@ -88,13 +93,18 @@ def run(kernel: KernelText, memory: GlobalMemory, launch: Launch) -> Statistics:
     memories.banks = statistics.banks if launch.counts_banks else None
     with np.errstate(all="ignore"):
         for workgroup in rng.permutation(launch.grid):
+            if launch.workgroups is not None and workgroup not in launch.workgroups:
+                continue
             memories.lds = Lds(lds_bytes, rng)
             memories.workgroup = int(workgroup)
             waves = [
                 _start_wave(kernel, index, int(workgroup), address, segment, rng)
                 for index in range(num_waves)
             ]
-            _run_workgroup(kernel, operations, waves, int(workgroup), rng, statistics)
+            if launch.traced:
+                statistics.traces[int(workgroup)] = [wave.trace for wave in waves]
+            _run_workgroup(kernel, operations, waves, int(workgroup), rng, statistics, memories)
+    memories.trace = None
     memory.buffers.pop()
     return statistics
 
@@ -187,6 +197,7 @@ def _run_workgroup(
     workgroup: int,
     rng: np.random.Generator,
     statistics: Statistics,
+    memories: Memories,
 ) -> None:
     """Runs the waves from barrier to barrier until all have ended."""
     running = waves
@@ -196,7 +207,8 @@ def _run_workgroup(
         for position in rng.permutation(len(running)):
             wave = running[position]
             before = wave.round_trips
-            _run_wave(kernel, operations, wave, workgroup, counts)
+            memories.trace = wave.trace if workgroup in statistics.traces else None
+            _run_wave(kernel, operations, wave, workgroup, counts, memories.trace)
             trips[wave.index] = wave.round_trips - before
         running = [wave for wave in running if not wave.done]
         for wave in running:
@@ -204,12 +216,19 @@ def _run_workgroup(
 
 
 def _run_wave(
-    kernel: KernelText, operations: list[Operation], w: Wave, workgroup: int, counts: list[int]
+    kernel: KernelText,
+    operations: list[Operation],
+    w: Wave,
+    workgroup: int,
+    counts: list[int],
+    trace: Trace | None,
 ) -> None:
     """Runs a wave to its next barrier or to its end."""
     pc = w.pc
     for _ in range(MAX_STEPS):
         counts[pc] += 1
+        if trace is not None:
+            trace.append(pc)
         try:
             result = operations[pc](w)
         except Fault as fault:

@@ -157,9 +157,7 @@ class Lds:
     def load(self, offsets: Addresses, size: int, wave: int, epoch: int) -> Bytes:
         """`size` bytes at each offset, as rows."""
         where = self._check(offsets, size)
-        if not self._written[where].all():
-            at = int(where.reshape(-1)[np.argmin(self._written[where].reshape(-1))])
-            raise Fault(f"LDS byte {at}: expected a byte that was written, got one that never was")
+        self._require_written(where)
         self._note("load", where, wave, epoch, against=("store", "atomic"))
         return self.data[where]
 
@@ -172,14 +170,23 @@ class Lds:
         if not np.array_equal(self.data[where], values):
             raise Fault("LDS store: expected one value per byte, got two lanes that disagree")
 
-    def atomic(self, offsets: Addresses, wave: int, epoch: int) -> NDArray[np.uint32]:
+    def atomic(
+        self, offsets: Addresses, wave: int, epoch: int, returns: bool
+    ) -> NDArray[np.uint32]:
         """Checks 32-bit atomics and returns the whole LDS as words, for the caller to change.
 
-        They return nothing, so noise may be changed: it stays noise, which no load may read.
+        Those that return nothing may change noise: it stays noise, which no load may read.
         """
         where = self._check(offsets, 4)
+        if returns:
+            self._require_written(where)
         self._note("atomic", where, wave, epoch, against=("load", "store"))
         return self.data[: len(self.data) // 4 * 4].view(np.uint32)
+
+    def _require_written(self, where: Addresses) -> None:
+        if not self._written[where].all():
+            at = int(where.reshape(-1)[np.argmin(self._written[where].reshape(-1))])
+            raise Fault(f"LDS byte {at}: expected a byte that was written, got one that never was")
 
     def _check(self, offsets: Addresses, size: int) -> Addresses:
         # NOTE: 16 bytes come only from types that are aligned to them.

@@ -17,6 +17,7 @@ from amdgcn.assembly import Instruction
 from amdgcn.banks import BankTally, passes
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.scalar import Operation
+from amdgcn.trace import LdsAccess, Trace, segments_of
 from amdgcn.wave import (
     Fault,
     Wave,
@@ -39,6 +40,7 @@ class Memories:
         workgroup: the running one's index.
         lds: of the running workgroup.
         banks: where the passes of LDS accesses are counted, by line; None for nowhere.
+        trace: where the running wave's accesses are noted (`amdgcn.timing`); None for nowhere.
         signed_offsets: whether the 32-bit offset beside a scalar address is signed (gfx1250).
         waits_for_stores: whether vmcnt counts stores as well (gfx9).
     """
@@ -50,14 +52,25 @@ class Memories:
         self.workgroup = 0
         self.lds: Lds | None = None
         self.banks: dict[int, BankTally] | None = None
+        self.trace: Trace | None = None
 
     def note_banks(
         self, line: int, w: Wave, offsets: Array, size: int, is_atomic: bool = False
     ) -> None:
         """Counts the passes of an LDS access, if the launch asked for it."""
+        if self.banks is None and self.trace is None:
+            return
+        needed = passes(offsets, np.flatnonzero(w.mask), size, is_atomic)
         if self.banks is not None:
-            tally = self.banks.setdefault(line, BankTally())
-            tally.note(passes(offsets, np.flatnonzero(w.mask), size, is_atomic))
+            self.banks.setdefault(line, BankTally()).note(needed)
+        if self.trace is not None:
+            self.trace.append(LdsAccess(sum(needed)))
+
+    def noted(self, addresses: Array, size: int) -> Array:
+        """The addresses of an access to global memory, noted if the launch asked for a trace."""
+        if self.trace is not None:
+            self.trace.append(segments_of(addresses, size))
+        return addresses
 
     def local(self) -> Lds:
         """The LDS of the running workgroup."""
@@ -107,7 +120,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
         raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
 
     def run(w: Wave) -> None:
-        address = np.array([base(w) + offset(w) * scale + extra], np.int64)
+        address = memories.noted(np.array([base(w) + offset(w) * scale + extra], np.int64), size)
         words = _unpack(memories.memory.load(address, size, min(size, 4)), kind)
         w.s[destination : destination + count] = [int(word[0]) for word in words]
 
@@ -117,7 +130,7 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
 def _global_addresses(
     instruction: Instruction, position: int, size: int, memories: Memories
 ) -> Callable[[Wave], Array]:
-    """The addresses of the active lanes; `size` bytes is what `scale_offset` multiplies by."""
+    """The addresses of the active lanes, of `size` bytes each, which `scale_offset` multiplies by."""
     _only(instruction, "offset", "scale_offset", "nv")
     vector, scalar = instruction.operands[position], instruction.operands[-1]
     offset = np.int64(_number(instruction, "offset"))
@@ -126,14 +139,14 @@ def _global_addresses(
         if is_scaled:
             raise Fault("scale_offset: expected a scalar address beside the offset, got off")
         wide = read_lanes(vector, 64)
-        return lambda w: wide(w)[w.mask].view(np.int64) + offset
+        return lambda w: memories.noted(wide(w)[w.mask].view(np.int64) + offset, size)
     base, narrow = read_scalar(scalar, 64), read_lanes(vector, 32)
     scale = np.int64(size if is_scaled else 1)
     kind = np.int32 if memories.signed_offsets else np.uint32
 
     def addresses(w: Wave) -> Array:
         steps = narrow(w)[w.mask].view(kind).astype(np.int64)
-        return steps * scale + (np.int64(base(w)) + offset)
+        return memories.noted(steps * scale + (np.int64(base(w)) + offset), size)
 
     return addresses
 
@@ -333,20 +346,32 @@ def _global_atomic(instruction: Instruction, kind: str, memories: Memories) -> O
 
 
 def _lds_atomic(instruction: Instruction, kind: str, memories: Memories) -> Operation:
+    """32-bit atomics, with or without the old value as a result; lanes go one after the other."""
     operation, _, bits = kind.partition("_")
-    if operation not in _ATOMICS or bits not in ("u32", "b32"):
+    returns = bits.startswith("rtn_")
+    if operation not in _ATOMICS or bits.removeprefix("rtn_") not in ("u32", "b32"):
         raise Fault(f"unknown instruction {instruction.mnemonic}")
     _only(instruction, "offset")
     function = _ATOMICS[operation]
-    where = _lds_offsets(instruction.operands[0], _number(instruction, "offset"))
-    value = read_lanes(instruction.operands[1])
+    first = int(returns)
+    where = _lds_offsets(instruction.operands[first], _number(instruction, "offset"))
+    value = read_lanes(instruction.operands[first + 1])
+    write = _writer(instruction.operands[0], "b32") if returns else None
 
     def run(w: Wave) -> None:
-        if w.mask.any():
-            offsets = where(w)
-            words = memories.local().atomic(offsets, w.index, w.epoch)
-            memories.note_banks(instruction.line, w, offsets, 4, is_atomic=True)
+        if not w.mask.any():
+            return
+        offsets = where(w)
+        words = memories.local().atomic(offsets, w.index, w.epoch, returns)
+        memories.note_banks(instruction.line, w, offsets, 4, is_atomic=True)
+        if write is None:
             function.at(words, offsets // 4, value(w)[w.mask])
+            return
+        before = []
+        for word, new in zip(offsets // 4, value(w)[w.mask], strict=True):
+            before.append(words[word])
+            words[word] = function(words[word], new)
+        write(w, np.array(before, np.uint32).view(np.uint8).reshape(-1, 4))
 
     return run
 

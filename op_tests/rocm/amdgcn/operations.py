@@ -30,6 +30,12 @@ def bit_count(a: Array) -> Array:
     return ((a + (a >> 4) & 0x0F0F0F0F) * _U(0x01010101)) >> 24
 
 
+def _leading_zeros(x: Array) -> Array:
+    """Zeros above the highest set bit; all ones where none is set."""
+    bits = np.frexp(x.astype(np.float64))[1]  # NOTE: exact: 32 bits fit in a float64.
+    return np.where(x == 0, 0xFFFFFFFF, 32 - bits).astype(_U)
+
+
 def _reverse_bits(a: Array) -> Array:
     raw = np.unpackbits(a.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)[:, ::-1]
     return np.packbits(raw, axis=1).reshape(-1).view(">u4").astype(np.uint32)
@@ -105,6 +111,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
     "v_bfe_u32": ("uuu", _bfe),
     "v_bfe_i32": ("uuu", _bfe_signed),
     "v_bfrev_b32": ("u", _reverse_bits),
+    "v_ffbh_u32": ("u", _leading_zeros),
     "v_bcnt_u32_b32": ("uu", lambda a, b: bit_count(a) + b),
     "v_alignbit_b32": ("uuu", lambda a, b, c: ((u64(a) << 32 | u64(b)) >> u64(c & 31)).astype(_U)),
     "v_perm_b32": ("uuu", _perm),
@@ -131,6 +138,7 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
     "v_subrev_f32": ("ff", lambda a, b: b - a),
     "v_mul_f32": ("ff", lambda a, b: a * b),
     "v_max_f32": ("ff", exact.maximum),
+    "v_max3_f32": ("fff", lambda a, b, c: exact.maximum(exact.maximum(a, b), c)),
     "v_fma_f32": ("fff", exact.fma),
     "v_mad_f32": ("fff", exact.mad),
     "v_fmaak_f32": ("fff", exact.fma),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from aiter.jit.device_kernels import instruction_class
 from amdgcn.assembly import Instruction
 from amdgcn.banks import BankTally
+from amdgcn.trace import Trace
 
 Where = tuple[int, int]
 
@@ -30,6 +31,7 @@ class Statistics:
         counts: executions of every instruction by all waves, by (workgroup, barriers passed).
         round_trips: how often each wave, by its index, had to wait for loads, likewise.
         banks: LDS passes by the line of the instruction, if the launch asked for them.
+        traces: of the waves by workgroup, if the launch asked for them.
     """
 
     instructions: list[Instruction]
@@ -37,6 +39,7 @@ class Statistics:
     counts: dict[Where, list[int]] = field(default_factory=dict)
     round_trips: dict[Where, dict[int, int]] = field(default_factory=dict)
     banks: dict[int, BankTally] = field(default_factory=dict)
+    traces: dict[int, list[Trace]] = field(default_factory=dict)
 
     def executed(self, chosen: Callable[[Where], bool] = lambda where: True) -> list[int]:
         """Executions of every instruction in the chosen workgroups and stretches."""

@@ -180,13 +180,14 @@ def _compare(instruction: Instruction) -> Operation:
     name, operands = instruction.mnemonic, instruction.operands
     _, prefix, operator, kind = name.split("_")
     letter = {"u16": "h", "i16": "k", "u32": "u", "i32": "i", "f32": "f", "u64": "U", "i64": "I"}
-    if kind not in letter or operator not in COMPARE and operator not in ("ne", "o", "u"):
+    if kind not in letter or operator not in COMPARE and operator not in ("ne", "nlg", "o", "u"):
         raise Fault(f"unknown instruction {name}")
     function = {
         "ne": lambda a, b: a != b,
         "o": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
         "u": lambda a, b: np.isnan(a) | np.isnan(b),
         "lg": lambda a, b: (a < b) | (a > b),
+        "nlg": lambda a, b: ~((a < b) | (a > b)),
         "neq": lambda a, b: a != b,
         "nlt": lambda a, b: ~(a < b),
         "ngt": lambda a, b: ~(a > b),

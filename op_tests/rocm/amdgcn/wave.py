@@ -15,6 +15,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from amdgcn.trace import Trace
+
 U32 = NDArray[np.uint32]
 Lanes = NDArray[np.generic]
 Bools = NDArray[np.bool_]
@@ -47,11 +49,12 @@ class Wave:
         done: whether it has ended.
         in_flight: vector memory accesses that no wait has ended, oldest first: True for a load.
         round_trips: waits so far that had to wait for a load.
+        trace: what it executed, if the launch asked for it.
     """
 
     __slots__ = (
-        "done", "epoch", "full", "in_flight", "index", "mask", "pc", "round_trips", "s", "scc", "v",
-        "width",
+        "done", "epoch", "full", "in_flight", "index", "mask", "pc", "round_trips", "s", "scc", "trace",
+        "v", "width",
     )  # fmt: skip
 
     def __init__(self, width: int, index: int, num_vgprs: int, rng: np.random.Generator) -> None:
@@ -66,6 +69,7 @@ class Wave:
         self.done = False
         self.in_flight: list[bool] = []
         self.round_trips = 0
+        self.trace: Trace = []
         self.set_exec((1 << width) - 1)
 
     def set_exec(self, value: int) -> None:

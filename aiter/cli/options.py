@@ -1,0 +1,91 @@
+"""Which values may an option have?
+
+Types for argparse, so that a wrong value is one sentence that names the option, and exit status 2,
+before anything is imported, built or allocated for it. What only several options together decide
+(more experts per token than experts, more memory than there is) is asked by `check_topk` and
+`check_memory` with the same end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from ..jit.paths import PACKAGE
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRAM = f"python -m {PACKAGE}"
+MOST = 2**31 - 1  # of any size
+MOST_TOKENS = 2**24 - 1  # a token's number has 24 bits in sorted_ids
+MOST_TOPK = 255  # a slot's number has 8 bits there
+MOST_SEED = 2**63 - 1
+_MOST_DIGITS = 30
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; the usage is what `--help` is for."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2."""
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def whole(low: int, high: int = MOST) -> Callable[[str], int]:
+    """The type of a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        digits = re.fullmatch(rf"[+-]?[0-9]{{1,{_MOST_DIGITS}}}", text.strip())
+        if not digits or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {low} to {high}, got {text!r}"
+            )
+        return int(text)
+
+    return parse
+
+
+def existing_device(text: str) -> torch.device:
+    """The type of a device that is there: cpu, cuda or cuda:N."""
+    match = re.fullmatch(r"(cpu)|cuda(:[0-9]{1,3})?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    # NOTE: imported late, as a command line that asks for no device should not pay for it.
+    import torch
+
+    if match[1]:
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(match[2][1:]) if match[2] else 0
+    if index >= count:
+        there = ", ".join(f"cuda:{number}" for number in range(count))
+        raise argparse.ArgumentTypeError(
+            f"expected a GPU that this PyTorch ({torch.__version__}) sees ({there or 'it sees none'}),"
+            f" got {text!r}"
+        )
+    return torch.device("cuda", index if match[2] else torch.cuda.current_device())
+
+
+def check_topk(parser: argparse.ArgumentParser, topk: int, experts: int) -> None:
+    """Ends the program where a token would choose more experts than there are."""
+    if topk > experts:
+        parser.error(f"argument --topk: expected at most --experts, which is {experts}, got {topk}")
+
+
+def check_memory(parser: argparse.ArgumentParser, needed: int, place: torch.device) -> None:
+    """Ends the program where tensors of `needed` bytes do not fit the memory of `place`."""
+    if place.type == "cuda":
+        import torch
+
+        there = int(torch.cuda.mem_get_info(place)[1])
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        parser.error(
+            f"expected sizes that fit the memory of {place} ({there >> 20} MiB), got ones that take"
+            f" {needed >> 20} MiB"
+        )

@@ -1,0 +1,54 @@
+"""Is a call to be run, or is somebody recording it?
+
+Nothing here knows the ops; `graph` registers them under `NAMESPACE`, and who is to be recorded asks
+for them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
+
+NAMESPACE = __name__.partition(".")[0]  # of the registered ops: the package's own name
+
+_native: Any = torch._C
+transforms_active: Callable[[], bool] = _native._are_functorch_transforms_active
+tracing_state: Callable[[], object] = _native._get_tracing_state
+_is_excluded: Callable[[Any], bool] = _native._dispatch_tls_is_dispatch_key_excluded
+_TRACER = _native._dispatch_key_parse("Tracer")
+
+
+def traced(tensor: object) -> bool:
+    """Whether a call with this argument is being recorded, transformed or simulated, not run.
+
+    True under torch.compile and torch.export, inside any dispatch mode (fake tensors, make_fx), in
+    torch.jit.trace and torch.func's transforms, for a tensor subclass that dispatches by itself, such as
+    a fake tensor outside its mode, and for a tensor on the meta device.
+    """
+    if is_dynamo_compiling() or _len_torch_dispatch_stack() or transforms_active():
+        return True
+    if tracing_state() is not None and not _is_excluded(_TRACER):
+        return True  # NOTE: the tracer excludes itself while it runs what it has recorded.
+    if not isinstance(tensor, Tensor):
+        return False
+    if tensor.is_meta:
+        return True
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return False
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms the call: what is written in place may be of too few dimensions."""
+    return not is_dynamo_compiling() and transforms_active()
+
+
+def registered(name: str) -> Any:
+    """The registered op of that name."""
+    return getattr(getattr(torch.ops, NAMESPACE), name)

@@ -1,0 +1,243 @@
+// The K best of a row of f32 keys, each with a score that is kept beside it, by 32 lanes: K <= 32, up to 1,024 keys.
+//
+//   winners   the K largest (key_e, -e) in descending order; NaN is not eligible and comes last, by lowest e
+//   keys      lane l of the row holds those of the experts 8l ... 8l + 7, 8(32 + l) ... + 7 and so on
+//   result    lane k gets winner k, and its score unless the row was selected by steps
+//
+// best_keys.h's idea, for keys that cost too much to be made again:
+//
+//   1 maxima     one of each lane, or two where K > 16, with the lane in their lowest bits, so that they differ
+//   2 threshold  each lane counts the maxima that are larger than its own, and the one that finds K - 1 knows the
+//                threshold: at least K keys are as large. Where so many lanes have no eligible key, it is the
+//                lowest of all
+//   3 candidates (key, expert) and score of every key that is not below it, in LDS; ballots over the number of a
+//                lane's candidates tell it where
+//   4 order      each lane counts the candidates that are better than its own: that is the slot
+//
+// Rows with less than K candidates or more than there is room for are selected by a step per winner.
+//
+// LDS: that of best_keys.h, 24 bytes a lane.
+#pragma once
+
+#include "best_keys.h"
+
+namespace aiter {
+
+template <int kValues, int kBest>
+class KeptKeys {
+ public:
+  static constexpr int kLanes = kMinWaveSize;
+  static constexpr int kRowsPerWave = kWaveSize / kLanes;
+
+  static __device__ __forceinline__ int lane_in_row() { return lane_idx() % kLanes; }
+  static __device__ __forceinline__ int expert_of_register(int i) {
+    return (i / kKeysPerChunk * kLanes + lane_in_row()) * kKeysPerChunk + i % kKeysPerChunk;
+  }
+
+  struct Result {
+    Winner winner;  // `stored`: ordered_float() of the key
+    float score;    // of the winner
+    bool has_score;
+  };
+
+  // `lds` is the wave's. By all lanes; topk is the same for all.
+  template <typename Exists>
+  static __device__ __forceinline__ Result select(const float (&keys)[kValues],
+                                                  const float (&scores)[kValues], Exists exists,
+                                                  int topk, void* lds) {
+    Candidate* const found =
+        reinterpret_cast<Candidate*>(static_cast<char*>(lds) + lane_idx() / kLanes * kBytesOfRow);
+    float* const kept = reinterpret_cast<float*>(found + kRoom);
+    const float least = threshold(keys, topk, reinterpret_cast<uint32_t*>(kept));
+    uint32_t own = 0;  // bit i: keys[i] is a candidate
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) own |= keys[i] >= least ? 1u << i : 0u;
+    wave_sync();
+    const int count = collect(own, keys, scores, found, kept);
+    const bool fails = count > kRoom || count < topk;
+    wave_sync();
+    order(found, kept, fails ? 0 : count, topk);
+    if (wave_ballot(fails) != 0) select_by_steps(keys, exists, topk, fails, found);
+    wave_sync();
+    const int k = lane_in_row() < topk ? lane_in_row() : 0;
+    const Candidate mine = found[k];
+    const uint32_t stored =
+        fails ? bit_cast<uint32_t>(mine.key) : ordered_key(bit_cast<uint32_t>(mine.key + 0.0f));
+    return {{stored, mine.expert_idx}, kept[k], !fails};
+  }
+
+ private:
+  struct alignas(8) Candidate {
+    float key;
+    uint32_t expert_idx;
+  };
+  static constexpr int kCandidatesOfLane = 2;
+  static constexpr int kRoom = kCandidatesOfLane * kLanes;
+  static constexpr int kBytesOfRow = best_keys_lds_bytes(kLanes);
+  static_assert(kRoom * (sizeof(Candidate) + sizeof(float)) <= kBytesOfRow, "LDS of a row");
+  static constexpr int kMaximaPerLane = kBest > 16 ? 2 : 1;
+  static constexpr uint32_t kLowBits = kMaximaPerLane * kLanes - 1;
+  static constexpr uint32_t kNone = 0x007fffffu;  // the key of -inf, as which NaN counts
+
+  static __device__ __forceinline__ uint32_t key_of(float key) {
+    return ordered_key(ordinary_bits(bit_cast<uint32_t>(key)));
+  }
+  static __device__ __forceinline__ uint32_t of_row(WaveMask lanes) {
+    return static_cast<uint32_t>(lanes >> (lane_idx() / kLanes * kLanes));
+  }
+
+  // Over kCount registers from kFirst on.
+  template <int kFirst, int kCount>
+  static __device__ __forceinline__ float max_over(const float (&keys)[kValues]) {
+    if constexpr (kCount == 1) {
+      return keys[kFirst];
+    } else {
+      return max_but_nan(max_over<kFirst, kCount / 2>(keys),
+                         max_over<kFirst + kCount / 2, kCount / 2>(keys));
+    }
+  }
+
+  static __device__ __forceinline__ float threshold(const float (&keys)[kValues], int topk,
+                                                    uint32_t* maxima) {
+    uint32_t own[kMaximaPerLane];
+    int larger[kMaximaPerLane];
+    wave_sync();
+    AITER_UNROLL
+    for (int m = 0; m < kMaximaPerLane; ++m) {
+      constexpr int kCount = kValues / kMaximaPerLane;
+      const float max =
+          m == 0 ? max_over<0, kCount>(keys) : max_over<kValues - kCount, kCount>(keys);
+      const uint32_t place = m * kLanes + lane_in_row();
+      own[m] = (key_of(max) & ~kLowBits) | place;
+      larger[m] = 0;
+      maxima[place] = own[m];
+    }
+    wave_sync();
+    AITER_UNROLL
+    for (int first = 0; first < kMaximaPerLane * kLanes; first += 4) {
+      const FourWords four = *reinterpret_cast<const FourWords*>(maxima + first);
+      AITER_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        AITER_UNROLL
+        for (int m = 0; m < kMaximaPerLane; ++m) larger[m] += four.word[i] > own[m] ? 1 : 0;
+      }
+    }
+    uint32_t least = 0;
+    AITER_UNROLL
+    for (int m = 0; m < kMaximaPerLane; ++m) {
+      const uint32_t lanes = of_row(wave_ballot(larger[m] == topk - 1));
+      if (lanes != 0) least = maxima[m * kLanes + highest_bit(lanes)];
+    }
+    least &= ~kLowBits;
+    return bit_cast<float>(bits_of_key(least > kNone ? least : kNone + 1));
+  }
+
+  // Puts the candidates of the bits `own` of the row's lanes in found[0], found[1], ..., in any order; returns how
+  // many they are, or more than there is room for.
+  static __device__ __forceinline__ int collect(uint32_t own, const float (&keys)[kValues],
+                                                const float (&scores)[kValues], Candidate* found,
+                                                float* kept) {
+    constexpr int kDigits = 3;  // of a lane's number, of which a ballot tells one of all lanes
+    const uint32_t count = __popc(own);
+    const uint32_t lanes_below = (1u << lane_in_row()) - 1;
+    int place = 0, total = 0;
+    AITER_UNROLL
+    for (int d = 0; d < kDigits; ++d) {
+      const uint32_t lanes = of_row(wave_ballot((count >> d & 1) != 0));
+      place += __popc(lanes & lanes_below) << d;
+      total += __popc(lanes) << d;
+    }
+    if (of_row(wave_ballot(count >> kDigits != 0)) != 0) total = kRoom + 1;
+    if (total > kRoom) return total;
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      if ((own >> i & 1) == 0) continue;
+      found[place] = {keys[i], static_cast<uint32_t>(expert_of_register(i))};
+      kept[place] = scores[i];
+      ++place;
+    }
+    return total;
+  }
+
+  // Puts the candidates in found[0 ... count - 1] in order, those of the first `topk` places, and their scores.
+  static __device__ __forceinline__ void order(Candidate* found, float* kept, int count, int topk) {
+    Candidate own[kCandidatesOfLane];
+    float score[kCandidatesOfLane];
+    int slot[kCandidatesOfLane];
+    AITER_UNROLL
+    for (int c = 0; c < kCandidatesOfLane; ++c) {
+      const int place = c * kLanes + lane_in_row();
+      slot[c] = topk;
+      if (place >= count) continue;
+      own[c] = found[place];
+      score[c] = kept[place];
+      int better = 0;
+      AITER_LOOP
+      for (int first = 0; first < count; first += 4) {
+        FourWords pairs[2];
+        AITER_UNROLL
+        for (int p = 0; p < 2; ++p) {
+          pairs[p] = *reinterpret_cast<const FourWords*>(found + first + 2 * p);
+        }
+        AITER_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float key = bit_cast<float>(pairs[i / 2].word[i % 2 * 2]);
+          const uint32_t expert_idx = pairs[i / 2].word[i % 2 * 2 + 1];
+          const bool is_better =
+              key > own[c].key || (key == own[c].key && expert_idx < own[c].expert_idx);
+          better += first + i < count && is_better ? 1 : 0;
+        }
+      }
+      slot[c] = better;
+    }
+    wave_sync();
+    AITER_UNROLL
+    for (int c = 0; c < kCandidatesOfLane; ++c) {
+      if (slot[c] >= topk) continue;
+      found[slot[c]] = own[c];
+      kept[slot[c]] = score[c];
+    }
+  }
+
+  template <int kMask>
+  static __device__ __forceinline__ uint32_t larger_of(uint32_t x) {
+    const uint32_t y = wave_exchange<kMask>(x);
+    return x > y ? x : y;
+  }
+  static __device__ __forceinline__ uint32_t largest(uint32_t x) {
+    return larger_of<31>(larger_of<15>(larger_of<7>(larger_of<3>(larger_of<1>(x)))));
+  }
+
+  // Finds the winners of the rows with `fails` one by one, and puts them, with their keys as integers, where
+  // order() does.
+  template <typename Exists>
+  static __device__ __forceinline__ void select_by_steps(const float (&keys)[kValues],
+                                                         Exists exists, int topk, bool fails,
+                                                         Candidate* found) {
+    uint32_t left[kValues];
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      left[i] = exists(expert_of_register(i)) ? key_of(keys[i]) : 0;
+    }
+    AITER_LOOP
+    for (int k = 0; k < topk; ++k) {
+      uint32_t best = 0;
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) best = left[i] > best ? left[i] : best;
+      best = largest(best);
+      uint32_t complement = 0;  // of the lane's lowest expert with this key; 0 for none
+      AITER_UNROLL
+      for (int i = kValues - 1; i >= 0; --i) {
+        if (left[i] == best) complement = ~static_cast<uint32_t>(expert_of_register(i));
+      }
+      complement = largest(complement);
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        if (~static_cast<uint32_t>(expert_of_register(i)) == complement) left[i] = 0;
+      }
+      if (fails && lane_in_row() == 0) found[k] = {bit_cast<float>(best), ~complement};
+    }
+  }
+};
+
+}  // namespace aiter

@@ -1,0 +1,134 @@
+// What a launch knows of its rule, and the steps from a logit to a key and from a score to a weight that rows in
+// registers and in memory share (rule_rows.h, memory_rule_row.h).
+#pragma once
+
+#include "row_topk.h"
+#include "rule_scores.h"
+
+namespace aiter {
+
+enum class FloatKind { f32, f16, bf16, none };  // of logits or bias
+
+// What the selection of a row goes by.
+struct RowRule {
+  RoutingRule rule;
+  const void* bias;  // [E + Z]
+  FloatKind logit_kind, bias_kind;
+  bool wide_logits, wide_bias;            // chunks lie on 16-byte boundaries, whole
+  int num_candidates, num_experts, topk;  // E + Z, E, K
+  int group_width;
+  int log2_group_places;  // of RuleRows
+  bool in_memory;         // for MemoryRuleRow, whatever RuleRows may hold
+  bool top2;              // a group is worth the sum of its two largest keys
+  bool key_is_logit;      // else s, and the bias
+  bool shares_chosen;     // softmax over the chosen alone: section 2
+  bool is_sigmoid;        // chosen by the sigmoid of logits as they are
+  bool shares_none;       // softmax that gives all the same where none is above -inf: section 2
+};
+
+__device__ __forceinline__ float load_float(const void* items, FloatKind kind, int i) {
+  if (kind == FloatKind::f32) return static_cast<const float*>(items)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(items)[i];
+  return kind == FloatKind::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
+}
+
+__device__ __forceinline__ uint32_t all_ones_if_nan(float x) {
+  constexpr uint32_t kInf = 0x7f800000u;
+  return all_ones_if_negative(kInf - (bit_cast<uint32_t>(x) & 0x7fffffffu));
+}
+
+// The row's maximum, and the sum of exp(x - maximum).
+struct RowSoftmax {
+  float max = 0.0f, total = 1.0f;
+};
+
+// A score of softmax, from exp(x - maximum).
+__device__ __forceinline__ float share_of(const RowRule& r, const RowSoftmax& softmax,
+                                          float numerator) {
+  const bool none = !r.shares_none && softmax.max == -__builtin_inff();
+  return none ? 0.0f : numerator / softmax.total;
+}
+
+__device__ __forceinline__ float score_of(const RowRule& r, const RowSoftmax& softmax, float x) {
+  if (r.rule.scoring_func == kSigmoid) return sigmoid(x);
+  if (r.rule.scoring_func == kSqrtSoftplus) return sqrtsoftplus(x);
+  return share_of(r, softmax, softmax_numerator(without_nan(x), softmax.max));
+}
+
+// The key as best_keys.h takes it: NaN for a candidate that its logit or its key rules out.
+__device__ __forceinline__ float eligible_key(float logit, float key) {
+  constexpr float kLowest = -__builtin_inff();
+  return logit == logit && key > kLowest ? key : __builtin_nanf("");
+}
+
+// The key of a candidate, from memory.
+__device__ __forceinline__ float key_in_memory(const RowRule& r, const unsigned char* row,
+                                               const RowSoftmax& softmax, int candidate) {
+  const float logit = load_float(row, r.logit_kind, candidate);
+  const float x = scaled_logit(r.rule, logit);
+  float key = r.key_is_logit ? x : score_of(r, softmax, x);
+  if (r.bias_kind != FloatKind::none) key += load_float(r.bias, r.bias_kind, candidate);
+  return eligible_key(logit, key);
+}
+
+// NaN counts as -inf.
+__device__ __forceinline__ uint32_t ordered_float(float x) {
+  return ordered_key(ordinary_bits(bit_cast<uint32_t>(x)));
+}
+
+constexpr uint32_t kNotEligible = 0x007fffffu;  // ordered_float() of NaN
+
+// The two largest keys of a group; -inf is none, as is a key that is NaN.
+struct BestTwo {
+  float first, second;
+
+  static __device__ __forceinline__ BestTwo none() {
+    return {-__builtin_inff(), -__builtin_inff()};
+  }
+  static __device__ __forceinline__ BestTwo of(float x, float y) {
+    x = without_nan(x);
+    y = without_nan(y);
+    return {x > y ? x : y, x > y ? y : x};
+  }
+  __device__ __forceinline__ BestTwo with(const BestTwo& other) const {
+    const bool mine = first > other.first;
+    const float lower = mine ? other.first : first;
+    const float upper_second = second > other.second ? second : other.second;
+    return {mine ? first : other.first, lower > upper_second ? lower : upper_second};
+  }
+  // With those of the lanes that differ in the bits kMask, each half of which agree.
+  template <int kMask>
+  __device__ __forceinline__ void merge() {
+    const float theirs = bit_cast<float>(wave_exchange<kMask>(bit_cast<uint32_t>(first)));
+    const float their_second = bit_cast<float>(wave_exchange<kMask>(bit_cast<uint32_t>(second)));
+    *this = with({theirs, their_second});
+  }
+  // What the group is worth.
+  __device__ __forceinline__ float value(const RowRule& r) const {
+    return r.top2 && r.group_width > 1 ? without_nan(first + second) : first;
+  }
+};
+
+__device__ __forceinline__ float weight_of_x(const RowRule& r, const RowSoftmax& softmax, float x) {
+  if (r.shares_chosen) return softmax_numerator(without_nan(x), softmax.max);
+  return score_of(r, softmax, x);
+}
+
+// The last steps to a weight, once the sum over the chosen is known.
+__device__ __forceinline__ float final_weight(const RowRule& r, float weight, float sum) {
+  if (r.rule.need_renorm) {
+    if (!r.shares_chosen) {
+      sum = (sum > r.rule.renorm_min ? sum : r.rule.renorm_min) + r.rule.renorm_eps;
+    }
+    weight = sum == 0.0f ? 0.0f : weight / sum;
+  }
+  return weight * r.rule.routed_scaling_factor;
+}
+
+// The id of a candidate: zero experts come behind the shared ones.
+__device__ __forceinline__ int id_of(const RowRule& r, uint32_t candidate) {
+  const int id = static_cast<int>(candidate);
+  return id < r.num_experts ? id : id + r.rule.num_shared_experts;
+}
+
+}  // namespace aiter

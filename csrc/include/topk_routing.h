@@ -1,0 +1,65 @@
+// Top-k of every row of the router logits by any rule: the first step of the separate chain, and by itself.
+//
+//   gating [M, E + Z (+ S)] f32/f16/bf16, inner stride 1, any row stride
+//   topk_weights f32 [M, K + S], topk_ids i32 [M, K + S], inner stride 1, any row stride
+//
+// A wave takes a row or two (rule_topk.h), kRoutingWaves waves form a workgroup; they share nothing, so there is no
+// barrier, and LDS is a wave's own.
+#pragma once
+
+#include "device/cluster.h"
+#include "rule_topk.h"
+
+namespace aiter {
+
+constexpr int kRoutingWaves = 4;
+
+struct TopkRoutingParams {
+  RowRule rule;
+  const unsigned char* gating;
+  int64_t row_bytes;  // from row to row
+  int num_tokens;
+  float* topk_weights;
+  int64_t weights_stride;  // in items
+  int32_t* topk_ids;
+  int64_t ids_stride;
+};
+
+struct TopkRoutingSink {
+  float* weights;  // of this row
+  int32_t* ids;
+
+  __device__ __forceinline__ void put(int k, int id, float weight) {
+    weights[k] = weight;
+    ids[k] = id;
+  }
+  template <typename F>
+  __device__ __forceinline__ void finish(int k, F f) {
+    weights[k] = f(weights[k]);
+  }
+};
+
+template <typename Rows>
+__global__ void AITER_LAUNCH_BOUNDS(kRoutingWaves* kMaxWaveSize)
+    topk_routing_kernel(TopkRoutingParams p) {
+  AITER_DYNAMIC_LDS(lds_base);
+  wait_for_earlier_launch();
+  let_next_launch_begin();
+  const int64_t wave = static_cast<int64_t>(blockIdx.x) * kRoutingWaves + uniform_wave_idx();
+  const int64_t first = wave * Rows::kRowsPerWave;
+  if (first >= p.num_tokens) return;
+  const bool valid = first + Rows::row_in_wave() < p.num_tokens;
+  const int64_t row = valid ? first + Rows::row_in_wave() : p.num_tokens - 1;
+  Rows logits;
+  logits.follow(p.rule);
+  if constexpr (kUsesLds<Rows>) {
+    logits.use(lds_base + uniform_wave_idx() * best_keys_lds_bytes(kWaveSize));
+  } else {
+    (void)lds_base;
+  }
+  logits.load(p.gating + row * p.row_bytes, 0, RowFormat{});
+  TopkRoutingSink sink{p.topk_weights + row * p.weights_stride, p.topk_ids + row * p.ids_stride};
+  wave_topk(logits, 0, 0, false, valid, sink);
+}
+
+}  // namespace aiter
