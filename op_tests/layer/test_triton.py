@@ -47,11 +47,11 @@ def needs_kernels(target: Target) -> None:
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """This file and every case of `test_fused_moe`, on the CPU."""
+    """This file, `test_triton_calls` and every case of `test_fused_moe`, on the CPU."""
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the kernels run in this process")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--device", "cpu", "--wave", "64"]
-    files = [HERE / "test_triton.py", HERE / "test_fused_moe.py"]
+    files = [HERE / f"{name}.py" for name in ("test_triton", "test_triton_calls", "test_fused_moe")]
     run = subprocess.run(
         [*command, *map(str, files), "-k", "triton"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
