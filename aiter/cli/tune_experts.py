@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import fused_moe
 from ..layer import triton_experts, triton_plan, triton_tuned
-from ..layer.experts import Experts
+from ..layer.parts import Experts
 from ..layer.triton_configs import Family, Row, Tile
 from ..layer.types import ActivationType
 from ..ops.device import current_device

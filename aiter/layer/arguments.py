@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..routing.autograd import checked
 from ..routing.tracing import traced
-from .experts import BACKENDS, Experts, grouped_mm_problem, triton_problem
+from .experts import BACKENDS, grouped_mm_problem, triton_problem
+from .parts import Experts
 from .types import ActivationType, QuantType
 
 GATE_MODES = {"separated": False, "interleave": True, None: False}

@@ -27,15 +27,8 @@ from .arguments import (
     check_unsupported,
     check_upstream,
 )
-from .experts import (
-    SWIGLU_LIMIT,
-    Activation,
-    Backend,
-    Experts,
-    default_block_size,
-    expert_backend,
-    run_experts,
-)
+from .experts import Backend, default_block_size, expert_backend, run_experts
+from .parts import SWIGLU_LIMIT, Activation, Experts
 from .triton_experts import fixed_of, plan_of, run_plan
 from .types import ActivationType, QuantType
 

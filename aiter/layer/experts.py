@@ -46,8 +46,7 @@ Autocast does not reach inside: products and activation are in the dtype of `hid
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -58,38 +57,17 @@ from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
 from ..routing.tracing import traced, tracing_state, transformed
 from . import triton_experts
 from .graph import block_bmm
+from .parts import SWIGLU_ALPHA, Activation, Experts
 from .types import ActivationType
 
 Backend = Literal["grouped_mm", "block_bmm", "triton"]
 BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm", "triton")
-
-Activation = ActivationType | Callable[[Tensor], Tensor]
-"""What lies between the products: a known one, or a function from [R, N1] to [R, inter], row by row."""
 
 BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
 """Slots per block; "triton" goes by M (`default_block_size`)."""
 
 SIGN_SLOT = 128  # the first slot number that sets the sign bit of a sorted id
 ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
-SWIGLU_LIMIT = 7.0
-SWIGLU_ALPHA = 1.702
-
-
-class Experts(NamedTuple):
-    """The weights of E local experts and what lies between the two products.
-
-    w1 [E, N1, D] with N1 = 2*inter (gate and up) or inter, w2 [E, D, inter]; any strides.
-    bias1 [E, N1] and bias2 [E, D], or None. `interleaved`: gate and up take turns along N1 instead
-    of one after the other.
-    """
-
-    w1: Tensor
-    w2: Tensor
-    bias1: Tensor | None
-    bias2: Tensor | None
-    activation: Activation
-    interleaved: bool
-    swiglu_limit: float = SWIGLU_LIMIT
 
 
 def expert_backend(w1: Tensor, w2: Tensor, activation: Activation = ActivationType.Silu) -> Backend:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,10 @@ from torch.compiler import is_dynamo_compiling
 
 from ..routing.buffers import SortedBuffers, allocate, sorted_sizes
 from . import triton_configs, triton_tuned
+from .parts import Experts
 from .triton_launch import ALIGNMENT, address, interpreted, itself
 from .triton_plan import MOST_PLANS, Call, Choice, Plan, family_for, make_plan
 from .types import ActivationType
-
-if TYPE_CHECKING:
-    from .experts import Experts
 
 OLDEST_CAPABILITY = 8  # Triton's oldest, and the first with bfloat16
 _native: Any = torch._C

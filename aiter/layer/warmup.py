@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..routing.buffers import check_size
 from .arguments import check_layer
-from .experts import SWIGLU_LIMIT, Activation, Experts, triton_problem
+from .experts import triton_problem
+from .parts import SWIGLU_LIMIT, Activation, Experts
 from .triton_experts import compile_ahead
 from .types import ActivationType
 

@@ -22,7 +22,7 @@ from aiter import ActivationType, reference
 from aiter import fused_moe as layer
 from aiter.cli import tune, tune_experts
 from aiter.layer import triton_configs, triton_experts, triton_known, triton_plan, triton_tuned
-from aiter.layer.experts import Experts
+from aiter.layer.parts import Experts
 from aiter.layer.triton_configs import Row, Tile
 from aiter.reference.layer import moe_layer
 
