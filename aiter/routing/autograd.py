@@ -70,8 +70,7 @@ def checked(tensor: Tensor, **tensors: object) -> Tensor:
     Where torch.compile looks on, the graph that it makes raises: an exception of the traced code itself
     would end as one of torch.compile's own, which says little of ours.
     """
-    # NOTE: the flag itself, as is_exporting() is True under every torch.compile before PyTorch 2.13.
-    if not is_dynamo_compiling() or torch.compiler._is_exporting_flag:
+    if not is_dynamo_compiling() or torch.compiler.is_exporting():
         refuse_gradients(**tensors)
         return tensor
     if torch.is_grad_enabled():

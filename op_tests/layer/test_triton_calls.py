@@ -234,7 +234,8 @@ def test_gradients_are_refused(target: Target, name: str) -> None:
 
         torch._dynamo.reset()
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-        with pytest.raises(ValueError, match=words):
+        # NOTE: PyTorch before 2.13 takes torch.compile for an export and raises an error of its own.
+        with pytest.raises((ValueError, RuntimeError), match=words):
             compiled(needing)
         with torch.no_grad():
             assert torch.equal(compiled(needing), plain)
