@@ -156,6 +156,9 @@ class KeptKeys {
       kept[place] = scores[i];
       ++place;
     }
+    // What order() reads behind the last one, as it reads four at a time: a key that is no better than any.
+    const int behind = total + lane_in_row();
+    if (lane_in_row() < 3 && behind < kRoom) found[behind] = {__builtin_nanf(""), 0};
     return total;
   }
 
@@ -185,7 +188,7 @@ class KeptKeys {
           const uint32_t expert_idx = pairs[i / 2].word[i % 2 * 2 + 1];
           const bool is_better =
               key > own[c].key || (key == own[c].key && expert_idx < own[c].expert_idx);
-          better += first + i < count && is_better ? 1 : 0;
+          better += is_better ? 1 : 0;
         }
       }
       slot[c] = better;

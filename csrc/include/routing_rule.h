@@ -9,6 +9,8 @@
 // docs/contract.md, section 2b, says the rest.
 #pragma once
 
+#include <cstdint>
+
 namespace aiter {
 
 // NOTE: aiter/ops/rule.py has the same names in the same places.
@@ -23,7 +25,7 @@ struct RoutingRule {
   int scoring_func;
   int num_expert_group, topk_group;  // G, and how many stay
   int group_score;
-  bool need_renorm;
+  uint32_t need_renorm;
   float renorm_eps, renorm_min, routed_scaling_factor;
   int select_on;
   float logit_scale, softcap;
@@ -41,7 +43,7 @@ struct RoutingRule {
   static RoutingRule of(const double* numbers) {
     const auto integer = [&](int i) { return static_cast<int>(numbers[i]); };
     const auto real = [&](int i) { return static_cast<float>(numbers[i]); };
-    return {integer(0), integer(1),  integer(2),  integer(3), integer(4) != 0,
+    return {integer(0), integer(1),  integer(2),  integer(3), uint32_t{integer(4) != 0},
             real(5),    real(6),     real(7),     integer(8), real(9),
             real(10),   integer(11), integer(12), real(13),   integer(14)};
   }

@@ -9,21 +9,22 @@ namespace aiter {
 
 enum class FloatKind { f32, f16, bf16, none };  // of logits or bias
 
-// What the selection of a row goes by.
+// What the selection of a row goes by. NOTE: flags are words, which AMD GPUs load with scalar loads; of neighbouring
+// bytes compilers make vector loads, and not even aligned ones.
 struct RowRule {
   RoutingRule rule;
   const void* bias;  // [E + Z]
   FloatKind logit_kind, bias_kind;
-  bool wide_logits, wide_bias;            // chunks lie on 16-byte boundaries, whole
+  uint32_t wide_logits, wide_bias;        // chunks lie on 16-byte boundaries, whole
   int num_candidates, num_experts, topk;  // E + Z, E, K
   int group_width;
-  int log2_group_places;  // of RuleRows
-  bool in_memory;         // for MemoryRuleRow, whatever RuleRows may hold
-  bool top2;              // a group is worth the sum of its two largest keys
-  bool key_is_logit;      // else s, and the bias
-  bool shares_chosen;     // softmax over the chosen alone: section 2
-  bool is_sigmoid;        // chosen by the sigmoid of logits as they are
-  bool shares_none;       // softmax that gives all the same where none is above -inf: section 2
+  int log2_group_places;   // of RuleRows
+  uint32_t in_memory;      // for MemoryRuleRow, whatever RuleRows may hold
+  uint32_t top2;           // a group is worth the sum of its two largest keys
+  uint32_t key_is_logit;   // else s, and the bias
+  uint32_t shares_chosen;  // softmax over the chosen alone: section 2
+  uint32_t is_sigmoid;     // chosen by the sigmoid of logits as they are
+  uint32_t shares_none;    // softmax that gives all the same where none is above -inf: section 2
 };
 
 __device__ __forceinline__ float load_float(const void* items, FloatKind kind, int i) {

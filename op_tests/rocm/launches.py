@@ -52,6 +52,7 @@ class SortShape(ctypes.Structure):
     _fields_ = [
         ("num_tokens", _i32), ("num_experts", _i32), ("topk", _i32), ("block_size", _i32),
         ("by_topk", Divisor), ("by_block_size", Divisor), ("wide_stores", ctypes.c_bool),
+        ("flat_ids", ctypes.c_bool), ("num_real", _i32),
     ]  # fmt: skip
 
 
@@ -358,6 +359,8 @@ def sort_shape(
         by_topk=divisor(topk),
         by_block_size=divisor(block_size),
         wide_stores=block_size % 4 == 0 and on_boundary,
+        flat_ids=False,
+        num_real=num_experts,
     )
 
 

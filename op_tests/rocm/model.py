@@ -39,7 +39,7 @@ from torch import Tensor  # noqa: E402
 
 from aiter.cli.table import format_table  # noqa: E402
 from aiter.jit.device_kernels import ARCHS  # noqa: E402
-from aiter.routing.graph import sorted_sizes  # noqa: E402
+from aiter.routing.buffers import sorted_sizes  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 WAYS = ("fused", "oneshot", "multiphase")

@@ -28,6 +28,7 @@ _RENAMES = (
     (r"_or_not1_", r"_orn2_"),
     (r"^s_ctz_i32", r"s_ff1_i32"),
     (r"^v_clz_i32_u32", r"v_ffbh_u32"),
+    (r"^s_clz_i32_u32", r"s_flbit_i32_b32"),
     (r"^([sv]_max3?)_num_f32$", r"\1_f32"),
 )
 _CARRY = {"v_subc_co_u32": "v_subb_co_u32", "v_subrevc_co_u32": "v_subbrev_co_u32"}

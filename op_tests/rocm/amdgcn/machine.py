@@ -170,7 +170,8 @@ def _start_wave(
 ) -> Wave:
     """A wave with the registers that the kernel's directives ask for."""
     want, width = kernel.directives, kernel.code.wave_size
-    wave = Wave(width, index, want["next_free_vgpr"], rng)
+    accumulates = any("accvgpr" in i.mnemonic for i in kernel.instructions)
+    wave = Wave(width, index, want["next_free_vgpr"], rng, accumulates)
     if want["system_vgpr_workitem_id"] or not want["user_sgpr_kernarg_segment_ptr"]:
         raise Fault(f"{kernel.code.name}: expected an argument segment and one work-item index")
     next_sgpr = sum(count for name, count in _USER_SGPRS_BEFORE if want.get(f"user_sgpr_{name}", 0))

@@ -67,6 +67,9 @@ def _perm(a: Array, b: Array, selector: Array) -> Array:
 
 OPERATIONS: dict[str, tuple[str, Callable[..., Array]]] = {
     "v_mov_b32": ("u", lambda a: a),
+    "v_accvgpr_read_b32": ("u", lambda a: a),
+    "v_accvgpr_write_b32": ("u", lambda a: a),
+    "v_accvgpr_mov_b32": ("u", lambda a: a),
     "v_mov_b64": ("U", lambda a: a),
     "v_mov_b16": ("h", lambda a: a),
     "v_not_b32": ("u", lambda a: ~a),

@@ -141,6 +141,7 @@ UNARY: dict[str, tuple[int, int, Callable[[int], Result]]] = {
     "s_bcnt1_i32_b64": (64, 32, lambda a: (a.bit_count(), a != 0)),
     "s_ff1_i32_b32": (32, 32, lambda a: ((a & -a).bit_length() - 1 & ALL_ONES, None)),
     "s_ff1_i32_b64": (64, 32, lambda a: ((a & -a).bit_length() - 1 & ALL_ONES, None)),
+    "s_flbit_i32_b32": (32, 32, lambda a: (32 - a.bit_length() if a else ALL_ONES, None)),
     "s_cvt_f32_u32": (32, 32, _float(lambda a: a.view(np.uint32).astype(np.float32))),
     "s_cvt_f32_i32": (32, 32, _float(lambda a: a.view(np.int32).astype(np.float32))),
     "s_cvt_u32_f32": (32, 32, _float(exact.to_u32)),
@@ -150,11 +151,14 @@ UNARY: dict[str, tuple[int, int, Callable[[int], Result]]] = {
     "s_rndne_f32": (32, 32, _float(np.rint)),
 }  # fmt: skip
 
+# NOTE: of floats, "lg" is false and "nlg" true where one is NaN.
 COMPARE: dict[str, Callable[..., bool]] = {
-    "eq": lambda a, b: a == b, "lg": lambda a, b: a != b, "gt": lambda a, b: a > b,
+    "eq": lambda a, b: a == b, "lg": lambda a, b: (a < b) | (a > b), "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
     "neq": lambda a, b: not a == b, "nlt": lambda a, b: not a < b, "ngt": lambda a, b: not a > b,
     "nle": lambda a, b: not a <= b, "nge": lambda a, b: not a >= b,
+    "nlg": lambda a, b: not (a < b or a > b),
+    "o": lambda a, b: a == a and b == b, "u": lambda a, b: a != a or b != b,
 }  # fmt: skip
 
 _SAVEEXEC: dict[str, Callable[[int, int], int]] = {

@@ -21,6 +21,7 @@ from amdgcn.wave import (
     Fault,
     Lanes,
     Wave,
+    constant,
     lanes_of,
     read_lanes,
     read_mask,
@@ -150,7 +151,7 @@ def _check_modifiers(instruction: Instruction) -> None:
     if instruction.mnemonic == "v_pk_mov_b32":
         known.add("op_sel")
     if instruction.mnemonic in _PACKED_F32:
-        known |= {"op_sel", "op_sel_hi"}
+        known |= {"op_sel", "op_sel_hi", "neg_lo", "neg_hi"}
     strange = set(instruction.modifiers) - known
     if strange:
         raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
@@ -297,24 +298,34 @@ _PACKED_F32: dict[str, Callable[..., Array]] = {
 
 def _packed_f32(instruction: Instruction, function: Callable[..., Array]) -> Operation:
     """Two floats at once: op_sel picks the half of every source for the low one, op_sel_hi for
-    the high one."""
+    the high one, and neg_lo and neg_hi negate what was picked."""
     destination, *sources = instruction.operands
     store = write_lanes(destination)
-    reads = [read_lanes(source, 64) for source in sources]
+    is_float = ["." in source and constant(source) is not None for source in sources]
+    reads = [
+        read_lanes(str(constant(source)) if number else source, 64)
+        for source, number in zip(sources, is_float, strict=True)
+    ]
 
-    def halves(key: str, default: str) -> list[Array]:
+    def flags(key: str, default: str) -> list[int]:
         picks = instruction.modifiers.get(key, "").strip("[]").split(",")
-        return [np.uint64(32 * int(pick or default)) for pick in (picks + [""] * 3)[: len(sources)]]
+        return [int(pick or default) for pick in (picks + [""] * 3)[: len(sources)]]
 
-    low, high = halves("op_sel", "0"), halves("op_sel_hi", "1")
+    low, high = flags("op_sel", "0"), flags("op_sel_hi", "1")
+    negated = (flags("neg_lo", "0"), flags("neg_hi", "0"))
+    if any(number and low[i] | high[i] for i, number in enumerate(is_float)):
+        raise Fault("a packed float constant: expected its low half to be picked twice")
 
     def run(w: Wave) -> None:
         values = [read(w) for read in reads]
         pair = [
             function(
-                *((v >> s).astype(_U).view(np.float32) for v, s in zip(values, shifts, strict=True))
+                *(
+                    ((v >> np.uint64(32 * half)).astype(_U) ^ _U(negate << 31)).view(np.float32)
+                    for v, half, negate in zip(values, picked, signs, strict=True)
+                )
             )
-            for shifts in (low, high)
+            for picked, signs in zip((low, high), negated, strict=True)
         ]
         store(w, np.stack(pair, axis=1).reshape(-1).view(np.uint64), None)
 

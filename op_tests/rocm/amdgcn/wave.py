@@ -35,13 +35,17 @@ class Fault(Exception):
     """The machine code did something that is an error, or that the interpreter does not know."""
 
 
+FIRST_ACCUMULATION, NUM_ACCUMULATION = 512, 256  # a0 in Wave.v, and how many there are
+
+
 class Wave:
     """Registers and progress of one wave.
 
     Attributes:
         width: lanes.
         s: scalar registers.
-        v: vector registers, each an array of uint32.
+        v: vector registers, each an array of uint32; accumulation registers follow from
+            FIRST_ACCUMULATION on, where the kernel uses any.
         scc: the scalar condition code.
         mask: EXEC as an array; `full` says whether it is all ones.
         pc: index of the next instruction.
@@ -57,11 +61,21 @@ class Wave:
         "v", "width",
     )  # fmt: skip
 
-    def __init__(self, width: int, index: int, num_vgprs: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        width: int,
+        index: int,
+        num_vgprs: int,
+        rng: np.random.Generator,
+        uses_accumulation: bool = False,
+    ) -> None:
         self.width = width
         self.index = index
         noise = rng.integers(0, 2**32, (num_vgprs + 1, width), dtype=np.uint32)
         self.v: list[U32] = list(noise)
+        if uses_accumulation:
+            rows = (FIRST_ACCUMULATION + NUM_ACCUMULATION - len(self.v), width)
+            self.v += list(rng.integers(0, 2**32, rows, dtype=np.uint32))
         self.s: list[int] = [int(x) for x in rng.integers(0, 2**32, NUM_SGPRS, dtype=np.uint32)]
         self.scc = 0
         self.pc = 0
@@ -109,8 +123,10 @@ def scalar_index(operand: str) -> int | None:
 
 def vector_index(operand: str) -> int | None:
     """The number of the vector register (or of the first of a range), None if it is none."""
-    match = re.fullmatch(r"v(?:(\d+)|\[(\d+):\d+\])(?:\.[lh])?", operand)
-    return None if match is None else int(match[1] or match[2])
+    match = re.fullmatch(r"([va])(?:(\d+)|\[(\d+):\d+\])(?:\.[lh])?", operand)
+    if match is None:
+        return None
+    return int(match[2] or match[3]) + (FIRST_ACCUMULATION if match[1] == "a" else 0)
 
 
 def constant(operand: str, bits: int = 32) -> int | None:
