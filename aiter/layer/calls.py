@@ -165,26 +165,13 @@ def fused_moe(
         chosen, hidden_states, experts, topk_ids.shape[1], num_experts
     )
     buffers = moe_sorting(
-        topk_ids,
-        topk_weight,
-        num_experts,
-        w2.shape[1],
-        dtype or hidden_states.dtype,
-        block_size,
-        expert_mask,
-        num_local_tokens,
-        moe_sorting_dispatch_policy,
-    )
+        topk_ids, topk_weight, num_experts, w2.shape[1], dtype or hidden_states.dtype, block_size,
+        expert_mask, num_local_tokens, moe_sorting_dispatch_policy,
+    )  # fmt: skip
     return run_experts(
-        hidden_states,
-        experts,
-        buffers,
-        topk_ids.shape[1],
-        block_size,
-        chosen,
-        all_routed=False,
-        weight_first=doweight_stage1,
-    )
+        hidden_states, experts, buffers, topk_ids.shape[1], block_size, chosen,
+        all_routed=False, weight_first=doweight_stage1,
+    )  # fmt: skip
 
 
 def fused_moe_from_logits(
@@ -270,18 +257,11 @@ def fused_moe_from_logits(
         chosen, hidden_states, experts, slots, num_experts
     )
     buffers = topk_routing_sorting(
-        gating_output,
-        topk,
-        num_experts,
-        w2.shape[1],
-        dtype or hidden_states.dtype,
-        rule=full_rule,
-        correction_bias=correction_bias,
-        block_size=block_size,
-        expert_mask=expert_mask,
-        num_local_tokens=num_local_tokens,
+        gating_output, topk, num_experts, w2.shape[1], dtype or hidden_states.dtype,
+        rule=full_rule, correction_bias=correction_bias, block_size=block_size,
+        expert_mask=expert_mask, num_local_tokens=num_local_tokens,
         dispatch_policy=moe_sorting_dispatch_policy,
-    )
+    )  # fmt: skip
     all_computed = expert_mask is None and not full_rule.num_zero_experts
     all_routed = all_computed and num_local_tokens is None
     if chosen == "triton" and key is not None and w1.numel() and hidden_states.numel():
@@ -292,15 +272,9 @@ def fused_moe_from_logits(
         call = triton_known.Known(block_size, num_experts, buffers[4].dtype, full_rule, plan, fixed)
         triton_known.remember(key, call)
     return run_experts(
-        hidden_states,
-        experts,
-        buffers,
-        slots,
-        block_size,
-        chosen,
-        all_routed=all_routed,
-        weight_first=doweight_stage1,
-    )
+        hidden_states, experts, buffers, slots, block_size, chosen,
+        all_routed=all_routed, weight_first=doweight_stage1,
+    )  # fmt: skip
 
 
 def _recorded(hidden_states: Tensor, experts: Experts) -> bool:
