@@ -42,11 +42,11 @@ def call_of(layer: str, tokens: int, block: int, dtype: torch.dtype) -> Call:
         return Call(
             DEVICE, dtype, dtype, tokens, topk, slots, block, *shapes,
             (2 * inter * width, 1, 2 * inter), (inter * width, 1, width),
-            (dtype, (2 * inter, 1)), (dtype, (width, 1)), 2, True, False, True, True,
+            (dtype, (2 * inter, 1)), (dtype, (width, 1)), 2, True, 7.0, False, True, True,
         )  # fmt: skip
     return Call(
         DEVICE, dtype, dtype, tokens, topk, slots, block, *shapes,
-        (2 * inter * width, width, 1), (inter * width, inter, 1), None, None, 0, False, False,
+        (2 * inter * width, width, 1), (inter * width, inter, 1), None, None, 0, False, 7.0, False,
         False, True,
     )  # fmt: skip
 
