@@ -56,6 +56,7 @@ def kernels_of(layer: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
     found: list[Kernel] = []
     monkeypatch.setattr(triton_plan, "overlaps", lambda device: False)
     monkeypatch.setattr(triton_plan, "arch_of", lambda device: arch)
+    monkeypatch.setattr(triton_plan.triton_tuned, "families", lambda device: {})
     monkeypatch.setattr(triton_plan, "make_launch", lambda kernel, *_: found.append(kernel))
     layout: triton_configs.Layout = "columns" if layer == "gpt-oss" else "inner"
     experts = 32 if layer == "gpt-oss" else 128
