@@ -8,6 +8,7 @@ expert GEMMs of their own. Functions of ROCm's aiter have its names, argument or
 from .layer.calls import fused_moe, fused_moe_from_logits
 from .layer.experts import expert_backend
 from .layer.types import ActivationType, QuantType
+from .layer.warmup import warmup_layer
 from .routing.buffers import SortedBuffers
 from .routing.calls import empty_sorted_buffers, topk_routing_sorting, topk_softmax_sorting
 from .routing.known import last_path
@@ -26,4 +27,5 @@ __all__ = [
     "moe_sorting",
     "topk_routing_sorting",
     "topk_softmax_sorting",
+    "warmup_layer",
 ]

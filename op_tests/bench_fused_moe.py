@@ -12,7 +12,7 @@ On a GPU the figure is the slope of graph replay, but for transformers' "eager" 
 which experts are hit, cannot be captured, and is timed as single calls, host included. `batched_mm`
 copies the weights of every entry's expert and is left out above 8 tokens. On the CPU the figures are
 wall time, and say how fast the execution layer and PyTorch's CPU products are; `--small` cuts the
-sizes to what a laptop multiplies.
+sizes to what a laptop multiplies. `--goals` measures a layer from router logits on, as `moe_goals` says.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 import bench_report
 import bench_timing
+import moe_goals
 import torch
 from bench_report import Record
 from torch import Tensor
@@ -36,6 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiter import ActivationType, fused_moe, reference
 from aiter.cli.table import format_table
+from aiter.layer import triton_experts
+from aiter.layer.experts import Backend
 from aiter.reference.layer import moe_layer
 
 NAMES = ("E", "K", "D", "inter")
@@ -132,7 +136,7 @@ def contestants(
     """Name to function of the hidden states; None for what does not take part."""
     topk = shape[1]
 
-    def ours(policy: int) -> Layer:
+    def ours(policy: int, backend: Backend | None = None) -> Layer:
         def run(hidden: Tensor) -> Tensor:
             return fused_moe.fused_moe_from_logits(
                 hidden,
@@ -141,6 +145,7 @@ def contestants(
                 F.linear(hidden, *weights.router),
                 topk,
                 moe_sorting_dispatch_policy=policy,
+                backend=backend,
                 **weights.options,
             )
 
@@ -148,6 +153,8 @@ def contestants(
 
     fused, chain = ours(0), ours(1)
     found: dict[str, Layer | None] = {"fused": fused, "chain": chain}
+    if fused_moe.expert_backend(weights.w1, weights.w2) == "triton":
+        found["fused, without Triton"] = ours(0, backend_without_triton(weights))
     blocks = ("grouped_mm", "batched_mm", "eager") if has_transformers() else ()
     for how in blocks:
         taking_part = how != "batched_mm" or tokens <= BATCHED_TOKENS
@@ -159,6 +166,12 @@ def contestants(
             grouped = transformers_block(kind, shape, weights, "grouped_mm")
             found["grouped_mm, compiled"] = torch.compile(grouped, dynamic=False)
     return found
+
+
+def backend_without_triton(weights: Weights) -> Backend:
+    """What `expert_backend` says where there is no Triton."""
+    with mock.patch.object(triton_experts, "why_not", lambda device: "left out"):
+        return fused_moe.expert_backend(weights.w1, weights.w2)
 
 
 def has_transformers() -> bool:
@@ -291,6 +304,7 @@ def main() -> int:
     parser.add_argument("--layer", choices=FULL, default="qwen3", help="what --shape stands for")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU, not a model's")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
+    parser.add_argument("--goals", action="store_true", help="from logits on, against the peers")
     parser.add_argument("--launches", action="store_true", help="count launches, time nothing")
     options = parser.parse_args()
     options.device = options.device or bench_report.current_device()
@@ -299,6 +313,9 @@ def main() -> int:
     options.tokens = options.tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
     if not has_transformers():
         print("transformers is not installed: its paths do not take part")
+    if options.goals:
+        print(moe_goals.table(options.device))
+        return 0
     if options.launches:
         print(launches(options, shapes, options.compile))
         return 0

@@ -8,6 +8,10 @@ same logits into the same buffers, from M = 1 to the largest M that the fused la
 chain beyond. Results are compared before anything is timed. The crossovers go to the cache folder,
 one file per device, and count from the next call on; `python -m aiter explain` shows them.
 AITER_DISPATCH=capacity leaves them aside, and removing the file forgets them.
+
+    python -m aiter tune --experts E,K,D,inter ...
+
+measures the tiles of the Triton backend instead; `--experts 32,4,2880,2880 --help` has the options.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from ..routing import dispatch, known, tuned
 from ..routing.basis import basis_of
 from ..routing.dispatch import Crossover
 from ..routing.graph import fused_topk_moe_sorting_fwd
-from . import timing
+from . import timing, tune_experts
 from .options import MOST, MOST_TOKENS, PROGRAM, Parser, check_memory, existing_device, whole
 from .table import format_table
 
@@ -51,6 +55,8 @@ Clock = Callable[[Shape, int, Sequence[dispatch.Path]], dict[str, float]]
 
 def main(argv: Sequence[str]) -> int:
     """Measures what the options say; 0 if everything was measured and kept, 1 if nothing was."""
+    if any(word.partition("=")[0] == "--experts" for word in argv):
+        return tune_experts.main(argv)
     parser = make_parser()
     options = parser.parse_args(argv)
     device = current_device(options.device)

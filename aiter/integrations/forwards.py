@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..fused_moe import fused_moe, fused_moe_from_logits, last_path
 from ..layer.arguments import DTYPES
-from ..layer.experts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
+from ..layer.parts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from ..layer.types import ActivationType
 from ..ops.rule import RoutingRule
 from ..routing.buffers import empty_topk
@@ -108,6 +108,8 @@ def _activation(experts: Any, gated: bool) -> tuple[Activation, bool]:
     limits = (getattr(experts, "alpha", None), getattr(experts, "limit", None))
     if limits == (SWIGLU_ALPHA, SWIGLU_LIMIT):
         return ActivationType.Swiglu, interleaved
+    if _is_silu(experts):
+        return ActivationType.Silu, False
     own = getattr(experts, "_apply_gate", None)
     if own is not None:
         return own, False
@@ -118,6 +120,21 @@ def _activation(experts: Any, gated: bool) -> tuple[Activation, bool]:
         return activated
 
     return gate, False
+
+
+def _is_silu(experts: Any) -> bool:
+    """Whether halves of a product become silu(gate) * up, by transformers' own functions.
+
+    What is known by name may run on every backend, a function not.
+    """
+    gate = getattr(type(experts), "_apply_gate", None)
+    if getattr(gate, "__name__", "") != "_default_apply_gate" or "_apply_gate" in vars(experts):
+        return False
+    function = experts.act_fn
+    plain = type(function).__name__ in ("SiLU", "SiLUActivation") and "forward" not in vars(
+        function
+    )
+    return plain and not function._forward_hooks and not function._forward_pre_hooks
 
 
 def router_forward(

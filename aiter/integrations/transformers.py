@@ -57,7 +57,9 @@ class Patched:
     def backends(self) -> dict[str, Backend]:
         """The backend of each block's expert products, on the device where its weights are now."""
         parts = {name: weights_of(experts) for name, (experts, _) in self._experts.items()}
-        return {name: expert_backend(each.w1, each.w2) for name, each in parts.items()}
+        return {
+            name: expert_backend(each.w1, each.w2, each.activation) for name, each in parts.items()
+        }
 
     def remove(self) -> None:
         """Gives every block that still uses aiter by this handle its own forwards back."""

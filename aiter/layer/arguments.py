@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..routing.autograd import checked
 from ..routing.tracing import traced
-from .experts import BACKENDS, Experts, grouped_mm_problem
+from .experts import BACKENDS, grouped_mm_problem, triton_problem
+from .parts import Experts
 from .types import ActivationType, QuantType
 
 GATE_MODES = {"separated": False, "interleave": True, None: False}
@@ -155,8 +156,8 @@ def check_upstream(
             raise ValueError(f"{name}: expected {nothing}, {ABSENT[name]}, got {got}")
 
 
-def check_knobs(block_size_m: int | None, backend: str | None, w1: Tensor, w2: Tensor) -> None:
-    """Raises for a block size or a backend that does not exist, or cannot take these weights.
+def check_knobs(block_size_m: int | None, backend: str | None, experts: Experts) -> None:
+    """Raises for a block size or a backend that does not exist, or cannot compute these experts.
 
     Raises:
         TypeError, ValueError: as the text says.
@@ -169,6 +170,14 @@ def check_knobs(block_size_m: int | None, backend: str | None, w1: Tensor, w2: T
         raise ValueError(f"block_size_M: expected at least 1, or 0 or None, got {block_size_m}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {list(BACKENDS)} or None, got {backend!r}")
+    w1, w2 = experts.w1, experts.w2
+    if backend == "triton":
+        reason = triton_problem(w1.device, experts.activation)
+        if reason is not None:
+            raise ValueError(
+                f"backend: expected another one than 'triton' or None for these tensors on"
+                f" {w1.device}, as {reason}"
+            )
     problem = grouped_mm_problem(w1, w2) if backend == "grouped_mm" else None
     if problem is not None:
         raise ValueError(f"backend: expected 'block_bmm' or None, as {problem}, got 'grouped_mm'")

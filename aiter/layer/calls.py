@@ -2,17 +2,23 @@
 
 `fused_moe_from_logits` goes from router logits to the layer's output: one fused launch for the
 routing where one can do it, then the experts. `fused_moe` starts from ready top-k ids. `experts` says
-how the experts are applied and on which backend, `arguments` what is refused.
+how the experts are applied and on which backend, `arguments` what is refused, `triton_known` which calls
+are known.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..ops.rule import RoutingRule, plain_rule
+from ..ops.rule import RoutingRule, plain_rule, rule_of
 from ..routing.autograd import checked
 from ..routing.calls import moe_sorting, topk_routing_sorting
+from ..routing.request import rule_key
+from ..routing.tracing import traced
+from . import triton_graph, triton_known
 from .arguments import (
     GATE_MODES,
     check_knobs,
@@ -21,15 +27,9 @@ from .arguments import (
     check_unsupported,
     check_upstream,
 )
-from .experts import (
-    BLOCK_SIZES,
-    SWIGLU_LIMIT,
-    Activation,
-    Backend,
-    Experts,
-    expert_backend,
-    run_experts,
-)
+from .experts import Backend, default_block_size, expert_backend, run_experts
+from .parts import SWIGLU_LIMIT, Activation, Experts
+from .triton_experts import fixed_of, plan_of, run_plan
 from .types import ActivationType, QuantType
 
 
@@ -106,14 +106,14 @@ def fused_moe(
         hidden_pad, intermediate_pad: 0.
         bias1: [E', 2*inter] or [E', inter], as w1; rounded to `hidden_states`' dtype.
         bias2: [E', D]; rounded likewise.
-        splitk: any int; the products are PyTorch's, which divide their work as they see fit.
+        splitk: any int; the products divide their work as they see fit.
         swiglu_limit: what Swiglu clamps to in place of 7; None for 7.
         beta, linear_beta: None.
         gate_mode: "separated", or "interleave" for what `gate_up_interleaved=True` says.
         shared_w1, shared_w2, shared_w1_scale, shared_w2_scale, stage2_scatter: None.
         shared_expert_id: -1.
         gate_up_interleaved: gate and up take turns along w1's and bias1's rows (g0, u0, g1, ...).
-        backend: of the expert products; None for `expert_backend(w1, w2)`.
+        backend: of the expert products; None for `expert_backend(w1, w2, activation)`.
 
     Returns:
         [M, D] of `dtype`. The same call gives the same bits.
@@ -150,34 +150,28 @@ def fused_moe(
     limit = SWIGLU_LIMIT if swiglu_limit is None else swiglu_limit
     experts = Experts(w1, w2, bias1, bias2, activation, interleaved, limit)
     hidden_states = check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend, w1, w2)
+    check_knobs(block_size_M, backend, experts)
     _check_rows("topk_ids", topk_ids, hidden_states)
     topk_weight = checked(topk_weight, topk_weight=topk_weight)
     check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
-    chosen = backend or expert_backend(w1, w2)
-    block_size = block_size_M or BLOCK_SIZES[chosen]
+    chosen = backend or expert_backend(w1, w2, activation)
+    if chosen == "triton" and _recorded(hidden_states, experts):
+        return triton_graph.as_one_op(
+            "fused_moe_triton", hidden_states, experts, topk_weight, topk_ids, limit, expert_mask,
+            doweight_stage1, block_size_M, num_local_tokens, moe_sorting_dispatch_policy, dtype,
+        )  # fmt: skip
+    block_size = block_size_M or default_block_size(
+        chosen, hidden_states, experts, topk_ids.shape[1], num_experts
+    )
     buffers = moe_sorting(
-        topk_ids,
-        topk_weight,
-        num_experts,
-        w2.shape[1],
-        dtype or hidden_states.dtype,
-        block_size,
-        expert_mask,
-        num_local_tokens,
-        moe_sorting_dispatch_policy,
-    )
+        topk_ids, topk_weight, num_experts, w2.shape[1], dtype or hidden_states.dtype, block_size,
+        expert_mask, num_local_tokens, moe_sorting_dispatch_policy,
+    )  # fmt: skip
     return run_experts(
-        hidden_states,
-        experts,
-        buffers,
-        topk_ids.shape[1],
-        block_size,
-        chosen,
-        all_routed=False,
-        weight_first=doweight_stage1,
-    )
+        hidden_states, experts, buffers, topk_ids.shape[1], block_size, chosen,
+        all_routed=False, weight_first=doweight_stage1,
+    )  # fmt: skip
 
 
 def fused_moe_from_logits(
@@ -224,39 +218,69 @@ def fused_moe_from_logits(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
+    by_rule = renormalize if rule is None else rule_key(rule)
+    key = triton_known.key_of(
+        hidden_states, gating_output, (w1, w2, bias1, bias2), by_rule,
+        (
+            topk, activation, activation.__class__, doweight_stage1, block_size_M,
+            block_size_M.__class__, moe_sorting_dispatch_policy, dtype, gate_up_interleaved, backend,
+            expert_mask is None, num_local_tokens is None, correction_bias is None,
+        ),
+    )  # fmt: skip
+    known = triton_known.known(key)
+    if known is not None:
+        buffers = topk_routing_sorting(
+            gating_output, topk, known.num_experts, w2.shape[1], known.dtype, rule=known.rule,
+            correction_bias=correction_bias, block_size=known.block, expert_mask=expert_mask,
+            num_local_tokens=num_local_tokens, dispatch_policy=moe_sorting_dispatch_policy,
+        )  # fmt: skip
+        return run_plan(known.plan, known.fixed, hidden_states, buffers)
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
     hidden_states = check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend, w1, w2)
+    check_knobs(block_size_M, backend, experts)
     _check_rows("gating_output", gating_output, hidden_states)
     full_rule = plain_rule(renormalize, "renormalize") if rule is None else rule
     num_experts = full_rule.num_experts(gating_output.shape[1])
     check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
-    chosen = backend or expert_backend(w1, w2)
-    block_size = block_size_M or BLOCK_SIZES[chosen]
+    chosen = backend or expert_backend(w1, w2, activation)
+    if chosen == "triton" and _recorded(hidden_states, experts):
+        logits = checked(
+            gating_output, gating_output=gating_output, correction_bias=correction_bias
+        )
+        return triton_graph.as_one_op(
+            "fused_moe_from_logits_triton", hidden_states, experts, logits, topk,
+            [float(number) for number in full_rule.packed], correction_bias, expert_mask,
+            doweight_stage1, block_size_M, num_local_tokens, moe_sorting_dispatch_policy, dtype,
+        )  # fmt: skip
+    slots = topk + full_rule.num_shared_experts
+    block_size = block_size_M or default_block_size(
+        chosen, hidden_states, experts, slots, num_experts
+    )
     buffers = topk_routing_sorting(
-        gating_output,
-        topk,
-        num_experts,
-        w2.shape[1],
-        dtype or hidden_states.dtype,
-        rule=full_rule,
-        correction_bias=correction_bias,
-        block_size=block_size,
-        expert_mask=expert_mask,
-        num_local_tokens=num_local_tokens,
+        gating_output, topk, num_experts, w2.shape[1], dtype or hidden_states.dtype,
+        rule=full_rule, correction_bias=correction_bias, block_size=block_size,
+        expert_mask=expert_mask, num_local_tokens=num_local_tokens,
         dispatch_policy=moe_sorting_dispatch_policy,
-    )
+    )  # fmt: skip
     all_computed = expert_mask is None and not full_rule.num_zero_experts
+    all_routed = all_computed and num_local_tokens is None
+    if chosen == "triton" and key is not None and w1.numel() and hidden_states.numel():
+        plan = plan_of(
+            hidden_states, experts, buffers, slots, block_size, all_routed, doweight_stage1
+        )
+        fixed = fixed_of(plan, experts)
+        call = triton_known.Known(block_size, num_experts, buffers[4].dtype, full_rule, plan, fixed)
+        triton_known.remember(key, call)
     return run_experts(
-        hidden_states,
-        experts,
-        buffers,
-        topk + full_rule.num_shared_experts,
-        block_size,
-        chosen,
-        all_routed=all_computed and num_local_tokens is None,
-        weight_first=doweight_stage1,
-    )
+        hidden_states, experts, buffers, slots, block_size, chosen,
+        all_routed=all_routed, weight_first=doweight_stage1,
+    )  # fmt: skip
+
+
+def _recorded(hidden_states: Tensor, experts: Experts) -> bool:
+    """Whether a tracer, a transform or a tensor subclass stands for what a kernel would read."""
+    tensors = (hidden_states, experts.w1, experts.w2, experts.bias1, experts.bias2)
+    return any(map(traced, tensors))
 
 
 def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
@@ -271,3 +295,34 @@ def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
         raise ValueError(
             f"{name}: expected it on {hidden_states.device}, as hidden_states, got {tensor.device}"
         )
+
+
+def _fused_moe_op(*arguments: Any) -> Tensor:
+    """`fused_moe` with the arguments of `triton_graph`'s op, in the order of its schema."""
+    hidden, w1, w2, bias1, bias2, activation, interleaved, weights, ids, limit, *options = arguments
+    mask, weight_first, block_size, num_local_tokens, policy, dtype = options
+    kind = ActivationType(activation)
+    return fused_moe(
+        hidden, w1, w2, weights, ids, mask, kind, doweight_stage1=weight_first,
+        block_size_M=block_size, num_local_tokens=num_local_tokens,
+        moe_sorting_dispatch_policy=policy, dtype=dtype, bias1=bias1, bias2=bias2,
+        swiglu_limit=limit if kind == ActivationType.Swiglu else None,
+        gate_up_interleaved=interleaved, backend="triton",
+    )  # fmt: skip
+
+
+def _fused_moe_from_logits_op(*arguments: Any) -> Tensor:
+    """As above."""
+    hidden, w1, w2, bias1, bias2, activation, interleaved, logits, topk, rule, *options = arguments
+    correction_bias, mask, weight_first, block_size, num_local_tokens, policy, dtype = options
+    return fused_moe_from_logits(
+        hidden, w1, w2, logits, topk, expert_mask=mask, activation=ActivationType(activation),
+        doweight_stage1=weight_first, block_size_M=block_size, num_local_tokens=num_local_tokens,
+        moe_sorting_dispatch_policy=policy, dtype=dtype, bias1=bias1, bias2=bias2,
+        rule=rule_of(rule), correction_bias=correction_bias, gate_up_interleaved=interleaved,
+        backend="triton",
+    )  # fmt: skip
+
+
+# NOTE: the registrations live as long as this object does.
+_library = triton_graph.register(_fused_moe_op, _fused_moe_from_logits_op)

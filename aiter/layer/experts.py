@@ -18,8 +18,11 @@ kernels of them, 5 with biases and Swiglu, and is the way to run decode where a 
 --small --launches --compile`, 2026-11-23.) Rejected: compiling these pieces here behind the caller's
 back; a first call would take seconds, need a compiler of PyTorch's own, and recompile for new sizes.
 
-Two backends for the products; `expert_backend` says which one a pair of weights gets:
+Three backends for the products; `expert_backend` says which one a pair of weights gets:
 
+- "triton": two grouped products over the sorted buffers, in kernels of our own (`triton_experts`),
+  wherever there is a GPU and a Triton, but for activations that are functions. What is said above of
+  operations and copies does not hold for it.
 - "grouped_mm": `torch.nn.functional.grouped_mm` over the entries of all experts at once. The sort
   is asked for blocks of one slot, which leaves no padding between experts: M*K rows are multiplied,
   whatever the number of experts, and `sorted_expert_ids` is the expert of every row. With blocks of
@@ -43,8 +46,7 @@ Autocast does not reach inside: products and activation are in the dtype of `hid
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -53,43 +55,25 @@ from torch.nn import functional as F
 
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
 from ..routing.tracing import traced, tracing_state, transformed
+from . import triton_experts
 from .graph import block_bmm
+from .parts import SWIGLU_ALPHA, Activation, Experts
 from .types import ActivationType
 
-Backend = Literal["grouped_mm", "block_bmm"]
-BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm")
-
-Activation = ActivationType | Callable[[Tensor], Tensor]
-"""What lies between the products: a known one, or a function from [R, N1] to [R, inter], row by row."""
+Backend = Literal["grouped_mm", "block_bmm", "triton"]
+BACKENDS: tuple[Backend, ...] = ("grouped_mm", "block_bmm", "triton")
 
 BLOCK_SIZES: dict[Backend, int] = {"grouped_mm": 1, "block_bmm": 16}
-"""The block size that the sort is asked for, unless the caller names one."""
+"""Slots per block; "triton" goes by M (`default_block_size`)."""
 
 SIGN_SLOT = 128  # the first slot number that sets the sign bit of a sorted id
 ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
-SWIGLU_LIMIT = 7.0
-SWIGLU_ALPHA = 1.702
 
 
-class Experts(NamedTuple):
-    """The weights of E local experts and what lies between the two products.
-
-    w1 [E, N1, D] with N1 = 2*inter (gate and up) or inter, w2 [E, D, inter]; any strides.
-    bias1 [E, N1] and bias2 [E, D], or None. `interleaved`: gate and up take turns along N1 instead
-    of one after the other.
-    """
-
-    w1: Tensor
-    w2: Tensor
-    bias1: Tensor | None
-    bias2: Tensor | None
-    activation: Activation
-    interleaved: bool
-    swiglu_limit: float = SWIGLU_LIMIT
-
-
-def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
-    """Which backend multiplies with these weights: "grouped_mm" or "block_bmm"."""
+def expert_backend(w1: Tensor, w2: Tensor, activation: Activation = ActivationType.Silu) -> Backend:
+    """Which backend multiplies with these weights: "triton", "grouped_mm" or "block_bmm"."""
+    if w1.device.type == "cuda" and triton_problem(w1.device, activation) is None:
+        return "triton"
     if grouped_mm_problem(w1, w2) is not None:
         return "block_bmm"
     if w1.device.type == "cpu":
@@ -98,6 +82,13 @@ def expert_backend(w1: Tensor, w2: Tensor) -> Backend:
         return "block_bmm"
     major: int = torch.cuda.get_device_properties(w1.device).major
     return "grouped_mm" if major == 9 else "block_bmm"
+
+
+def triton_problem(device: torch.device, activation: Activation) -> str | None:
+    """Why "triton" cannot compute a layer on a device, in words; None where it can."""
+    if not isinstance(activation, ActivationType):
+        return "Triton's kernels have Silu, Gelu and Swiglu, and call no function"
+    return triton_experts.why_not(device)
 
 
 def grouped_mm_problem(w1: Tensor, w2: Tensor) -> str | None:
@@ -113,6 +104,16 @@ def grouped_mm_problem(w1: Tensor, w2: Tensor) -> str | None:
     if w1.dtype is not torch.bfloat16 and traced(w1):
         return f"PyTorch traces its grouped product for bfloat16 only, not for {w1.dtype}"
     return None
+
+
+def default_block_size(
+    backend: Backend, hidden_states: Tensor, experts: Experts, topk: int, num_experts: int
+) -> int:
+    """The block size that the sort is asked for, unless the caller names one."""
+    if backend == "triton":
+        device, tokens = hidden_states.device, hidden_states.shape[0]
+        return triton_experts.block_size(device, tokens, topk, num_experts, experts.w1)
+    return BLOCK_SIZES[backend]
 
 
 def run_experts(
@@ -136,6 +137,15 @@ def run_experts(
             and ids from our own top-k. Saves the launches that set absent entries apart.
         weight_first: multiply by the routing weight before bias1 and the activation, not at the end.
     """
+    if backend == "triton":
+        if experts.w1.shape[0] == 0:
+            return buffers[4].zero_()
+        if buffers[4].numel() == 0:
+            return buffers[4]
+        return triton_experts.run_triton(
+            hidden_states, experts, buffers, topk, block_size,
+            all_routed=all_routed, weight_first=weight_first,
+        )  # fmt: skip
     kind = hidden_states.device.type
     arguments = (hidden_states, experts, buffers, topk, block_size, backend)
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):

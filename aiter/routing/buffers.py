@@ -145,6 +145,11 @@ def chain_layouts(tokens: int, topk: int, workspace_bytes: int, device: torch.de
     )
 
 
+def scratch_layouts(num_bytes: int, device: torch.device) -> Layouts:
+    """How `num_bytes` of scratch are allocated on `device`."""
+    return _layouts(device, ((num_bytes,), torch.uint8))
+
+
 def _layouts(device: torch.device, *tensors: tuple[tuple[int, ...], torch.dtype]) -> Layouts:
     """Contiguous tensors of one or two dimensions, by shape and dtype."""
     quick = None

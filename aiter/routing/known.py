@@ -9,8 +9,9 @@ Three things, from the quickest to the slowest:
    `1`, so a bool for an int is refused every time. A lookup takes 0.3 us.
 3. What a device is fastest at (`basis`).
 
-`forget` drops all three. A call that is under way then is not remembered: the compiled table counts
-how often it was emptied, and the memos of plans are new ones.
+`forget` drops all three, and has those forget who asked for it by `on_forget`. A call that is under way
+then is not remembered: the compiled table counts how often it was emptied, and the memos of plans are
+new ones.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def _never(*arguments: object) -> None:
 last = _Last()
 again: FusedAgain = _never  # of the module that was called last
 _memos: dict[str, _Memo] = {}
+_others: list[Callable[[], None]] = []
 
 
 def last_path() -> dispatch.Path | None:
@@ -63,6 +65,11 @@ def plan_of(make: str, sizes: tuple[Any, ...]) -> Plan:
     return made
 
 
+def on_forget(forget_too: Callable[[], None]) -> None:
+    """Has `forget` call a function, which drops what a caller of the routing remembers of its own."""
+    _others.append(forget_too)
+
+
 def forget() -> None:
     """Drops plans, remembered calls and what is known of devices: the next call looks again."""
     global again
@@ -70,3 +77,5 @@ def forget() -> None:
     _memos.clear()
     fused_topk_moe_sorting_forget()
     basis_of.cache_clear()
+    for forget_too in _others:
+        forget_too()

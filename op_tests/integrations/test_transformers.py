@@ -15,6 +15,8 @@ import torch
 from targets import Target
 
 import aiter
+from aiter import ActivationType
+from aiter.integrations.forwards import weights_of
 from aiter.integrations.patching import mark_of
 from aiter.integrations.transformers import use_aiter
 
@@ -268,6 +270,21 @@ def test_backends_follow_the_weights() -> None:
         assert patched.backends == dict.fromkeys(BLOCKS, "grouped_mm")  # float32 rows of 176 bytes
         model.to(torch.bfloat16)
         assert patched.backends == dict.fromkeys(BLOCKS, "block_bmm")  # 88 bytes
+
+
+def test_silu_is_known_by_its_name() -> None:
+    """Every backend computes it then; what was changed stays the model's own function."""
+    experts: Any = make_model("mixtral").model.layers[0].mlp.experts
+    assert weights_of(experts).activation is ActivationType.Silu
+    handle = experts.act_fn.register_forward_hook(lambda *arguments: None)
+    assert not isinstance(weights_of(experts).activation, ActivationType)
+    handle.remove()
+    assert weights_of(experts).activation is ActivationType.Silu
+    experts._apply_gate = lambda hidden: hidden.chunk(2, dim=-1)[0]
+    assert not isinstance(weights_of(experts).activation, ActivationType)
+    del experts._apply_gate
+    experts.act_fn = torch.nn.GELU()
+    assert not isinstance(weights_of(experts).activation, ActivationType)
 
 
 def test_a_wrong_router_is_noticed() -> None:

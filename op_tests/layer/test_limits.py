@@ -13,10 +13,12 @@ from torch import Tensor
 import aiter
 from aiter import fused_moe as layer
 from aiter.layer.experts import BACKENDS
+from aiter.layer.triton_experts import INSTALLED, why_not
 from aiter.reference.layer import moe_layer
 
 M, E, K, D, INTER = 5, 8, 2, 32, 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ON_CPU = [None, *(b for b in BACKENDS if b != "triton" or why_not(torch.device("cpu")) is None)]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,7 +35,7 @@ def expected(hidden: Tensor, w1: Tensor, w2: Tensor, logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(("dim", "inter"), [(33, 17), (33, 16), (32, 17), (1, 1), (7, 3), (40, 24)])
 def test_every_size_has_a_result_or_a_sentence(
     dim: int, inter: int, backend: str | None, dtype: torch.dtype
@@ -50,7 +52,7 @@ def test_every_size_has_a_result_or_a_sentence(
     torch.testing.assert_close(got.double(), expected(*made), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("tokens", [0, 1, M])
 def test_a_rank_without_experts(backend: str | None, tokens: int) -> None:
     hidden, w1, w2, logits = tensors()
@@ -130,6 +132,8 @@ def test_meta_tensors() -> None:
         layer.fused_moe_from_logits(*made, K),
         layer.fused_moe(*made[:3], weights, ids),
         layer.fused_moe_from_logits(*made, K, expert_mask=torch.ones(E, device="meta").int()),
+        *(layer.fused_moe_from_logits(*made, K, backend="triton") for _ in range(INSTALLED)),
+        *(layer.fused_moe(*made[:3], weights, ids, backend="triton") for _ in range(INSTALLED)),
     ):
         assert output.shape == (M, D) and output.device.type == "meta"
     with pytest.raises(
