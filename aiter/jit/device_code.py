@@ -89,6 +89,18 @@ BUDGETS = (
 )
 
 
+# What some kernels may have beyond, by the beginning and a part of their names: those by rules carry the rule's
+# thirty scalars beside the launch's, and rows of up to 1,024 keys with scores want more vector registers
+# than gfx11 and gfx12 have; those of f32 keys are a few scalars over on gfx9. The worst of the six
+# architectures, 2026-11-26.
+ALLOWANCES = (
+    ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 45, "sgpr_spills": 528}),
+    ("topk_routing", "RuleRow", {"sgpr_spills": 18}),
+    ("fused_", "KeyRows", {"sgpr_spills": 49}),
+    ("fused_", "GroupRows<f32", {"sgpr_spills": 4}),
+)
+
+
 @dataclass(frozen=True)
 class Assembly:
     """The device code of one source file for one architecture.
@@ -211,6 +223,9 @@ def over_budget(kernel: KernelCode) -> list[str]:
     for budget in BUDGETS:
         value = getattr(kernel, budget.figure)
         limit = arch_of(kernel.arch).lds_bytes if budget.limit is None else budget.limit
+        for beginning, rows, allowed in ALLOWANCES:
+            if kernel.name.startswith(beginning) and rows in kernel.name:
+                limit = max(limit, allowed.get(budget.figure, 0))
         if value > limit:
             problems.append(
                 f"{kernel.name} on {kernel.arch}, {budget.figure}: expected at most {limit}, got"

@@ -31,9 +31,12 @@ from aiter.jit.load import Loader, default_loader  # noqa: E402
 from aiter.jit.spec import ModuleSpec  # noqa: E402
 from aiter.jit.target import Target  # noqa: E402
 
-MODULES = ("module_topk_softmax", "module_fused_topk_moe_sorting", "module_moe_sorting_opus")
-INSTANCES = {"module_topk_softmax": 36, "module_fused_topk_moe_sorting": 36,
-             "module_moe_sorting_opus": 4}  # fmt: skip
+MODULES = (
+    "module_topk_softmax", "module_topk_routing", "module_fused_topk_moe_sorting",
+    "module_moe_sorting_opus",
+)  # fmt: skip
+INSTANCES = {"module_topk_softmax": 36, "module_topk_routing": 9,
+             "module_fused_topk_moe_sorting": 45, "module_moe_sorting_opus": 4}  # fmt: skip
 
 
 def kernels_of(module: str, arch: str) -> list[KernelCode]:
