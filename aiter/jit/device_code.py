@@ -89,10 +89,10 @@ BUDGETS = (
 )
 
 
-# What some kernels may have beyond, by the beginning and a part of their names: those by rules carry the rule's
-# thirty scalars beside the launch's, and rows of up to 1,024 keys with scores want more vector registers
-# than gfx11 and gfx12 have; those of f32 keys are a few scalars over on gfx9. The worst of the six
-# architectures, 2026-11-26.
+# What some kernels may have beyond, by the beginning and a part of their names: those by rules carry the
+# rule's thirty scalars beside the launch's, and rows of up to 1,024 keys with scores want more vector
+# registers than gfx11 and gfx12 have; those of f32 keys are a few scalars over on gfx9. The worst of the
+# six architectures, 2026-11-26.
 ALLOWANCES = (
     ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 45, "sgpr_spills": 528}),
     ("topk_routing", "RuleRow", {"sgpr_spills": 18}),

@@ -96,7 +96,7 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 # Whose rows of the timing model (`modelled`) speak for an architecture, by the beginning of its name.
 MODELLED: dict[str, str] = {
     "gfx9": "gfx942",
-    "gfx95": "gfx950",
+    "gfx1": "gfx1201",
 }
 
 

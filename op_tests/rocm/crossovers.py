@@ -40,17 +40,15 @@ SURE = {"fused": 1.05, "topk": 1.1, "oneshot": 1.05, "multiphase": 1.15}
 EQUAL = 1.015  # times this close need no closer crossover
 FAIR = 1.02  # how much slower than the fastest path a choice may be
 
-# (E, K) that models route with, by any rule: what the launch choice knows of a shape.
+# (E, K) that models route with, by any rule: what the launch choice is asked for.
 SHAPES = tuple(
     sorted(
         {(num_experts, topk) for num_experts, topk, _ in MODEL_SHAPES.values()}
         | {(60, 4), (64, 6), (64, 8), (192, 8), (256, 6), (288, 8), (512, 8), (512, 22), (768, 12)}
     )
 )
-# All of them are modelled where these models are served. Elsewhere some are, and the nearest speaks for
-# the others.
-SERVING = ("gfx942", "gfx950")
-SOME_SHAPES = ((8, 2), (32, 4), (128, 4), (256, 8), (896, 16))
+# These are modelled, and the nearest speaks for the others: a shape takes a minute or more.
+MODELLED_SHAPES = ((32, 4), (128, 4), (256, 8), (896, 16))
 MODULES = {
     "fused": "module_fused_topk_moe_sorting", "topk": "module_topk_softmax",
     "oneshot": "module_moe_sorting_opus", "multiphase": "module_moe_sorting_opus",
@@ -61,11 +59,6 @@ Column = dict[int, float]
 Columns = dict[str, Column]
 FURTHER_LAUNCHES = {"oneshot": 1, "multiphase": 3}
 PATHS = ("fused", *FURTHER_LAUNCHES)
-
-
-def shapes_of(arch: str) -> tuple[tuple[int, int], ...]:
-    """The shapes that are modelled on an architecture."""
-    return SHAPES if arch in SERVING else SOME_SHAPES
 
 
 @dataclass(frozen=True)

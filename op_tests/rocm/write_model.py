@@ -22,12 +22,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "op_tests")]
 from crossovers import (  # noqa: E402
     ARCHS,
     FURTHER_LAUNCHES,
+    MODELLED_SHAPES,
     MOST_TOKENS,
     PATHS,
     SHAPES,
     Crossing,
     Table,
-    shapes_of,
 )
 from model import DTYPES, HEADERS, Routed, table_rows  # noqa: E402
 
@@ -73,7 +73,7 @@ def crossings(table: Table, archs: list[str]) -> Found:
     for arch in archs:
         stale = table.drop_stale(arch)
         print(f"{arch}: modelled anew: {', '.join(stale) or 'nothing'}", flush=True)
-        for shape in shapes_of(arch):
+        for shape in MODELLED_SHAPES:
             start = time.process_time()
             cells = table.cells(arch, *shape)
             own: dict[str, Crossing] = {}

@@ -85,8 +85,8 @@ def test_the_model_gives_way() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "expected"),
-    [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx941", "gfx942"), ("gfx908", "gfx90a"),
-     ("gfx1030", "gfx1100"), ("gfx1151", "gfx1100"), ("gfx1200", "gfx1201"), ("gfx1251", "gfx1250"),
+    [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx90a", "gfx942"), ("gfx950", "gfx942"),
+     ("gfx1030", "gfx1201"), ("gfx1151", "gfx1201"), ("gfx1201", "gfx1201"), ("gfx1250", "gfx1201"),
      ("sm_90", None), ("cpu", None)],
 )  # fmt: skip
 def test_whose_model_speaks(arch: str, expected: str | None) -> None:
