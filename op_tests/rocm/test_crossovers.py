@@ -15,6 +15,7 @@ import crossovers  # noqa: E402
 from crossovers import (  # noqa: E402
     ARCHS,
     FAIR,
+    MODELLED_SHAPES,
     MOST_TOKENS,
     PATHS,
     SURE,
@@ -24,14 +25,13 @@ from crossovers import (  # noqa: E402
     Table,
     crossover,
     looked_at,
-    shapes_of,
 )
 from model import DTYPES, Routed, capacity, launches, total_us  # noqa: E402
 
 from aiter.routing import dispatch  # noqa: E402
 
 STALE = 1.05
-CELLS = [(arch, shape) for arch in ARCHS for shape in shapes_of(arch)]
+CELLS = [(arch, shape) for arch in ARCHS for shape in MODELLED_SHAPES]
 IDS = [f"{arch}-{shape[0]}-{shape[1]}" for arch, shape in CELLS]
 
 
@@ -116,7 +116,7 @@ def test_dispatch_knows_every_shape() -> None:
         found = dispatch.modelled_of(arch)
         assert set(found) == set(DTYPES)
         for rows in found.values():
-            assert [(row.num_experts, row.topk) for row in rows] == list(shapes_of(arch))
+            assert [(row.num_experts, row.topk) for row in rows] == list(MODELLED_SHAPES)
             assert all(arch in row.source and row.date and row.command for row in rows)
 
 
