@@ -267,7 +267,7 @@ def _most_blocks(sorted_ids: Tensor, entries: int, block_size: int) -> int:
     capacity = sorted_ids.shape[0] // block_size
     if not is_dynamo_compiling() and tracing_state() is not None:
         return capacity  # NOTE: torch.jit.trace would keep the smaller one of the call that it saw.
-    if not traced(sorted_ids):
+    if not traced(sorted_ids) or (type(capacity) is int and type(entries) is int):
         return min(capacity, entries)
     least: Any = torch.sym_min
     return cast(int, least(capacity, entries))

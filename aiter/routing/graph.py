@@ -36,7 +36,7 @@ from ..ops.rule import RoutingRule, rule_of
 from . import calls
 from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
-from .tracing import NAMESPACE, registered, traced
+from .tracing import NAMESPACE, refuse_some_meta, registered, traced
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,7 +132,10 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
         if gradients_matter():
             args, kwargs = pass_on(args, kwargs)
         by_schema = in_schema(**kwargs) if in_schema else kwargs
-        if traced(args[0] if args else next(iter(kwargs.values()), None)):
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if traced(first):
+            if isinstance(first, Tensor) and first.is_meta:
+                refuse_some_meta({**dict(zip(order, args, strict=False)), **by_schema})
             return op(*args, **by_schema)
         stub(*args, **kwargs)
         return count(args, by_schema)

@@ -49,6 +49,20 @@ def transformed() -> bool:
     return not is_dynamo_compiling() and transforms_active()
 
 
+def refuse_some_meta(arguments: dict[str, object]) -> None:
+    """Raises ValueError for a tensor on the meta device beside one that is not.
+
+    PyTorch's dispatcher would take a GPU's tensors for meta ones then, and nothing would be written.
+    """
+    tensors = {name: each for name, each in arguments.items() if isinstance(each, Tensor)}
+    other = next((each.device for each in tensors.values() if not each.is_meta), None)
+    for name, tensor in tensors.items():
+        if other is not None and tensor.is_meta:
+            raise ValueError(
+                f"{name}: expected a tensor on {other}, as the others, got one on {tensor.device}"
+            )
+
+
 def registered(name: str) -> Any:
     """The registered op of that name."""
     return getattr(getattr(torch.ops, NAMESPACE), name)

@@ -27,6 +27,7 @@ from cases import MODEL_SHAPES
 from launches import kernels
 from model import Routed, capacity, fused, kernels_us, select, sort
 
+from aiter.jit.device_kernels import ARCHS as GPUS
 from aiter.routing.dispatch import MODELLED
 
 ARCHS = tuple(sorted(set(MODELLED.values())))
@@ -49,6 +50,9 @@ SHAPES = tuple(
 )
 # These are modelled, and the nearest speaks for the others: a shape takes a minute or more.
 MODELLED_SHAPES = ((32, 4), (128, 4), (256, 8), (896, 16))
+# Rows of more experts may be by keys, which take LDS of their own: the most of it.
+MOST_WITHOUT_LDS = 128
+BYTES_OF_ROWS = 24 * 512
 MODULES = {
     "fused": "module_fused_topk_moe_sorting", "topk": "module_topk_softmax",
     "oneshot": "module_moe_sorting_opus", "multiphase": "module_moe_sorting_opus",
@@ -88,6 +92,8 @@ class Cells:
         self.columns = columns
         self.twins = twins
         self.capacity = capacity(arch, num_experts, topk)
+        if num_experts > MOST_WITHOUT_LDS:
+            self.capacity -= self.capacity * BYTES_OF_ROWS // GPUS[arch].lds_bytes
 
     def time(self, column: str, tokens: int) -> float:
         """The kernel time of a column's launches."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aiter.cli import explain
+from aiter.routing import basis as basis_module
 from aiter.routing import dispatch, plan
 from aiter.routing.dispatch import CAPACITY, Crossover, Problem
 
@@ -98,19 +99,23 @@ def test_whose_model_speaks(arch: str, expected: str | None) -> None:
 
 def test_a_plan_goes_by_the_dtype_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"bf16": MODELLED, "f32": (Crossover(128, 4, 0, 0, 600, *DATE),)}
-    basis = plan.Basis((), None, None, "planted", rows)
-    monkeypatch.setattr(plan, "basis_of", lambda device: basis)
-    sizes = (torch.device("cpu"), None, 8, 128, 4, 128, 16, torch.bfloat16, 32, 0)
-    made = plan.plan_routing.__wrapped__
-    assert made(*sizes, torch.bfloat16).path == "fused"
-    assert made(*sizes, torch.float32).path == "oneshot"
+    basis = basis_module.Basis((), None, None, "planted", rows)
+    monkeypatch.setattr(basis_module, "basis_of", lambda device: basis)
+    request = (4, 128, 16, torch.bfloat16, True, 32, 0, "slot", None)
+
+    def path(logits: torch.dtype) -> str:
+        return plan.plan_routing(torch.device("cpu"), 8, 128, logits, False, *request).path
+
+    assert path(torch.bfloat16) == "fused"
+    assert path(torch.float32) == "oneshot"
 
 
 def test_explain_tells_what_is_modelled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    basis = plan.Basis((), None, None, "planted", {"f32": MODELLED})
-    monkeypatch.setattr(plan, "basis_of", lambda device: basis)
+    basis = basis_module.Basis((), None, None, "planted", {"f32": MODELLED})
+    for module in (basis_module, explain):
+        monkeypatch.setattr(module, "basis_of", lambda device: basis)
     shape = ["--tokens", "31", "--experts", "128", "--topk", "4", "--device", "cpu"]
     assert explain.main([*shape, "--dtype", "f32"]) == 0
     printed = capsys.readouterr().out
