@@ -238,7 +238,8 @@ class BestKeys {
       const int place = c * kLanes + lane_in_group();
       own[c] = 0;
       if (place < count) {
-        const uint32_t expert_idx = static_cast<uint32_t>(found[place]);
+        // Nobody has written the other half.
+        const uint32_t expert_idx = *reinterpret_cast<const uint32_t*>(found + place);
         own[c] = static_cast<uint64_t>(key_of(key_at(expert_idx))) << 32 | ~expert_idx;
       }
       if (place < padded) found[place] = own[c];

@@ -93,7 +93,7 @@ class Cells:
         self.twins = twins
         self.capacity = capacity(arch, num_experts, topk)
         if num_experts > MOST_WITHOUT_LDS:
-            self.capacity -= self.capacity * BYTES_OF_ROWS // GPUS[arch].lds_bytes
+            self.capacity -= self.capacity * BYTES_OF_ROWS // GPUS[arch].lds_bytes + 32
 
     def time(self, column: str, tokens: int) -> float:
         """The kernel time of a column's launches."""
