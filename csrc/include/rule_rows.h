@@ -32,8 +32,8 @@
 
 namespace aiter {
 
-constexpr int kRuleLanes = kMinWaveSize;    // that take a row
-constexpr int kMaxRuleTopk = 32;  // of RuleRows
+constexpr int kRuleLanes = kMinWaveSize;  // that take a row
+constexpr int kMaxRuleTopk = 32;          // of RuleRows
 constexpr int kMaxRulePlaces = 1024;
 constexpr int kMaxGroupPlaces = kRuleLanes * kKeysPerChunk;
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amdgcn.timing import LAUNCH_GAP_US
-from cases import MODEL_SHAPES
 from launches import kernels
 from model import Routed, capacity, fused, kernels_us, select, sort
 
@@ -36,19 +35,13 @@ KEPT = HERE / "modelled_times.json"
 MOST_TOKENS = 4096
 POWERS = tuple(1 << i for i in range(MOST_TOKENS.bit_length()))
 # How far a column may be from monotone: a wave more can fall on another SIMD; one row more can take
-# another branch; from M = 2049 on tiles have two words, so that half as many are added up.
-SURE = {"fused": 1.05, "topk": 1.1, "oneshot": 1.05, "multiphase": 1.15}
+# another branch (256/8 on gfx942 takes 6.2 us for 33 rows and 5.8 us for 64); from M = 2049 on tiles
+# have two words, so that half as many are added up.
+SURE = {"fused": 1.07, "topk": 1.1, "oneshot": 1.05, "multiphase": 1.15}
 EQUAL = 1.015  # times this close need no closer crossover
 FAIR = 1.02  # how much slower than the fastest path a choice may be
 
-# (E, K) that models route with, by any rule: what the launch choice is asked for.
-SHAPES = tuple(
-    sorted(
-        {(num_experts, topk) for num_experts, topk, _ in MODEL_SHAPES.values()}
-        | {(60, 4), (64, 6), (64, 8), (192, 8), (256, 6), (288, 8), (512, 8), (512, 22), (768, 12)}
-    )
-)
-# These are modelled, and the nearest speaks for the others: a shape takes a minute or more.
+# (E, K); the nearest speaks for the others: a shape takes a minute or more.
 MODELLED_SHAPES = ((32, 4), (128, 4), (256, 8), (896, 16))
 # Rows of more experts may be by keys, which take LDS of their own: the most of it.
 MOST_WITHOUT_LDS = 128
@@ -184,10 +177,10 @@ class Cells:
             return self.lead("oneshot", ("multiphase",), dtype, tokens)
 
         most = min(self.capacity, MOST_TOKENS)
-        fused_tokens = crossover(single, most, hint.fused_tokens)
+        fused_tokens = last_crossover(single, most, hint.fused_tokens)
         found = Crossing(
             self.capacity if fused_tokens == most else fused_tokens,
-            crossover(oneshot, MOST_TOKENS, hint.oneshot_tokens),
+            last_crossover(oneshot, MOST_TOKENS, hint.oneshot_tokens),
         )
         # NOTE: times of what wins bound smaller M, times of what loses larger ones.
         every = looked_at(found)
@@ -204,13 +197,28 @@ def looked_at(found: Crossing) -> list[int]:
     return sorted(m for m in every if 1 <= m <= MOST_TOKENS)
 
 
-def crossover(lead: Callable[[int], float], most: int, hint: int) -> int:
+def last_crossover(lead: Callable[[int], float], most: int, hint: int) -> int:
+    """The crossover behind which no power of two has a lead, for a lead that may come back.
+
+    A step in one column, such as a second group of workgroups, ends a lead for some M.
+    """
+    found = crossover(lead, most, hint)
+    for tokens in POWERS:
+        if found < tokens <= most and lead(tokens) > math.log(EQUAL):
+            found = crossover(lead, most, tokens, tokens)
+    return found
+
+
+def crossover(lead: Callable[[int], float], most: int, hint: int, low: int = 0) -> int:
     """The largest M up to `most` with a lead of at least 0, for a lead that falls with M; 0 for none.
 
     Goes up or down from the hint by powers of two, and then halves down to neighbours, or to where the
     two are within EQUAL.
+
+    Args:
+        low: an M that is known to have a lead; 0 if none is.
     """
-    low, high = 0, most + 1
+    high = most + 1
     tried = [min(hint, most), min(hint, most) + 1]
     while high - low > 1:
         if tried:

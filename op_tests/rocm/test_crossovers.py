@@ -24,6 +24,7 @@ from crossovers import (  # noqa: E402
     Crossing,
     Table,
     crossover,
+    last_crossover,
     looked_at,
 )
 from model import DTYPES, Routed, capacity, launches, total_us  # noqa: E402
@@ -137,6 +138,19 @@ def test_a_crossover_is_found_from_any_hint(edge: int, hint: int) -> None:
 def test_a_crossover_among_equals_is_close_enough() -> None:
     found = crossover(lambda tokens: (700 - tokens) / 7000, 4096, 1)
     assert abs(700 - found) <= 105
+
+
+def test_a_lead_that_comes_back_is_found() -> None:
+    """Ahead up to 32, even up to 39, ahead again up to 200."""
+
+    def lead(tokens: int) -> float:
+        if tokens > 200:
+            return -1.0
+        return 0.0 if 32 < tokens < 40 else 1.0
+
+    assert crossover(lead, 1000, 32) == 33
+    assert last_crossover(lead, 1000, 32) == 200
+    assert last_crossover(lambda tokens: 1.0, 1000, 32) == 1000
 
 
 class Planted(Cells):

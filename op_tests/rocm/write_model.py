@@ -25,7 +25,6 @@ from crossovers import (  # noqa: E402
     MODELLED_SHAPES,
     MOST_TOKENS,
     PATHS,
-    SHAPES,
     Crossing,
     Table,
 )
@@ -127,13 +126,11 @@ def times_table(table: Table) -> str:
 def crossover_table(found: Found) -> str:
     """By shape and architecture."""
     rows = []
-    for shape in SHAPES:
+    for shape in MODELLED_SHAPES:
         cells = (
             f"{' '.join(str(own[dtype].fused_tokens) for dtype in DTYPES)},"
             f" {own['bf16'].oneshot_tokens}"
-            if own
-            else ""
-            for own in (found[arch].get(shape) for arch in ARCHS)
+            for own in (found[arch][shape] for arch in ARCHS)
         )
         rows.append((f"{shape[0]}/{shape[1]}", *cells))
     return format_table(("E/K", *ARCHS), rows)
