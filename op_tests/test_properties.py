@@ -7,6 +7,7 @@ its smallest case. Draws are fixed by default; ``--hypothesis-profile=explore`` 
 from __future__ import annotations
 
 import _checkout  # noqa: F401
+import pytest
 import torch
 from cases import GATING_DTYPES, LAYOUTS, LOGITS, MASKS, Case
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,8 @@ from runners import run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 
 import aiter
+
+pytestmark = pytest.mark.slow
 
 MAX_SELECTION_TOPK = 64
 MOEBUF_DTYPES = (torch.bfloat16, torch.float32, torch.uint8, torch.float16)

@@ -102,6 +102,7 @@ def test_no_id_is_an_expert(target: Target, policy: int) -> None:
     run(case, target, policy, draw_ids(case, 8, 1.1, 5))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_ids(target: Target, data: st.DataObject) -> None:

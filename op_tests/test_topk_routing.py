@@ -206,6 +206,7 @@ def largest_error(target: Target, name: str) -> float:
     return float(((weights.double() - true).abs() / true)[normal].max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOST_ERROR)
 def test_errors_of_the_arithmetic(target: Target, name: str) -> None:
     assert largest_error(target, name) <= MOST_ERROR[name]

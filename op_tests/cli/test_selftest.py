@@ -22,6 +22,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest.env_command, "run", lambda options: 0)
 
 
+@pytest.mark.slow
 def test_report(few: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main(["--device", "cpu", "--quick"]) == 0
     report = capsys.readouterr().out

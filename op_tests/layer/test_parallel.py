@@ -50,6 +50,7 @@ def run_ranks(store: Path, device: str) -> list[str]:
     return printed
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
     printed = run_ranks(tmp_path / "store", "cpu")
     assert [f"rank {rank}: " in text for rank, text in enumerate(printed)] == [True] * WORLD
@@ -61,6 +62,7 @@ def test_two_gpus(tmp_path: Path) -> None:
     run_ranks(tmp_path / "store", "cuda")
 
 
+@pytest.mark.slow
 def test_example() -> None:
     """The example finds no difference, under the launcher that its first lines name."""
     done = subprocess.run(
