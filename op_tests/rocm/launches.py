@@ -184,23 +184,23 @@ class Device:
         rows = choose_rows(gating_output, topk_weights.shape[1], need_renorm, self.wave_size)
         memory = GlobalMemory()
         params = TopkSoftmaxParams(
-            gating=_map(memory, "gating_output", gating_output, writable=False),
+            gating=map_tensor(memory, "gating_output", gating_output, writable=False),
             row_stride=row_stride(rows, gating_output),
             num_tokens=num_tokens,
             num_experts=num_experts,
             topk=topk_weights.shape[1],
             need_renorm=need_renorm,
             row_format=row_format(rows, gating_output),
-            topk_weights=_map(memory, "topk_weights", topk_weights),
-            topk_indices=_map(memory, "topk_indices", topk_indices),
-            token_expert_indices=_map(memory, "token_expert_indices", token_expert_indices),
+            topk_weights=map_tensor(memory, "topk_weights", topk_weights),
+            topk_indices=map_tensor(memory, "topk_indices", topk_indices),
+            token_expert_indices=map_tensor(memory, "token_expert_indices", token_expert_indices),
         )
         rows_per_block = WAVES_PER_BLOCK * rows.rows_per_wave
         blocks = (num_tokens + rows_per_block - 1) // rows_per_block
         threads = WAVES_PER_BLOCK * self.wave_size
         name = f"topk_softmax<{rows.name}>"
         lds_bytes = WAVES_PER_BLOCK * rows.lds_bytes
-        self._launch("module_topk_softmax", name, memory, params, blocks, threads, lds_bytes)
+        self.launch("module_topk_softmax", name, memory, params, blocks, threads, lds_bytes)
 
     def fused_topk_moe_sorting_fwd(
         self,
@@ -221,52 +221,69 @@ class Device:
     ) -> None:
         """`aiter.fused_topk_moe_sorting_fwd`."""
         memory = GlobalMemory()
-        num_tokens = gating_output.shape[0]
         outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
-        sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+        sort = sort_params(memory, outputs, local_expert_mask, num_local_tokens)
         rows = choose_rows(gating_output, topk, need_renorm, self.wave_size)
-        shape = (num_tokens, num_experts, topk, unit_size)
-        size = choose_handover_size(shape, rows) if handover_size is None else handover_size
-        size = max(1, min(size, num_tokens))
-        one_token = size == 1 and is_one_token(num_tokens, topk, local_expert_mask is not None)
-        tokens_per_block = (num_tokens + size - 1) // size
-        sorted_shape = sort_shape(*shape, sort)
-        wide_stores = bool(sorted_shape.wide_stores)
+        shape = sort_shape(gating_output.shape[0], num_experts, topk, unit_size, sort)
+        self.launch_fused(
+            f"fused_topk_moe_sorting<{rows.name}>", memory, gating_output, shape, sort, rows,
+            handover_size, need_renorm,
+        )  # fmt: skip
+
+    def launch_fused(
+        self,
+        name: str,
+        memory: GlobalMemory,
+        gating_output: Tensor,
+        shape: SortShape,
+        sort: SortParams,
+        rows: RowChoice,
+        handover_size: int | None,
+        need_renorm: bool = False,
+        rule: ctypes.Structure | None = None,
+    ) -> None:
+        """One of the fused kernels: checked_launch() of fused_topk_moe_sorting.cu.
+
+        Args:
+            rule: FusedRule, of the kernels that have one.
+        """
+        sizes = shape.num_tokens, shape.num_experts, shape.topk, shape.block_size
+        size = choose_handover_size(sizes, rows) if handover_size is None else handover_size
+        size = max(1, min(size, shape.num_tokens))
+        leaves_out = sort.expert_mask != 0 or shape.num_real < shape.num_experts
+        one_token = size == 1 and is_one_token(shape.num_tokens, shape.topk, leaves_out)
+        tokens_per_block = (shape.num_tokens + size - 1) // size
         threads = fused_threads(
-            shape, tokens_per_block, rows, self.wave_size, one_token, wide_stores
+            sizes, tokens_per_block, rows, self.wave_size, one_token, bool(shape.wide_stores)
         )
         row_bytes = threads // self.wave_size * rows.lds_bytes
-        lds, lds_bytes = plan_fused_lds(num_tokens, num_experts, topk, row_bytes)
+        lds, lds_bytes = plan_fused_lds(*sizes[:3], row_bytes)
         ticket = np.zeros(1, np.uint32)
-        params = FusedParams(sorted_shape, sort, lds, memory.add("ticket", ticket))
-        has_mask = local_expert_mask is not None
+        params = FusedParams(shape, sort, lds, memory.add("ticket", ticket))
         first = FusedFirst(
-            gating=_map(memory, "gating_output", gating_output, writable=False),
+            gating=map_tensor(memory, "gating_output", gating_output, writable=False),
             row_stride=row_stride(rows, gating_output),
             num_local_tokens=sort.num_local_tokens,
             expert_mask=sort.expert_mask,
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            topk=topk,
+            num_tokens=shape.num_tokens,
+            num_experts=shape.num_experts,
+            topk=shape.topk,
             tokens_per_block=tokens_per_block,
             num_threads=threads,
             flags=need_renorm
             | rows.wide << 1
             | one_token << 2
             | (size > 1) << 3
-            | has_mask << 4
-            | LOGIT_TYPES.index(gating_output.dtype) << 6
+            | (leaves_out and not shape.flat_ids) << 4
+            | (0 if rule else LOGIT_TYPES.index(gating_output.dtype)) << 6
             | size << 8,
         )
-        self._launch(
-            "module_fused_topk_moe_sorting",
-            f"fused_topk_moe_sorting<{rows.name}>",
-            memory,
-            FusedArguments(first, params),
-            size + zeroing_blocks(sort.row_bytes * num_tokens),
-            threads,
+        arguments = bytes(FusedArguments(first, params)) + (bytes(rule) if rule else b"")
+        zeroing = zeroing_blocks(sort.row_bytes * shape.num_tokens)
+        self.launch(
+            "module_fused_topk_moe_sorting", name, memory, arguments, size + zeroing, threads,
             lds_bytes,
-        )
+        )  # fmt: skip
         if ticket[0] != 0:
             raise Fault(f"ticket: expected 0 behind a launch, got {ticket[0]}")
 
@@ -290,17 +307,17 @@ class Device:
         memory = GlobalMemory()
         num_tokens, topk = topk_ids.shape
         outputs = (sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
-        sort = _sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+        sort = sort_params(memory, outputs, local_expert_mask, num_local_tokens)
         multiphase = dispatch_policy == 2 or (
             dispatch_policy == 0 and num_tokens * topk > MOST_ONESHOT_ENTRIES
         )
         tile_words, num_tiles = tiling(num_tokens, num_experts, multiphase)
         params = OpusParams(
-            topk_ids=_map(memory, "topk_ids", topk_ids, writable=False),
-            topk_weights=_map(memory, "topk_weights", topk_weights, writable=False),
+            topk_ids=map_tensor(memory, "topk_ids", topk_ids, writable=False),
+            topk_weights=map_tensor(memory, "topk_weights", topk_weights, writable=False),
             shape=sort_shape(num_tokens, num_experts, topk, unit_size, sort),
             sort=sort,
-            workspace=0 if workspace is None else _map(memory, "workspace", workspace),
+            workspace=0 if workspace is None else map_tensor(memory, "workspace", workspace),
             tile_words=tile_words,
             num_tiles=num_tiles,
         )
@@ -313,15 +330,15 @@ class Device:
                       ("scatter", num_tiles, table + bitmask)]  # fmt: skip
         for phase, blocks, lds_words in phases:
             if num_tiles > 0 or phase in ("oneshot", "assign"):
-                self._launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, params,
+                self.launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, params,
                              blocks, MAX_THREADS, 4 * lds_words)  # fmt: skip
 
-    def _launch(
+    def launch(
         self,
         module: str,
         name: str,
         memory: GlobalMemory,
-        params: ctypes.Structure,
+        params: ctypes.Structure | bytes,
         blocks: int,
         threads: int,
         lds_bytes: int,
@@ -371,7 +388,13 @@ def divisor(number: int) -> Divisor:
 
 
 def sort_shape(
-    num_tokens: int, num_experts: int, topk: int, block_size: int, sort: SortParams
+    num_tokens: int,
+    num_experts: int,
+    topk: int,
+    block_size: int,
+    sort: SortParams,
+    flat_ids: bool = False,
+    num_zero_experts: int = 0,
 ) -> SortShape:
     """The problem, with what launchers derive from it (sort_launch.h)."""
     on_boundary = sort.sorted_ids % 16 == 0 and sort.sorted_weights % 16 == 0
@@ -383,24 +406,28 @@ def sort_shape(
         by_topk=divisor(topk),
         by_block_size=divisor(block_size),
         wide_stores=block_size % 4 == 0 and on_boundary,
-        flat_ids=False,
-        num_real=num_experts,
+        flat_ids=flat_ids,
+        num_real=num_experts - num_zero_experts,
     )
 
 
-def _map(memory: GlobalMemory, name: str, tensor: Tensor, writable: bool = True) -> int:
+def map_tensor(memory: GlobalMemory, name: str, tensor: Tensor, writable: bool = True) -> int:
+    """The address of a tensor's first item in an emulated GPU's memory."""
     return memory.add(name, tensor_bytes(tensor), writable, tensor.data_ptr() % 256)
 
 
-def _sort_params(
+def sort_params(
     memory: GlobalMemory, outputs: tuple[Tensor, ...], mask: Tensor | None, num_local: Tensor | None
 ) -> SortParams:
+    """The five outputs and the two optional inputs (sort_launch.h)."""
     names = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf")
-    addresses = [_map(memory, name, out) for name, out in zip(names, outputs, strict=True)]
+    addresses = [map_tensor(memory, name, out) for name, out in zip(names, outputs, strict=True)]
     moe_buf = outputs[4]
     return SortParams(
         *addresses,
         moe_buf.shape[1] * moe_buf.element_size(),
-        0 if mask is None else _map(memory, "expert_mask", mask, writable=False),
-        0 if num_local is None else _map(memory, "num_local_tokens", num_local, writable=False),
+        0 if mask is None else map_tensor(memory, "expert_mask", mask, writable=False),
+        0
+        if num_local is None
+        else map_tensor(memory, "num_local_tokens", num_local, writable=False),
     )

@@ -1,4 +1,4 @@
-"""`topk_routing`, launched on the interpreter: mirrors csrc/include/rule_launch.h and its launcher."""
+"""Kernels by rules, launched on the interpreter: mirrors csrc/include/rule_launch.h and launchers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ctypes
 
 import torch
 from amdgcn.memory import GlobalMemory
-from launches import Device, _i32, _map, _ptr, _u32
+from choices import RowChoice
+from launches import Device, _i32, _ptr, _u32, map_tensor, sort_params, sort_shape
 from torch import Tensor
 
 from aiter.ops.rule import NEGLIGIBLE_EPS, NEGLIGIBLE_MIN, RoutingRule
@@ -55,6 +56,15 @@ class TopkRoutingParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class FusedRule(ctypes.Structure):
+    """fused_topk_moe_sorting_rules.h"""
+
+    _fields_ = [
+        ("row", RowRule), ("topk_weights", _ptr), ("topk_ids", _ptr),
+        ("weights_stride", ctypes.c_int64), ("ids_stride", ctypes.c_int64),
+    ]  # fmt: skip
+
+
 def topk_routing(
     device: Device,
     topk_weights: Tensor,
@@ -68,28 +78,74 @@ def topk_routing(
     row = _row_rule(memory, rule, gating_output, correction_bias, topk_ids.shape[1])
     params = TopkRoutingParams(
         rule=row,
-        gating=_map(memory, "gating_output", gating_output, writable=False),
+        gating=map_tensor(memory, "gating_output", gating_output, writable=False),
         row_bytes=gating_output.stride(0) * gating_output.element_size(),
         num_tokens=gating_output.shape[0],
-        topk_weights=_map(memory, "topk_weights", topk_weights),
+        topk_weights=map_tensor(memory, "topk_weights", topk_weights),
         weights_stride=topk_weights.stride(0),
-        topk_ids=_map(memory, "topk_ids", topk_ids),
+        topk_ids=map_tensor(memory, "topk_ids", topk_ids),
         ids_stride=topk_ids.stride(0),
     )
-    name = _kernel_of(row)
-    in_memory = "MemoryRuleRow" in name
-    rows_per_block = WAVES_PER_BLOCK * (1 if in_memory else device.wave_size // LANES_PER_ROW)
-    blocks = -(-gating_output.shape[0] // rows_per_block)
-    threads = WAVES_PER_BLOCK * device.wave_size
-    lds_bytes = 0 if in_memory else threads * LDS_BYTES_PER_LANE
-    device._launch("module_topk_routing", name, memory, params, blocks, threads, lds_bytes)
+    rows = _choose_rows(row, device.wave_size)
+    blocks = -(-gating_output.shape[0] // (WAVES_PER_BLOCK * rows.rows_per_wave))
+    device.launch(
+        "module_topk_routing", f"topk_routing<{rows.name}>", memory, params, blocks,
+        WAVES_PER_BLOCK * device.wave_size, WAVES_PER_BLOCK * rows.lds_bytes,
+    )  # fmt: skip
 
 
-def kernel_of(
+def fused_topk_moe_sorting_fwd(
+    device: Device,
+    gating_output: Tensor,
+    sorted_ids: Tensor,
+    sorted_weights: Tensor,
+    sorted_expert_ids: Tensor,
+    num_valid_ids: Tensor,
+    moe_buf: Tensor,
+    num_experts: int,
+    topk: int,
+    unit_size: int,
+    need_renorm: bool,
+    *,
+    rule: RoutingRule,
+    local_expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    handover_size: int | None = None,
+    correction_bias: Tensor | None = None,
+    topk_out: tuple[Tensor, Tensor] | None = None,
+    id_format: str = "slot",
+) -> None:
+    """`aiter.fused_topk_moe_sorting_fwd` with a rule."""
+    memory = GlobalMemory()
+    outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+    sort = sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+    num_slots = topk + rule.num_shared_experts
+    row = _row_rule(memory, rule, gating_output, correction_bias, num_slots)
+    fused_rule = FusedRule(row)
+    if topk_out is not None:
+        weights, ids = topk_out
+        fused_rule.topk_weights = map_tensor(memory, "topk_weights", weights)
+        fused_rule.topk_ids = map_tensor(memory, "topk_ids", ids)
+        fused_rule.weights_stride, fused_rule.ids_stride = weights.stride(0), ids.stride(0)
+    zero = rule.num_zero_experts
+    flat = id_format == "flat"
+    shape = sort_shape(
+        gating_output.shape[0], num_experts + zero, num_slots, unit_size, sort, flat,
+        zero,
+    )  # fmt: skip
+    rows = _choose_rows(row, device.wave_size)
+    device.launch_fused(
+        f"fused_topk_moe_sorting_rules<{rows.name}>", memory, gating_output, shape, sort, rows,
+        handover_size, need_renorm, fused_rule,
+    )  # fmt: skip
+
+
+def rows_of(
     rule: RoutingRule, gating_output: Tensor, correction_bias: Tensor | None, num_slots: int
 ) -> str:
-    """The name of the kernel instance that such a call launches."""
-    return _kernel_of(_row_rule(GlobalMemory(), rule, gating_output, correction_bias, num_slots))
+    """The class of rows that the kernel of such a call is an instance for."""
+    row = _row_rule(GlobalMemory(), rule, gating_output, correction_bias, num_slots)
+    return _choose_rows(row, 32).name
 
 
 def _row_rule(
@@ -109,7 +165,7 @@ def _row_rule(
     negligible = scalars.renorm_eps <= NEGLIGIBLE_EPS and scalars.renorm_min <= NEGLIGIBLE_MIN
     return RowRule(
         rule=scalars,
-        bias=_map(memory, "correction_bias", bias, writable=False) if bias is not None else 0,
+        bias=map_tensor(memory, "correction_bias", bias, writable=False) if bias is not None else 0,
         logit_kind=KINDS.index(gating.dtype),
         bias_kind=KINDS.index(None if bias is None else bias.dtype),
         wide_logits=whole and gating.data_ptr() % 16 == 0 and row_bytes % 16 == 0,
@@ -131,16 +187,23 @@ def _row_rule(
 _NUMBERS = (int, int, int, int, int, float, float, float, int, float, float, int, int, float, int)
 
 
-def _kernel_of(row: RowRule) -> str:
-    """`dispatch_rule_rows()` of rule_launch.h."""
+def _choose_rows(row: RowRule, wave_size: int) -> RowChoice:
+    """`rule_row_choice()` of rule_launch.h."""
     groups = row.rule.num_expert_group
     group_places = 1 << row.log2_group_places if groups > 1 else row.num_candidates
     places = groups * group_places
     too_wide = groups > 1 and group_places > MAX_GROUP_PLACES
     if places > MAX_PLACES or row.topk > MAX_TOPK or too_wide:
-        return "topk_routing<MemoryRuleRow>"
+        return RowChoice("MemoryRuleRow", 0, item_bytes=1)
     values, best = 32, 32
     if row.topk <= 16:
         best = 16
         values = 8 if places <= 8 * LANES_PER_ROW else 16 if places <= 16 * LANES_PER_ROW else 32
-    return f"topk_routing<RuleRows<{values}, {best}, {int(row.is_sigmoid)}>>"
+    return RowChoice(
+        f"RuleRows<{values}, {best}, {int(row.is_sigmoid)}>",
+        values,
+        wave_size // LANES_PER_ROW,
+        item_bytes=1,
+        lds_bytes=wave_size * LDS_BYTES_PER_LANE,
+        max_threads=256 if values > 16 else 512,
+    )
