@@ -206,3 +206,59 @@ def test_the_same_tree_under_a_second_name(tmp_path: Path, monkeypatch: pytest.M
     assert built.startswith("[second] building module_toy")
     assert f"cache folder: {caches / 'second'}\n" in status
     assert "with `python -m second build module_toy --target" in forbidden
+
+
+STATE = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import aiter
+said = [str(each.message) for each in caught if "aiter: " in str(each.message)]
+try:
+    import aiter.integrations
+except ImportError as error:
+    said.append(f"refused: {error}")
+print(json.dumps(said))
+"""
+
+
+def copied_package(place: Path) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__", "_prebuilt")
+    shutil.copytree(REPOSITORY / "aiter", place / "aiter", ignore=ignored)
+    return place / "aiter"
+
+
+@pytest.mark.parametrize(
+    ("file", "owner"), [("tuned_gemm.py", "amd-aiter"), ("push_aiter.py", "aiter")]
+)
+def test_files_of_others_are_noticed(tmp_path: Path, file: str, owner: str) -> None:
+    package = copied_package(tmp_path)
+    assert run(STATE, PYTHONPATH=str(tmp_path)) == []
+    (package / file).touch()
+    (warning,) = map(str, run(STATE, PYTHONPATH=str(tmp_path)))
+    assert warning.startswith(f"aiter: expected {package} to be this package's alone, got files of")
+    assert f"files of {owner} as well" in warning
+    assert "AITER_IMPORT_NAME=fused_moe_routing" in warning
+    command = [sys.executable, "-W", "ignore", "-m", "aiter", "env", "--json"]
+    variables = child_environment(PYTHONPATH=str(tmp_path))
+    done = subprocess.run(command, env=variables, cwd="/", capture_output=True, check=True)
+    names = json.loads(done.stdout)["names"]
+    assert names["its folder"] == warning
+    assert names["import name"] == f"aiter, from {package}"
+
+
+def test_a_package_that_another_one_was_installed_over(tmp_path: Path) -> None:
+    package = copied_package(tmp_path)
+    (package / "tuned_gemm.py").touch()
+    (package / "__init__.py").write_text("")
+    (refused,) = map(str, run(STATE, PYTHONPATH=str(tmp_path)))
+    expected = f"aiter: expected this package's own __init__.py in {package}, got "
+    assert refused.startswith(f"refused: {expected}that of amd-aiter, since another package")
+    (package / "tuned_gemm.py").unlink()
+    (package / "__init__.py").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "aiter", "env"], env=child_environment(PYTHONPATH=str(tmp_path)),
+        cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {expected}none, since another package")
