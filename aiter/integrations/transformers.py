@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..jit.paths import PACKAGE
 from ..layer.arguments import DTYPES
 from ..layer.experts import Backend, expert_backend
 from ..routing.dispatch import Path
@@ -203,12 +204,12 @@ def _patch(name: str, block: Any, known: Block, patched: Patched) -> None:
 
 
 def register_experts() -> bool:
-    """Makes `experts_implementation="aiter"` known to transformers; whether it has such a registry."""
+    """Makes `experts_implementation="aiter"`, the package's name, known to transformers that have it."""
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
         return False
-    ALL_EXPERTS_FUNCTIONS.register("aiter", apply_experts)
+    ALL_EXPERTS_FUNCTIONS.register(PACKAGE, apply_experts)
     return True
 
 
