@@ -65,7 +65,7 @@ def formatted(files: Mapping[str, str]) -> dict[str, str]:
             place = folder / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(text, encoding="utf-8")
-        (folder / ".clang-format").write_text(_yaml(), encoding="utf-8")
+        (folder / ".clang-format").write_text(clang_format_yaml(), encoding="utf-8")
         python = [path for path in files if path.endswith(".py")]
         cpp = [path for path in files if not path.endswith(".py")]
         # NOTE: black would else go by a configuration above the folder.
@@ -76,7 +76,7 @@ def formatted(files: Mapping[str, str]) -> dict[str, str]:
         return {path: (folder / path).read_text(encoding="utf-8") for path in files}
 
 
-def _yaml() -> str:
+def clang_format_yaml() -> str:
     """The settings in the form that clang-format reads."""
     lines = []
     for key, value in CLANG_FORMAT.items():
