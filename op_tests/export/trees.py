@@ -48,6 +48,8 @@ CONFIG = """\
 PACKAGE = """\
 import os
 
+get_hip_quant = None
+
 if os.getenv("AITER_AOT_IMPORT", "0") == "0":
     from .ops.quant import *
     from .ops.moe_sorting import *
