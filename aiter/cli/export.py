@@ -29,7 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the op into a tree, or does what the options say; the exit status."""
-    if "\0" in options.into:
+    # NOTE: empty is what an unset variable gives, and no name of the current folder.
+    if not options.into or "\0" in options.into:
         raise ValueError(f"--into: expected a folder, got {options.into!r}")
     folder = Path(options.into)
     if options.check:

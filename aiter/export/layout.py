@@ -56,7 +56,11 @@ def find_layout(folder: Path) -> Layout:
     Raises:
         ExportError: it is none that is known; named with what is missing.
     """
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError:  # as of a name that is too long
+        is_folder = False
+    if not is_folder:
         raise ExportError(f"--into: expected a folder, got {str(folder)!r}")
     root = folder.resolve()
     for needed in (CORE, CONFIG, PACKAGE, FUSED_MOE):
