@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import aiter.fused_moe_from_logits as exported
@@ -53,7 +56,7 @@ fused_moe_module.SORT = sort
 GROUPS = dict(num_expert_group=4, topk_group=2, routed_scaling_factor=2.5)
 
 
-def expect_error(kind: type[Exception], text: str, call: Any) -> None:
+def expect_error(kind: type[BaseException], text: str, call: Any) -> None:
     try:
         call()
     except kind as error:
@@ -213,4 +216,19 @@ assert made == ["sort"] and exported._state.prepared is prepared
 
 expect_error(TypeError, "topk_ids: expected none", lambda: layer(topk_ids=ids))
 expect_error(ValueError, "without zero experts", lambda: layer(rule=zero))
+
+# The op test, as far as it can be run: right results pass, a wrong one is a status.
+op_test = Path("op_tests/test_fused_topk_moe_sorting.py")
+if op_test.is_file():
+    test = runpy.run_path(str(op_test))
+    test["main"].__globals__["DEVICE"] = "cpu"
+    sys.argv = [str(op_test), "--tokens", "1", "33", "--block", "16"]
+    test["main"]()
+
+    def spoilt(*arguments: Any) -> None:
+        fwd(*arguments)
+        arguments[2][:1] += 1e-4
+
+    core.FUNCTIONS["fused_topk_moe_sorting_fwd"] = spoilt
+    expect_error(SystemExit, "32 cases failed", test["main"])
 print("all as expected")

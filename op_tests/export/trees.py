@@ -46,9 +46,11 @@ CONFIG = """\
 }"""
 
 PACKAGE = """\
+import logging
 import os
 
 get_hip_quant = None
+logger = logging.getLogger("aiter")
 
 if os.getenv("AITER_AOT_IMPORT", "0") == "0":
     from .ops.quant import *
@@ -101,6 +103,12 @@ def fused_moe(
 """
 
 
+TEST_COMMON = """\
+def run_perftest(func, *args, **kwargs):
+    return func(*args, **kwargs), 0.0
+"""
+
+
 def write_tree(root: Path, layout: str) -> Path:
     """Writes a tree of that layout, and returns its folder."""
     checkout = layout == "checkout"
@@ -115,6 +123,8 @@ def write_tree(root: Path, layout: str) -> Path:
         % ("    from .ops.moe_sorting_opus import *\n" if checkout else ""),
         "aiter/fused_moe.py": FUSED_MOE,
         "aiter/ops/__init__.py": "",
+        "aiter/dtypes.py": "import torch\n\nfp32, bf16 = torch.float32, torch.bfloat16\n",
+        "aiter/test_common.py": TEST_COMMON,
         "aiter/ops/quant.py": "def quant(x):\n    return x\n",
         f"{include}/aiter_enum.h": "#pragma once\n",
     }
