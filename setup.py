@@ -42,6 +42,7 @@ if NAME not in DISTRIBUTIONS:
 BUNDLED = ("csrc", "jit_config")
 PREBUILD = os.environ.get("PREBUILD_KERNELS", "0").lower() not in ("", "0", "false", "off")
 MODELS = ["transformers>=5.17"]
+EXPORT = ["black", "clang-format"]
 EXTRAS = {
     "test": [
         "pytest",
@@ -50,11 +51,13 @@ EXTRAS = {
         "ziglang",
         "triton>=3.7; sys_platform == 'linux'",
         *MODELS,
+        *EXPORT,
     ],
     "demo": ["numpy"],
     "models": MODELS,
     "bench": ["matplotlib"],
     "cross": ["ziglang"],
+    "export": EXPORT,
     "dev": ["ruff", "mypy", "clang-format", "pre-commit"],
 }
 PLUGINS = {  # group of an engine's entry points: our module that has its `register`
@@ -139,7 +142,7 @@ setup(
         NAME + found.removeprefix(TREE) for found in find_packages(include=[TREE, TREE + ".*"])
     ],
     package_dir={NAME: TREE},
-    package_data={NAME: ["py.typed"]},
+    package_data={NAME: ["py.typed", "export/templates/*.j2"]},
     cmdclass={"build_py": BuildWithSources},
     distclass=PlatformDistribution if PREBUILD else Distribution,
     # NOTE: a folder for each name: what a build folder holds from another one would be shipped.

@@ -60,6 +60,7 @@ NOT_QUICK = (
     "rocm",
     "test_bench.py",
     "test_docs.py",
+    "test_exported_python.py",
     "test_second_name.py",
 )
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import _checkout  # noqa: F401  (makes a checkout importable)
 
 ROOT = Path(__file__).resolve().parents[1] / "aiter"
-FOLDERS = ("jit", "ops", "routing", "reference", "layer", "", "integrations", "cli")  # "": the top
+# "": the top
+FOLDERS = ("jit", "ops", "routing", "reference", "layer", "", "integrations", "export", "cli")
 LOWEST = ("_installed", "_version", "dtypes")  # modules at the top that anything may import
 HIGHEST = "__main__"
 

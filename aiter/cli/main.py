@@ -20,7 +20,7 @@ from ..jit import envs
 from ..jit.errors import JitError
 from ..jit.paths import PACKAGE
 from ..jit.target import KINDS
-from . import cache_commands, env_command
+from . import cache_commands, env_command, export
 from .options import PROGRAM, Parser
 
 _EPILOG = f"Environment variables: see `{PROGRAM} env`."
@@ -123,6 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     clean.add_argument("--all", action="store_true", help="remove every build")
     clean.add_argument("--dry-run", action="store_true", help="list what would go, remove nothing")
     clean.set_defaults(run=cache_commands.run_clean)
+
+    export.add_options(commands.add_parser("export", help="write the op into ROCm's aiter"))
 
     for verb, purpose in OWN_PARSERS.items():
         commands.add_parser(verb, help=f"{purpose} ({verb} --help)")

@@ -7,6 +7,7 @@ there. What is expensive is stubbed: compilers, kernels, models. What decides ab
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import random
@@ -48,6 +49,16 @@ TEXTS = ("", " ", "-", "--", "x", "cpu", "cuda", "cuda:0", "cuda:99", "cpu:0", "
          "8,2", "1,2,3,4", "0,0,0", "1,,2", "\udcff", "é", "a\nb", "x" * 5000, "../../etc",
          "out.json", "no/such/folder/out.json", "module_topk_softmax", "topk_softmax",
          "module_topk_softmaks", "mixtral", "--all", "%s", "{}")  # fmt: skip
+
+
+TREES = ("x", "cpu", "gpu", "native", "mixtral", "é", "8,2", "{}")  # of TEXTS: for `export --into`
+
+# NOTE: a folder of tests is no package, and one beside this is not found by its name.
+_trees = Path(__file__).parents[1] / "export" / "trees.py"
+_spec = importlib.util.spec_from_file_location("trees", _trees)
+assert _spec is not None and _spec.loader is not None
+trees = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(trees)
 
 
 def drawn_value(action: argparse.Action, rng: random.Random) -> str:
@@ -129,6 +140,9 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compilers, "compiler_version", lambda *arguments: "made up 1.0")
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}
     monkeypatch.setattr(options.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr("aiter.export.payload.formatted", dict)
+    for name in TREES:
+        trees.write_tree(tmp_path / name, "checkout")
     _stub_ops(monkeypatch)
     _stub_models(monkeypatch)
     yield
@@ -230,6 +244,12 @@ REFUSED = [
     (["demo", "--model", "mixtral", "--experts", "4", "--topk", "5"], "--topk: expected at most"),
     (["demo", "--device", "cpu", "--model-dim", "99999999", "--width", "99999999"], "fit the memory"),
     (["explain", "--draw", "--model-dim", "2147483647", "--tokens", "60", "--device", "cpu"], "memory"),
+    (["export"], "the following arguments are required: --into"),
+    (["export", "--into", "no/such"], "--into: expected a folder, got 'no/such'"),
+    (["export", "--into", ""], "--into: expected a folder, got ''"),
+    (["export", "--into", "."], "--into: expected a checkout or an installed tree of ROCm's aiter"),
+    (["export", "--into", "x", "--check", "--diff"], "not allowed with argument --check"),
+    (["export", "--into", "x", "--remove"], "--remove: expected a tree with an export"),
     (["buidl"], "invalid choice: 'buidl'; did you mean build? (choose from env, list"),
     (["xyz"], "invalid choice: 'xyz' (choose from env, list"),
     ([], "the following arguments are required"),
