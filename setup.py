@@ -135,7 +135,9 @@ setup(
     install_requires=["torch", "pybind11", "jinja2", "filelock"],
     extras_require=EXTRAS,
     entry_points=entry_points(),
-    packages=[NAME + found.removeprefix(TREE) for found in find_packages(include=[TREE, TREE + ".*"])],
+    packages=[
+        NAME + found.removeprefix(TREE) for found in find_packages(include=[TREE, TREE + ".*"])
+    ],
     package_dir={NAME: TREE},
     package_data={NAME: ["py.typed"]},
     cmdclass={"build_py": BuildWithSources},
