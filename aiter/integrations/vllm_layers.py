@@ -146,13 +146,14 @@ def _decide(method: Any, layer: Any, routing: Routing) -> Decision | str:
         return _by_rocm(layer, routing, moe)
     if products not in ("ours", "triton"):
         return products
+    chosen: Products = "ours" if products == "ours" else "triton"
     mask = mask_of(layer.expert_map)
     if isinstance(mask, str):
         return mask
     on_gpu = layer.w13_weight.device.type == "cuda"
     one_batch = moe.dp_size == 1 and moe.pcp_size == 1 and not moe.is_sequence_parallel
     taken = Taken(
-        routing, moe.num_experts, products, mask, between if products == "ours" else None,
+        routing, moe.num_experts, chosen, mask, between if products == "ours" else None,
         on_gpu and one_batch and vllm_names.skips_padding(),
     )  # fmt: skip
     return Decision(taken, names if products == "triton" else None)
@@ -369,4 +370,4 @@ def products_of(
         return "ours"
     if weight_first:
         return _WEIGHT_FIRST
-    return "triton" if triton is None else triton
+    return triton if triton is not None else "triton"

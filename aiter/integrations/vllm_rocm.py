@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..jit.paths import PACKAGE
 from ..ops.rule import RoutingRule
+from . import rocm_aiter, rocm_sort
 
-_MODULE = "aiter.fused_moe"
 _MARK = f"_{PACKAGE}_routes"
 
 
@@ -48,17 +48,12 @@ _thread = _Thread()
 
 def why_not() -> str | None:
     """Why ROCm's products cannot be fed, in words; None if they can."""
-    try:
-        from . import rocm_aiter
-    except ImportError as error:
-        return f"ROCm's aiter cannot be fed: {error}"
-    reason: str | None = rocm_aiter.available()
-    return reason
+    return rocm_sort.available()
 
 
 def wrap() -> None:
     """Makes ROCm's `fused_moe` look for logits, once; `why_not` has said nothing against it."""
-    module: Any = importlib.import_module(_MODULE)
+    module: Any = importlib.import_module(f"{rocm_sort.NAME}.fused_moe")
     own = module.fused_moe
     if getattr(own, _MARK, False):
         return
@@ -84,8 +79,6 @@ def _from_logits(
     *args: Any,
     **keywords: Any,
 ) -> Tensor:
-    from . import rocm_aiter
-
     ours = pending.topk_out
     for name, got, expected in (
         ("topk_weight", topk_weight, ours[0]),
