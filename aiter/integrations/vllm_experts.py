@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..jit.warmup import warmup
 from ..layer.calls import fused_moe_from_logits
 from ..layer.experts import default_block_size, expert_backend, run_experts
 from ..layer.parts import SWIGLU_LIMIT, Experts
@@ -38,6 +39,10 @@ from . import vllm_names
 from .vllm_layers import Between, Taken
 from .vllm_names import Names, TritonNames
 
+MODULES = (
+    "module_fused_topk_moe_sorting", "module_topk_softmax", "module_topk_routing",
+    "module_moe_sorting_opus",
+)  # fmt: skip
 _ANY_NUMBER = 2**31 - 1  # of slots, where each (token, slot) is a block: the grid says how many
 _PLAIN = (
     "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant",
@@ -92,7 +97,7 @@ def make_experts(names: Names) -> Any:
             return True
 
         def take(self, taken: Taken, layer: Any, products: Any) -> None:
-            """Says what a call computes, and makes what it needs before graphs are captured.
+            """Says what a call computes; builds, loads and makes all it needs, so that no request waits.
 
             Args:
                 layer: vLLM's RoutedExperts.
@@ -103,6 +108,7 @@ def make_experts(names: Names) -> Any:
             self.inner: Any = None
             self.consumes_expert_mask = taken.products == "rocm"
             self.known_map = layer.expert_map
+            warmup(modules=MODULES, devices=[layer.w13_weight.device])
             if taken.products == "triton":
                 self.inner = products.TritonExperts(self.moe_config, self.quant_config)
                 device = layer.w13_weight.device

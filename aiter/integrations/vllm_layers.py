@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._version import __version__
 from ..layer import triton_configs, triton_plan
 from ..layer.arguments import DTYPES
 from ..layer.experts import triton_problem
@@ -147,6 +148,8 @@ def _decide(method: Any, layer: Any, routing: Routing) -> Decision | str:
     if products not in ("ours", "triton"):
         return products
     chosen: Products = "ours" if products == "ours" else "triton"
+    if not vllm_names.mark_compiled(f"one launch routes, {__version__}"):
+        return "vLLM's additional_config is no dict, by which compiled models could be told apart"
     mask = mask_of(layer.expert_map)
     if isinstance(mask, str):
         return mask

@@ -14,6 +14,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ..jit.paths import PACKAGE
+
 LAYERS = "vllm.model_executor.layers.fused_moe"
 METHOD_MODULE = f"{LAYERS}.unquantized_fused_moe_method"
 METHOD = "UnquantizedFusedMoEMethod"
@@ -116,8 +118,25 @@ def activation_settings(moe_config: Any, quant_config: Any) -> Any:
 
 def runner_of(layer_name: str) -> Any:
     """The runner of a layer of the model that is being loaded, None where vLLM does not say."""
-    config = _name(_module("vllm.config"), "get_current_vllm_config")()
-    return config.compilation_config.static_forward_context.get(layer_name)
+    return _config().compilation_config.static_forward_context.get(layer_name)
+
+
+def mark_compiled(text: str) -> bool:
+    """Makes vLLM keep the compiled model apart from those with other experts; whether it could.
+
+    vLLM finds compiled models again by a hash of its configuration, and by the sources that were
+    traced: those of the run that compiled, which without a plugin are none of the plugin's.
+    `additional_config` is the part of the configuration that is there for others.
+    """
+    config = _config()
+    if not isinstance(config.additional_config, dict):
+        return False
+    config.additional_config.setdefault(PACKAGE, text)
+    return True
+
+
+def _config() -> Any:
+    return _name(_module("vllm.config"), "get_current_vllm_config")()
 
 
 def padding_of() -> Any:
