@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import dtypes
+from . import _installed, dtypes
 from ._version import __version__
 from .layer.types import ActivationType, QuantType
 from .ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
@@ -27,6 +27,8 @@ from .routing.upstream_topk import (
 
 if TYPE_CHECKING:
     from .jit.warmup import warmup
+
+_installed.begin()
 
 __all__ = [
     "ActivationType",

@@ -2,7 +2,13 @@
 
 import sys
 
-from .cli.main import main
+from . import _installed
 
 if __name__ == "__main__":
+    try:
+        _installed.require()
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    from .cli.main import main
+
     sys.exit(main())

@@ -14,7 +14,7 @@ import _checkout  # noqa: F401  (makes a checkout importable)
 
 ROOT = Path(__file__).resolve().parents[1] / "aiter"
 FOLDERS = ("jit", "ops", "routing", "reference", "layer", "", "integrations", "cli")  # "": the top
-LOWEST = ("_version", "dtypes")  # modules at the top that anything may import
+LOWEST = ("_installed", "_version", "dtypes")  # modules at the top that anything may import
 HIGHEST = "__main__"
 
 Imports = dict[str, set[str]]

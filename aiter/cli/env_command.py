@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 
+from .. import _installed
 from .._version import __version__
 from ..jit import envs, paths, plan
 from ..jit.cache import COMPILER_DIR
@@ -20,6 +22,7 @@ from .table import format_table
 
 _TARGET_HEADERS = ("target", "archs", "found by", "compiler", "version")
 _VARIABLE_HEADERS = ("variable", "value", "default", "meaning")
+_ROCM = "amd-aiter"  # the distribution of ROCm's aiter
 _PACKAGES = ("torch", "pybind11", "jinja2", "filelock", "ziglang")
 
 
@@ -28,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     if getattr(options, "json", False):
         print(json.dumps(_as_json(), indent=1))
         return 0
-    print(format_table(("what", "value"), [*_versions(), *_folders()]))
+    print(format_table(("what", "value"), [*_versions(), *_names(), *_folders()]))
     print()
     rows, notes = _targets()
     print(format_table(_TARGET_HEADERS, rows))
@@ -43,6 +46,7 @@ def _as_json() -> dict[str, object]:
     targets, notes = _targets()
     return {
         "versions": dict(_versions()),
+        "names": dict(_names()),
         "folders": dict(_folders()),
         "targets": [dict(zip(_TARGET_HEADERS, row, strict=True)) for row in targets],
         "notes": [note.removeprefix("note: ") for note in notes],
@@ -63,6 +67,30 @@ def _versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             rows.append((name, "not installed"))
     return rows
+
+
+def _names() -> list[tuple[str, str]]:
+    """The import name, which distributions have it, and what else is found under it."""
+    installed, rocm = [], "not installed"
+    for found in importlib.metadata.distributions():
+        name = found.metadata["Name"]
+        if paths.PACKAGE in (found.read_text("top_level.txt") or "").split():
+            installed.append(f"{name} {found.version}")
+        if name == _ROCM:
+            rocm = f"{_ROCM} {found.version}"
+    here = str(paths.PACKAGE_DIR)
+    elsewhere = [
+        folder
+        for folder in (os.path.join(entry, paths.PACKAGE) for entry in sys.path)
+        if os.path.isfile(os.path.join(folder, "__init__.py")) and os.path.realpath(folder) != here
+    ]
+    return [
+        ("import name", f"{paths.PACKAGE}, from {here}"),
+        ("installed under it", ", ".join(sorted(set(installed))) or "nothing; a checkout"),
+        ("also found under it", ", ".join(elsewhere) or "nothing"),
+        ("its folder", _installed.state() or "this package's alone"),
+        ("ROCm's aiter", rocm),
+    ]
 
 
 def _folders() -> list[tuple[str, str]]:

@@ -122,6 +122,13 @@ def _archs(text: str) -> tuple[str, ...]:
     return () if names == ("native",) else names
 
 
+AITER_IMPORT_NAME = Variable(
+    "AITER_IMPORT_NAME",
+    "aiter",
+    "the import name that `pip install .` installs under: aiter or fused_moe_routing",
+    str,
+    "aiter",
+)
 AITER_REBUILD = Variable(
     "AITER_REBUILD", False, "1 rebuilds every module once per process, even on a hit", _flag, "0"
 )
@@ -129,7 +136,11 @@ AITER_NO_BUILD = Variable(
     "AITER_NO_BUILD", False, "1 forbids building: what is not cached is an error", _flag, "0"
 )
 AITER_JIT_DIR: Variable[Path | None] = Variable(
-    "AITER_JIT_DIR", None, "the cache folder", _folder, f"$XDG_CACHE_HOME/{PACKAGE}"
+    "AITER_JIT_DIR",
+    None,
+    "the parent of the cache folder, which has the package's import name",
+    _folder,
+    "$XDG_CACHE_HOME",
 )
 AITER_SHARED_CACHE = Variable(
     "AITER_SHARED_CACHE", False, "1 shares the cache folder with its group", _flag, "0"
@@ -182,7 +193,11 @@ MAX_JOBS: Variable[int | None] = Variable(
     "MAX_JOBS", None, "how many compilers run at once", _positive_int, "the number of CPUs"
 )
 XDG_CACHE_HOME: Variable[Path | None] = Variable(
-    "XDG_CACHE_HOME", None, "the parent of the cache folder", _folder, "~/.cache"
+    "XDG_CACHE_HOME",
+    None,
+    "the parent of the cache folder where AITER_JIT_DIR is unset",
+    _folder,
+    "~/.cache",
 )
 ROCM_HOME: Variable[Path | None] = Variable(
     "ROCM_HOME", None, "the ROCm installation (looked at first)", _folder
@@ -197,6 +212,7 @@ CXX: Variable[str | None] = Variable(
 NO_COLOR = Variable("NO_COLOR", False, "set to anything: no colours on a terminal", bool)
 
 VARIABLES: tuple[Variable[Any], ...] = (
+    AITER_IMPORT_NAME,
     AITER_REBUILD,
     AITER_NO_BUILD,
     AITER_JIT_DIR,
@@ -242,14 +258,13 @@ _COMPILER_VARIABLES = (
 
 
 def cache_dir() -> Path:
-    """The cache folder: $AITER_JIT_DIR, else the package's in $XDG_CACHE_HOME or in ~/.cache.
+    """The cache folder: a folder of the package's name in $AITER_JIT_DIR, $XDG_CACHE_HOME or ~/.cache.
 
-    Raises EnvError where none of them leads to an absolute path.
+    ROCm's aiter builds into AITER_JIT_DIR itself, and the same tree may be here under two names: each
+    has a folder of its own. Raises EnvError where none of them leads to an absolute path.
     """
-    chosen = AITER_JIT_DIR.get()
-    if chosen is not None:
-        return chosen
-    return (XDG_CACHE_HOME.get() or _default_cache_home()) / PACKAGE
+    parent = AITER_JIT_DIR.get() or XDG_CACHE_HOME.get()
+    return (parent or _default_cache_home()) / PACKAGE
 
 
 def _default_cache_home() -> Path:

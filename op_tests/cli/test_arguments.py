@@ -269,7 +269,9 @@ def test_the_version(stubbed: None) -> None:
 def test_env_as_json_says_what_the_tables_say(stubbed: None) -> None:
     status, out, _ = run(["env", "--json"])
     found = json.loads(out)
-    assert status == 0 and list(found) == ["versions", "folders", "targets", "notes", "variables"]
+    assert status == 0 and list(found) == [
+        "versions", "names", "folders", "targets", "notes", "variables",
+    ]  # fmt: skip
     tables = run(["env"])[1]
     assert [target["target"] for target in found["targets"]] == ["cpu", "cuda", "rocm"]
     for value in (*found["versions"].values(), *found["folders"].values(), *found["notes"]):

@@ -26,7 +26,7 @@ def installed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
     """The toy tree in the place of the package's own."""
     monkeypatch.setattr(paths, "config_path", lambda: toy.config_path)
     monkeypatch.setattr(paths, "csrc_dir", lambda: toy.csrc)
-    monkeypatch.setenv("AITER_JIT_DIR", str(toy.cache_dir))
+    monkeypatch.setenv("AITER_JIT_DIR", str(toy.jit_dir))
     return toy
 
 

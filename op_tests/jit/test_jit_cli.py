@@ -25,7 +25,7 @@ def installed(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     """The toy tree in the place of the package's own."""
     monkeypatch.setattr(paths, "config_path", lambda: toy.config_path)
     monkeypatch.setattr(paths, "csrc_dir", lambda: toy.csrc)
-    monkeypatch.setenv("AITER_JIT_DIR", str(toy.cache_dir))
+    monkeypatch.setenv("AITER_JIT_DIR", str(toy.jit_dir))
     default_loader.cache_clear()
     yield toy
     default_loader.cache_clear()
@@ -203,7 +203,7 @@ def test_demo_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_module_runs_and_its_status_is_the_processs(toy: Toy) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "aiter", "build", "module_x"],
-        env=child_environment(AITER_JIT_DIR=str(toy.cache_dir)),
+        env=child_environment(AITER_JIT_DIR=str(toy.jit_dir)),
         capture_output=True,
         text=True,
         check=False,

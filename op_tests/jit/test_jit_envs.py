@@ -94,4 +94,4 @@ def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert envs.cache_dir() == Path("/xdg/aiter")
     monkeypatch.setenv("AITER_JIT_DIR", "/own")
-    assert envs.cache_dir() == Path("/own")
+    assert envs.cache_dir() == Path("/own/aiter")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toy import REPOSITORY, child_environment, toy_package
+from toy import NAMES, REPOSITORY, build_wheel, child_environment, toy_package
 
 IMPORT = """
 import json, sys
@@ -35,16 +35,16 @@ print(json.dumps([events, [name for name in heavy if name in set(sys.modules) - 
 
 USE = """
 import json
-import aiter
-from aiter.jit import paths
-from aiter.jit.load import default_loader
-from aiter.jit.target import Target
-from aiter.jit import spec
+import {name}
+from {name}.jit import paths
+from {name}.jit.load import default_loader
+from {name}.jit.target import Target
+from {name}.jit import spec
 loader = default_loader()
 names = loader.modules()
 for name in names:
     spec.load_spec(loader.config_path, name, loader.csrc_dir, Target("cpu", ("wave64",)))
-print(json.dumps([aiter.__file__, str(paths.source_root()), names]))
+print(json.dumps([{name}.__file__, str(paths.source_root()), names]))
 """
 
 
@@ -93,48 +93,64 @@ def test_package_in_a_read_only_folder(
     assert sorted(place.rglob("*")) == before
 
 
-def test_wheel_carries_its_sources(tmp_path: Path) -> None:
+def test_wheels_carry_their_sources(tmp_path: Path) -> None:
+    """Under both names, built one after the other in one folder, which keeps no trace of the first."""
     checkout = tmp_path / "checkout"
     ignored = shutil.ignore_patterns(
         ".*", "venv", "__pycache__", "_prebuilt", "build", "*.egg-info", "*.whl"
     )
     shutil.copytree(REPOSITORY, checkout, ignore=ignored)
-    command = [
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-        "--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(checkout),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("aiter-*.whl")
-    site = tmp_path / "site"
-    shutil.unpack_archive(wheel, site, "zip")
+    wheels = {name: build_wheel(checkout, tmp_path, name) for name in NAMES}
     shutil.rmtree(checkout)
-    file, root, names = run(USE, PYTHONPATH=str(site))
-    assert file == str(site / "aiter" / "__init__.py")
-    assert root == str(site / "aiter" / "_src")
+    for name, wheel in wheels.items():
+        site = tmp_path / f"site_{name}"
+        shutil.unpack_archive(wheel, site, "zip")
+        check_wheel(site, name)
+
+
+def check_wheel(site: Path, name: str) -> None:
+    (info,) = site.glob("*.dist-info")
+    assert sorted(os.listdir(site)) == sorted([name, info.name])
+    file, root, names = run(USE.format(name=name), PYTHONPATH=str(site))
+    assert file == str(site / name / "__init__.py")
+    assert root == str(site / name / "_src")
     assert names
-    for name in ("csrc", "jit_config"):
-        shipped = {
-            path.relative_to(site / "aiter" / "_src")
-            for path in (site / "aiter" / "_src" / name).rglob("*")
-            if path.is_file()
-        }
-        here = {
-            path.relative_to(REPOSITORY)
-            for path in (REPOSITORY / name).rglob("*")
-            if path.is_file() and "__pycache__" not in path.parts
-        }
-        assert shipped == here
-    metadata = next(site.glob("aiter-*.dist-info")) / "METADATA"
+    for folder, here in (("_src/csrc", "csrc"), ("_src/jit_config", "jit_config"), ("", "aiter")):
+        assert files_of(site / name / folder) == files_of(REPOSITORY / here)
     requires = [
         line.split()[1]
-        for line in metadata.read_text().splitlines()
+        for line in (info / "METADATA").read_text().splitlines()
         if line.startswith("Requires-Dist: ") and "extra" not in line
     ]
     assert sorted(requires) == ["filelock", "jinja2", "pybind11", "torch"]
+    entry_points = info / "entry_points.txt"
+    plugins = entry_points.read_text() if entry_points.is_file() else ""
+    for module, group in (("vllm", "vllm.general_plugins"), ("sglang", "sglang.srt.plugins")):
+        line = f"[{group}]\n{name} = {name}.integrations.{module}:register\n"
+        here = (REPOSITORY / "aiter" / "integrations" / f"{module}.py").is_file()
+        assert (line in plugins) == here
+
+
+def files_of(folder: Path) -> set[Path]:
+    """The files below a folder but for what Python and builds leave there."""
+    left_out = {"__pycache__", "_prebuilt", "_src"}
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path for path in found if not left_out & set(path.parts)}
+
+
+def test_an_import_name_that_is_none_of_ours(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "setup.py"), "--version"]
+    done = subprocess.run(
+        command, env=child_environment(AITER_IMPORT_NAME="torch"), capture_output=True, text=True,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    expected = "AITER_IMPORT_NAME: expected one of aiter, fused_moe_routing, got 'torch'\n"
+    assert done.stderr == expected
 
 
 def test_checkout_finds_its_own_sources() -> None:
-    file, root, _ = run(USE)
+    file, root, _ = run(USE.format(name="aiter"))
     assert file == os.path.join(REPOSITORY, "aiter", "__init__.py")
     assert root == str(REPOSITORY)
 
@@ -144,9 +160,9 @@ def test_version_is_stated_once() -> None:
     from aiter._version import __version__
 
     assert aiter.__version__ == __version__
-    assert pytest.importorskip("tomllib").loads((REPOSITORY / "pyproject.toml").read_text())[
-        "project"
-    ]["dynamic"] == ["version"]
+    command = [sys.executable, "setup.py", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert said.stdout.split() == [__version__]
 
 
 NAMED = """

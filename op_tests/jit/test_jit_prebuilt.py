@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from processes import PATIENCE_SECONDS
-from toy import MODULE, REPOSITORY, Toy, child_environment, toy_package
+from toy import MODULE, NAMES, REPOSITORY, Toy, build_wheel, toy_package
 
 import aiter
 from aiter.cli.main import main
@@ -207,33 +207,26 @@ def test_each_architecture_is_prebuilt_by_itself() -> None:
 
 
 USE = """
-import aiter.jit
-print(aiter.jit.module_for("module_toy", "cpu").__file__)
+import {name}.jit
+print({name}.jit.module_for("module_toy", "cpu").__file__)
 """
 
 
-def test_a_wheel_with_prebuilt_modules_runs_without_a_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wheel_with_prebuilt_modules_runs_without_a_compiler(tmp_path: Path, name: str) -> None:
     """`PREBUILD_KERNELS=1 pip wheel` on a copy of the package whose only module is a small one."""
     checkout = tmp_path / "checkout"
     toy_package(checkout)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(REPOSITORY / name, checkout / name)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(REPOSITORY / file, checkout / file)
     (checkout / "constraints.txt").touch()
-    command = [
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-        "--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(checkout),
-    ]  # fmt: skip
-    environment = child_environment(PREBUILD_KERNELS="1")
-    del environment["PYTHONPATH"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("aiter-*.whl")
+    wheel = build_wheel(checkout, tmp_path, name, PREBUILD_KERNELS="1")
     assert not wheel.name.endswith("none-any.whl")
     site = tmp_path / "site"
     shutil.unpack_archive(wheel, site, "zip")
     shutil.rmtree(checkout)
     done = subprocess.run(
-        [sys.executable, "-c", USE],
+        [sys.executable, "-c", USE.format(name=name)],
         env={"PATH": str(tmp_path), "PYTHONPATH": str(site), "AITER_JIT_DIR": str(tmp_path / "c")},
         cwd="/",
         capture_output=True,
@@ -242,7 +235,7 @@ def test_a_wheel_with_prebuilt_modules_runs_without_a_compiler(tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(site / "aiter" / "_prebuilt" / MODULE))
+    assert done.stdout.startswith(str(site / name / "_prebuilt" / MODULE))
     assert done.stderr == ""
     assert os.listdir(tmp_path).count("c") == 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ class Toy:
         self.root = root
         self.csrc = root / "csrc"
         self.config_path = root / "config.json"
-        self.cache_dir = root / "cache"
+        self.jit_dir = root  # for AITER_JIT_DIR
+        self.cache_dir = root / "aiter"
         self.source = self.csrc / "toy.cpp"
         self.inner = self.csrc / "include" / "inner.h"
         self.outer = self.csrc / "include" / "outer.h"
@@ -130,6 +132,24 @@ def toy_package(place: Path) -> None:
         json.dumps({MODULE: {"srcs": ["{{ AITER_CSRC_DIR }}/toy.cpp"]}})
     )
     shutil.rmtree(place / "csrc" / "cpu")
+
+
+NAMES = {"aiter": "fused_moe_routing_aiter", "fused_moe_routing": "fused_moe_routing"}
+"""What a wheel's file name begins with, by the import name."""
+
+
+def build_wheel(checkout: Path, output: Path, name: str, **variables: str) -> Path:
+    """The wheel of `checkout` under an import name, in `output`."""
+    command = [
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+        "--disable-pip-version-check", "--wheel-dir", str(output), str(checkout),
+    ]  # fmt: skip
+    environment = child_environment(AITER_IMPORT_NAME=name, **variables)
+    del environment["PYTHONPATH"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = output.glob(f"{NAMES[name]}-*.whl")
+    return wheel
 
 
 def child_code(toy: Toy, body: str) -> list[str]:
