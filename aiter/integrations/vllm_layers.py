@@ -115,8 +115,9 @@ def decide(experts: Any, method: Any, layer: Any) -> Decision | str:
         return str(reason)
     if getattr(moe, "require_decomposed_backend", False):
         return NO_DECOMPOSED
-    if type(layer).__name__ != "RoutedExperts":
-        return f"its experts are {type(layer).__name__}, of a class that is not known here"
+    changed = _changed(type(layer))
+    if changed is not None:
+        return f"its experts, {type(layer).__name__}, have a {changed} of their own"
     if getattr(layer.expert_map_manager, "num_fused_shared_experts", 0):
         return "shared experts are among its experts"
     try:
@@ -129,6 +130,15 @@ def decide(experts: Any, method: Any, layer: Any) -> Decision | str:
         return _decide(method, layer, routing)
     except vllm_names.Unknown as why:
         return f"this version of vLLM is not known here: {why}"
+
+
+def _changed(kind: type) -> str | None:
+    """What a model's class of experts computes otherwise than vLLM's; most only load otherwise."""
+    for name in ("forward", "forward_modular", "forward_monolithic"):
+        owner = next((each for each in kind.__mro__ if name in vars(each)), None)
+        if owner is None or owner.__name__ != "RoutedExperts":
+            return name
+    return None
 
 
 def _decide(method: Any, layer: Any, routing: Routing) -> Decision | str:

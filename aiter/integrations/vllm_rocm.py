@@ -16,7 +16,6 @@ ROCm's enumerations one function later.
 from __future__ import annotations
 
 import functools
-import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +52,7 @@ def why_not() -> str | None:
 
 def wrap() -> None:
     """Makes ROCm's `fused_moe` look for logits, once; `why_not` has said nothing against it."""
-    module: Any = importlib.import_module(f"{rocm_sort.NAME}.fused_moe")
+    module: Any = rocm_sort.upstream().module
     own = module.fused_moe
     if getattr(own, _MARK, False):
         return
