@@ -277,8 +277,11 @@ def make_experts(names: Names) -> Any:
             empty = hidden.new_empty(0)
             with routed(logits, topk, rule, correction_bias, topk_out):
                 self.inner.apply(
-                    output, hidden, w1, w2, *topk_out, activation, global_num_experts, expert_map,
-                    None, None, empty, empty, None, False,
+                    output=output, hidden_states=hidden, w1=w1, w2=w2, topk_weights=topk_out[0],
+                    topk_ids=topk_out[1], activation=activation,
+                    global_num_experts=global_num_experts, expert_map=expert_map, a1q_scale=None,
+                    a2_scale=None, workspace13=empty, workspace2=empty, expert_tokens_meta=None,
+                    apply_router_weight_on_input=False,
                 )  # fmt: skip
             return output
 

@@ -24,6 +24,11 @@ APPLY = (
     "hidden_states", "w1", "w2", "router_logits", "activation", "global_num_experts", "expert_map",
     "a1q_scale", "apply_router_weight_on_input", "e_score_correction_bias", "routing_replay_out",
 )  # fmt: skip
+AITER_APPLY = (
+    "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation",
+    "global_num_experts", "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2",
+    "expert_tokens_meta", "apply_router_weight_on_input",
+)  # fmt: skip
 INVOKE = (
     "A", "B", "C", "A_scale", "B_scale", "topk_weights", "sorted_token_ids", "expert_ids",
     "num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type", "use_fp8_w8a8",
@@ -106,8 +111,14 @@ def find_triton() -> TritonNames:
 
 
 def find_aiter_experts() -> Any:
-    """vLLM's experts for ROCm's aiter, without quantisation."""
-    return _name(_module(f"{LAYERS}.experts.rocm_aiter_moe"), "AiterExperts")
+    """vLLM's experts for ROCm's aiter, without quantisation.
+
+    Raises:
+        Unknown: they are not there or take other arguments.
+    """
+    experts = _name(_module(f"{LAYERS}.experts.rocm_aiter_moe"), "AiterExperts")
+    _check(_name(experts, "apply"), AITER_APPLY)
+    return experts
 
 
 def activation_settings(moe_config: Any, quant_config: Any) -> Any:

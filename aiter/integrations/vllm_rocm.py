@@ -16,6 +16,7 @@ ROCm's enumerations one function later.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,12 +58,14 @@ def wrap() -> None:
     if getattr(own, _MARK, False):
         return
 
+    names = tuple(inspect.signature(own).parameters)[5:]
+
     @functools.wraps(own)
     def fused_moe(*args: Any, **keywords: Any) -> Any:
         pending, _thread.pending = _thread.pending, None
         if pending is None:
             return own(*args, **keywords)
-        return _from_logits(pending, *args, **keywords)
+        return _from_logits(pending, names, *args, **keywords)
 
     setattr(fused_moe, _MARK, True)
     module.fused_moe = fused_moe
@@ -70,6 +73,7 @@ def wrap() -> None:
 
 def _from_logits(
     pending: _Pending,
+    names: tuple[str, ...],
     hidden_states: Tensor,
     w1: Tensor,
     w2: Tensor,
@@ -78,6 +82,7 @@ def _from_logits(
     *args: Any,
     **keywords: Any,
 ) -> Tensor:
+    """A call of ROCm's `fused_moe`, whose arguments behind the ids have these names."""
     ours = pending.topk_out
     for name, got, expected in (
         ("topk_weight", topk_weight, ours[0]),
@@ -87,11 +92,6 @@ def _from_logits(
             raise ValueError(
                 f"{name}: expected the tensor that was given to vLLM's experts, got another"
             )
-    names = ("expert_mask", "activation", "quant_type", "doweight_stage1")
-    if len(args) > len(names):
-        raise TypeError(
-            f"fused_moe: expected keywords behind {names[-1]}, got {len(args)} arguments"
-        )
     keywords.update(zip(names, args, strict=False))
     output: Tensor = rocm_aiter.fused_moe_from_logits(
         hidden_states, w1, w2, pending.logits, pending.topk, rule=pending.rule,

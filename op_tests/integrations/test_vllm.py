@@ -14,14 +14,15 @@ from typing import Any
 
 import _checkout  # noqa: F401
 import pytest
+import rocm_stand_in
 import torch
 import vllm_stand_in as engine
 from torch import Tensor
 
 from aiter import RoutingRule, reference
 from aiter.fused_moe import topk_routing_sorting
+from aiter.integrations import rocm_aiter, rocm_sort, vllm_layers, vllm_rocm
 from aiter.integrations import vllm as plugin
-from aiter.integrations import vllm_layers
 from aiter.reference.layer import moe_layer
 
 NAME = "model.layers.0.mlp.experts"
@@ -261,6 +262,60 @@ def test_vllm_s_triton_kernels_get_what_they_read(
     skipped = expert_map is None and tokens * 2 * 4 <= 16
     assert [each["sorted"] is None for each in engine.launches] == [skipped] * (2 * (tokens > 0))
     assert all(each["compute_type"] == "f32" for each in engine.launches)
+
+
+@pytest.fixture
+def rocm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for ROCm's aiter, which vLLM's experts call."""
+    module = rocm_stand_in.load()
+    monkeypatch.setattr(rocm_sort, "_found", None)
+    monkeypatch.setattr(rocm_sort, "_import", lambda: module)
+    monkeypatch.setattr(engine.AiterExperts, "rocm", module)
+    yield module
+    rocm_aiter.restore()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("kind", "attributes", "rule"), [RULES[0], RULES[7]])
+def test_rocm_s_products_get_our_launch_in_place_of_their_sort(
+    kind: str, attributes: dict[str, Any], rule: RoutingRule, masked: bool, rocm: Any
+) -> None:
+    mask = torch.cat(((HALF >= 0).int(), torch.zeros(1, dtype=torch.int32)))  # NOTE: as vLLM's.
+    options = {"expert_map": HALF, "expert_mask": mask} if masked else {}
+    layer = layer_of(router_of(kind, **attributes), "AITER", **options)
+    assert layer.experts.taken.products == "rocm"
+    assert layer.expert_map is (mask if masked else None)
+    hidden, logits = inputs(6)
+    replay = torch.zeros((8, 3), dtype=torch.int16)
+    got = call(layer, hidden, logits, routing_replay_out=replay)
+    layer.experts.consumes_expert_mask = False
+    want, ids = expected(layer, rule, 3, hidden, logits)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(replay[:6], ids.short())
+    assert len(rocm.seen) == 1 and not rocm.own_sorts
+
+
+def test_other_calls_of_rocm_s_function_go_on_as_they_are(rocm: Any) -> None:
+    layer_of(router_of("FusedTopKRouter"), "AITER")
+    (hidden, logits), weights = inputs(4), torch.randn(16, 64, 64)
+    rows, ids = reference.topk_routing(logits, 2)
+    rocm.fused_moe(hidden, weights, weights[:, :, :32], rows, ids)
+    assert len(rocm.own_sorts) == 1
+    with pytest.raises(RuntimeError, match="expected one call of ROCm's"):
+        with vllm_rocm.routed(logits, 2, RoutingRule(), None, (rows, ids)):
+            pass
+    with pytest.raises(ValueError, match="topk_weight: expected the tensor that was given"):
+        with vllm_rocm.routed(logits, 2, RoutingRule(), None, (rows, ids)):
+            rocm.fused_moe(hidden, weights, weights[:, :, :32], rows.clone(), ids)
+
+
+def test_rocm_s_products_are_refused_by_the_adapter_s_sentence(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rocm_sort, "_found", None)
+    layer = layer_of(router_of("FusedTopKRouter"), "AITER")
+    assert type(layer.experts) is engine.OwnExperts
+    assert f"stay vLLM's: {rocm_sort.available()}" in caplog.text
 
 
 def test_biases_reach_both_products() -> None:
