@@ -15,11 +15,15 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aiter.integrations import vllm as plugin
+
 BLOCK = 16
+NAME = "model.layers.0.mlp.experts"
 LAYERS = "vllm.model_executor.layers.fused_moe"
 
 launches: list[dict[str, Any]] = []
@@ -277,3 +281,72 @@ def installed() -> Iterator[None]:
     finally:
         remove()
         sys.modules.update(kept)
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plugin, "_said", set())
+    monkeypatch.setenv("AITER_LOG_LEVEL", "INFO")
+    monkeypatch.delenv("AITER_VLLM", raising=False)
+    finders = list(sys.meta_path)
+    with installed():
+        yield
+    sys.meta_path[:] = finders
+
+
+def router_of(kind: str, experts: int = 16, topk: int = 3, **attributes: Any) -> Any:
+    """A router of vLLM: of a class of that name, with the attributes that it has there."""
+    common = {
+        "top_k": topk, "global_num_experts": experts, "eplb_state": None, "renormalize": True,
+        "scoring_func": "softmax", "routed_scaling_factor": 1.0, "e_score_correction_bias": None,
+    }  # fmt: skip
+    if kind == "CPURouter":
+        common |= {"use_grouped_topk": False, "custom_routing_function": None}
+    made = type(kind, (), {})()
+    for name, value in {**common, **attributes}.items():
+        setattr(made, name, value)
+    return made
+
+
+def layer_of(
+    router: Any, backend: str = "CPU", inter: int = 32, width: int = 64, **options: Any
+) -> Any:
+    """A layer whose weights are loaded, and its method; `expert_map` makes it one rank's."""
+    torch.manual_seed(3)
+    experts, expert_map = router.global_num_experts, options.pop("expert_map", None)
+    local = experts if expert_map is None else int((expert_map >= 0).sum())
+    moe = SimpleNamespace(
+        num_experts=experts, experts_per_token=router.top_k, backend=backend, swiglu_limit=None,
+        activation=SimpleNamespace(value="silu"), is_lora_enabled=False, router_logits_dtype=None,
+        moe_parallel_config=SimpleNamespace(use_all2all_kernels=False, enable_eplb=False),
+        dp_size=1, pcp_size=1, is_sequence_parallel=False,
+    )  # fmt: skip
+    vars(moe).update(options.pop("moe", {}))
+    layer = options.pop("kind", RoutedExperts)(
+        NAME, expert_map, w13_weight=torch.randn(local, 2 * inter, width) / 8,
+        w2_weight=torch.randn(local, width, inter) / 6,
+        e_score_correction_bias=router.e_score_correction_bias, **options,
+    )  # fmt: skip
+    config.compilation_config.static_forward_context[NAME] = SimpleNamespace(router=router)
+    plugin.register()
+    layer.method = UnquantizedFusedMoEMethod(moe)
+    layer.method.process_weights_after_loading(layer)
+    layer.experts = layer.method.moe_kernel.fused_experts
+    return layer
+
+
+def call(layer: Any, hidden: Tensor, logits: Tensor, **keywords: Any) -> Tensor:
+    """As vLLM calls it."""
+    out: Tensor = layer.experts.apply(
+        hidden_states=hidden, w1=layer.w13_weight, w2=layer.w2_weight, router_logits=logits,
+        activation=layer.method.moe.activation, global_num_experts=layer.method.moe.num_experts,
+        expert_map=layer.expert_map, a1q_scale=None,
+        apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        **{"e_score_correction_bias": layer.e_score_correction_bias, **keywords},
+    )  # fmt: skip
+    return out
+
+
+def inputs(tokens: int, experts: int = 16, width: int = 64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(tokens)
+    return torch.randn(tokens, width), torch.randn(tokens, experts)
