@@ -15,8 +15,8 @@ and has the products of the layer's `Taken`:
 
 Rows that vLLM has marked as padding (batches are padded to the sizes of captured graphs) are left out
 where that costs less than it saves: experts that only padding would hit are not read. The number of rows
-that count is computed on the device, in two small launches. Their rows of the output are undefined, as
-vLLM discards them.
+that count is computed on the device, in two small launches. Rows of padding come out zero, since what
+follows may look at all rows, as a scale for a whole tensor does.
 
 A failure raises. What vLLM captures of the choice (`routing_replay_out`) is written from `topk_out`.
 """
@@ -212,7 +212,8 @@ class OneLaunch:
         )
         first = hidden.new_empty((rows, topk, w1.shape[1]))
         middle = hidden.new_empty((rows * topk, w2.shape[2]))
-        second = hidden.new_empty((rows, topk, width))
+        # NOTE: padding has no block that would write its rows.
+        second = (hidden.new_empty if counted is None else hidden.new_zeros)((rows, topk, width))
         fixed = {
             "sorted_token_ids": order[0], "expert_ids": order[1],
             "num_tokens_post_padded": order[2], "config": config,

@@ -3,7 +3,7 @@
 `install` puts modules of vLLM's names into `sys.modules` for a test. As in vLLM, a method's weights are
 processed after loading, which builds a kernel around `experts_cls`, whose `apply` a layer calls with
 its router's logits. The Triton kernel is a loop over blocks that reads exactly what vLLM's reads, writes
-zeros for blocks of expert -1, and NaN where no block names a row; what it was given is in `launches`.
+zeros for blocks of expert -1, and leaves alone what no block names; what it was given is in `launches`.
 """
 
 from __future__ import annotations
@@ -195,7 +195,6 @@ def invoke_fused_moe_triton_kernel(
     launches.append({"sorted": sorted_token_ids, "compute_type": compute_type})
     rows = A.shape[0] * top_k
     block, flat = config["BLOCK_SIZE_M"], C.view(-1, C.shape[-1])
-    flat.fill_(float("nan"))
     if sorted_token_ids is None:
         assert int(num_tokens_post_padded) >= rows * block
         blocks = [(slice(row, row + 1), int(expert_ids[row])) for row in range(rows)]
