@@ -168,6 +168,13 @@ AITER_DISPATCH: Variable[int | None] = Variable(
     _dispatch,
     "measured",
 )
+AITER_VLLM = Variable(
+    "AITER_VLLM",
+    True,
+    "0 leaves every layer of vLLM as it is, though the plugin is installed",
+    _flag,
+    "1",
+)
 GPU_ARCHS: Variable[tuple[str, ...]] = Variable(
     "GPU_ARCHS",
     (),
@@ -216,6 +223,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_CPU_WAVE,
     AITER_CPU_CHECK,
     AITER_DISPATCH,
+    AITER_VLLM,
     GPU_ARCHS,
     PREBUILD_KERNELS,
     MAX_JOBS,

@@ -92,7 +92,7 @@ _H100 = (
     "NVIDIA H100 80GB HBM3, 2026-11-26, each product of a gpt-oss (columns) or a Qwen3 (inner) layer"
     " alone, in a graph"
 )
-_REASONED = "not measured: by the sizes of registers and LDS, and by what the machine code shows"
+NOT_MEASURED = "not measured: by the sizes of registers and LDS, and by what the machine code shows"
 
 _SM_90: dict[Layout, Family] = {
     "inner": Family(
@@ -149,7 +149,7 @@ _SM_90: dict[Layout, Family] = {
 
 
 _SM_100: dict[Layout, Family] = {
-    layout: replace(family, source=_REASONED) for layout, family in _SM_90.items()
+    layout: replace(family, source=NOT_MEASURED) for layout, family in _SM_90.items()
 }
 
 
@@ -167,14 +167,14 @@ def _small(one_warps: int, stages: int, split: bool) -> dict[Layout, Family]:
             Tile(1, 8, 256, one_warps, stages),
             split,
             (Row(10, Tile(16, 16, 128, 4, stages), Tile(16, 32, 128, 4, stages)), middle, prefill),
-            _REASONED,
+            NOT_MEASURED,
         ),
         "columns": Family(
             Tile(1, 32, 64, one_warps, stages),
             Tile(1, 32, 64, one_warps, stages),
             split,
             (Row(10, Tile(16, 32, 64, 4, stages), Tile(16, 64, 64, 4, stages)), middle, prefill),
-            _REASONED,
+            NOT_MEASURED,
         ),
     }
 
