@@ -157,6 +157,13 @@ AITER_DISPATCH: Variable[int | None] = Variable(
     _dispatch,
     "measured",
 )
+AITER_SGLANG: Variable[bool | None] = Variable(
+    "AITER_SGLANG",
+    None,
+    "0 leaves SGLang alone; 1 ends it where its MoE layers cannot be taken",
+    _flag,
+    "taken where possible",
+)
 GPU_ARCHS: Variable[tuple[str, ...]] = Variable(
     "GPU_ARCHS",
     (),
@@ -200,6 +207,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_CPU_WAVE,
     AITER_CPU_CHECK,
     AITER_DISPATCH,
+    AITER_SGLANG,
     GPU_ARCHS,
     PREBUILD_KERNELS,
     MAX_JOBS,
