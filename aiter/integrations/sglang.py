@@ -30,12 +30,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..jit import envs
 from ..jit.log import get_logger
+from ..ops.rule import RoutingRule
 from .sglang_rules import activation_of, check_experts, rule_of
 from .sglang_runner import STATE, UNUSED_FLAGS, UNUSED_TENSORS, Runner, Taken, srt
 
@@ -253,7 +255,7 @@ def _bind_runner_backend(original: Any, self: Any, runner_backend: Any, **more: 
         return
     taken.bind(rule)
     config.output_format = topk.TopKOutputFormat.BYPASSED
-    _say(f"{name}: one launch by {rule}; products: {_PRODUCTS[taken.products]}")
+    _say(f"{name}: one launch by {_described(rule)}; products: {_PRODUCTS[taken.products]}")
 
 
 def _forward_native(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -331,6 +333,17 @@ def _version() -> str:
         return version("sglang")
     except PackageNotFoundError:
         return "(of unknown version)"
+
+
+def _described(rule: RoutingRule) -> str:
+    """The rule by what differs from plain softmax."""
+    plain = RoutingRule()
+    differing = (
+        f"{field.name}={getattr(rule, field.name)!r}"
+        for field in fields(rule)
+        if getattr(rule, field.name) != getattr(plain, field.name)
+    )
+    return f"RoutingRule({', '.join(differing)})"
 
 
 def _name(config: Any) -> str:

@@ -283,7 +283,8 @@ def _rocm(call: Call, hidden: Tensor, quant_info: Any) -> Tensor:
         hidden, quant_info.w13_weight, quant_info.w2_weight, call.logits, call.topk,
         rule=call.rule, correction_bias=call.bias, topk_out=topk_out, expert_mask=call.mask,
         activation=runner._aiter_activation(call.taken.sglang_runner.config),
-        num_local_tokens=call.rows, bias1=quant_info.b13, bias2=quant_info.b2,
+        num_local_tokens=None if call.rows is None else call.rows.reshape(1),
+        bias1=quant_info.b13, bias2=quant_info.b2,
         moe_sorting_dispatch_policy=runner._MOE_SORTING_DISPATCH_POLICY,
     )  # fmt: skip
     if topk_out is not None:
