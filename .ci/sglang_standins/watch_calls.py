@@ -23,6 +23,11 @@ def register() -> None:
     runner = importlib.import_module(f"{name}.integrations.sglang_runner")
     if os.environ.get("WATCH_TRITON") == "1":
         runner._PRODUCTS["own"] = runner._triton
+        # NOTE: SGLang's own are files by the name of the GPU.
+        sizes = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 1}
+        experts = importlib.import_module("sglang.srt.layers.moe.moe_runner.triton_utils")
+        experts._config = sizes
+    _take_sinks()
     known = importlib.import_module(f"{name}.routing.known")
     launches: list[str] = []
     for function in ("fused_moe", "fused_moe_from_logits", "topk_routing_sorting"):
@@ -49,6 +54,19 @@ def register() -> None:
         return out
 
     runner.Runner.run_from_dispatch = run_from_dispatch
+
+
+def _take_sinks() -> None:
+    """Lets gpt-oss's attention sinks be handed to PyTorch's attention, which leaves them out."""
+    attention = importlib.import_module("sglang.srt.layers.attention.torch_native_backend")
+    for name in ("forward_extend", "forward_decode"):
+        original = getattr(attention.TorchNativeAttnBackend, name)
+
+        def without(self: Any, *arguments: Any, _original: Any = original, **by_name: Any) -> Any:
+            by_name.pop("sinks", None)
+            return _original(self, *arguments, **by_name)
+
+        setattr(attention.TorchNativeAttnBackend, name, without)
 
 
 def _counted(function: Any, known: Any, launches: list[str]) -> Any:
