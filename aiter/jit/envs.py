@@ -175,6 +175,13 @@ AITER_VLLM = Variable(
     _flag,
     "1",
 )
+AITER_SGLANG: Variable[bool | None] = Variable(
+    "AITER_SGLANG",
+    None,
+    "0 leaves SGLang alone; 1 ends it where its MoE layers cannot be taken",
+    _flag,
+    "taken where possible",
+)
 GPU_ARCHS: Variable[tuple[str, ...]] = Variable(
     "GPU_ARCHS",
     (),
@@ -224,6 +231,7 @@ VARIABLES: tuple[Variable[Any], ...] = (
     AITER_CPU_CHECK,
     AITER_DISPATCH,
     AITER_VLLM,
+    AITER_SGLANG,
     GPU_ARCHS,
     PREBUILD_KERNELS,
     MAX_JOBS,
