@@ -37,7 +37,7 @@
 // on gfx942 and gfx950, has found in registers. num_local_tokens, the mask and the other arguments are loaded at
 // the same time as logits, and what is asked for behind top-k is loaded again, for 60 cycles, rather than kept.
 // By the timing model of op_tests/rocm (gfx942, 128/4, bf16, us for M = 1, 4, 16, 64, 122): arguments in one
-// struct, up to four loads one behind the other 2.20, 2.58, 2.64, 4.29, 6.33; now 1.58, 2.09, 2.15, 4.02, 5.93.
+// struct, up to four loads one behind the other 2.20, 2.58, 2.64, 4.29, 6.33; now 1.61 (M = 1), 2.44 (16), 4.34 (64).
 // The first load is issued in cycle 180 there instead of 1272 to 1617.
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
