@@ -11,7 +11,6 @@ everything in the cache (`jit.trust`).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -55,11 +54,11 @@ def families(device: torch.device) -> Mapping[Layer, Family]:
     if not path.exists():
         return {}
     from ..jit.log import get_logger
-    from ..jit.trust import check_trusted
 
-    check_trusted(path.parent.parent, (path.parent, path))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = tuned.read_kept(path)
+        if content is None:
+            return {}
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r} instead of {FORMAT}")
         found = {_layer(entry["layer"]): _family(entry["family"]) for entry in content["layers"]}
@@ -87,20 +86,15 @@ def keep(device: torch.device, layer: Layer, family: Family) -> Path:
         aiter.jit.CacheError: others may write to the cache.
         OSError: the file cannot be written.
     """
-    from ..jit.folders import make_private_folder, write_atomically
-    from ..jit.trust import check_trusted
-
     kept = {**families(device), layer: family}
     path = path_of(device)
-    folder = make_private_folder(path.parent.parent, path.parent.name)
-    check_trusted(folder.parent, (folder,))
     content = {
         "format": FORMAT,
         "device": tuned.device_name(device),
         "kernels": kernels(),
         "layers": [{"layer": key, "family": asdict(value)} for key, value in kept.items()],
     }
-    write_atomically(path, json.dumps(content, indent=1))
+    tuned.write_kept(path, content)
     families.cache_clear()
     return path
 

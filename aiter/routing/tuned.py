@@ -78,13 +78,12 @@ def find(device: torch.device) -> Found:
         return Found(path)
     # NOTE: imported late, as `import aiter` should not pay for what only tuned devices need.
     from ..jit.log import get_logger
-    from ..jit.trust import read_trusted
 
     try:
-        content = read_trusted(path.parent.parent, path.parts[-2:])
+        content = read_kept(path)
         if content is None:
             return Found(path)
-        kept = _parse(json.loads(content))
+        kept = _parse(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{path}: expected what `python -m aiter tune` writes, got {error!r}"
         get_logger().warning("%s; its measurements are left aside", reason)
@@ -112,21 +111,44 @@ def keep(device: torch.device, measured: Iterable[Measured]) -> Path:
         aiter.jit.CacheError: others may write to the cache.
         OSError: the file cannot be written.
     """
-    from ..jit.folders import make_private_folder, write_atomically
-    from ..jit.trust import check_trusted
-
     found = find(device)
     shapes = {_shape(each.row): each for each in (*found.measured, *measured)}
-    folder = make_private_folder(found.path.parent.parent, FOLDER)
-    check_trusted(folder.parent, (folder,))
     content = {
         "format": FORMAT,
         "device": device_name(device),
         "builds": builds_of(device),
         "measured": [{**asdict(each.row), "times": each.times} for each in shapes.values()],
     }
-    write_atomically(found.path, json.dumps(content, indent=1))
+    write_kept(found.path, content)
     return found.path
+
+
+def read_kept(path: Path) -> Any:
+    """What a file of measurements holds, judged as it was opened; None where there is none.
+
+    Raises:
+        aiter.jit.CacheError: others may write to the file or to a folder above it.
+        OSError, ValueError: it cannot be read, or is no JSON.
+    """
+    from ..jit.trust import read_trusted
+
+    content = read_trusted(path.parent.parent, path.parts[-2:])
+    return None if content is None else json.loads(content)
+
+
+def write_kept(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file of measurements in one step.
+
+    Raises:
+        aiter.jit.CacheError: others may write to the cache.
+        OSError: the file cannot be written.
+    """
+    from ..jit.folders import make_private_folder, write_atomically
+    from ..jit.trust import check_trusted
+
+    folder = make_private_folder(path.parent.parent, path.parent.name)
+    check_trusted(folder.parent, (folder,))
+    write_atomically(path, json.dumps(content, indent=1))
 
 
 def builds_of(device: torch.device) -> dict[str, str]:

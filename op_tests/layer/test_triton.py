@@ -21,6 +21,7 @@ from targets import Target
 from aiter import ActivationType, reference
 from aiter import fused_moe as layer
 from aiter.cli import tune, tune_experts
+from aiter.jit import CacheError
 from aiter.layer import triton_configs, triton_experts, triton_known, triton_plan, triton_tuned
 from aiter.layer.parts import Experts
 from aiter.layer.triton_configs import Row, Tile
@@ -272,6 +273,10 @@ def test_measured_tiles_are_kept_and_found(
     triton_tuned.families.cache_clear()
     path.write_text(path.read_text().replace('"rows": 16', '"rows": -16'))
     assert triton_tuned.families(device) == {} and "left aside" in caplog.text
+    triton_tuned.families.cache_clear()
+    path.chmod(0o666)
+    with pytest.raises(CacheError, match="writable by everyone"):
+        triton_tuned.families(device)
     triton_tuned.families.cache_clear()
 
 
