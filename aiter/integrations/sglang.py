@@ -36,7 +36,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..jit import envs
-from ..jit.log import get_logger
+from ..jit.log import get_logger, log_once
 from ..ops.rule import RoutingRule
 from .sglang_rules import activation_of, check_experts, rule_of
 from .sglang_runner import STATE, UNUSED_FLAGS, UNUSED_TENSORS, Runner, Taken, srt
@@ -77,7 +77,6 @@ USED: dict[str, tuple[str, ...]] = {
 """What we replace or call, below `sglang.srt`, and the parameters that we give it, in order as far as
 they are positional. What else it has must have a default."""
 
-_said: set[str] = set()
 _explained: set[str] = set()  # backends whose layers `create_moe_runner` has explained
 _state = {"registered": False}
 
@@ -152,7 +151,7 @@ def _create_moe_runner(original: Any, self: Any, layer: Any, moe_runner_config: 
         products = products_of(self, layer, moe_runner_config)
     except ValueError as reason:
         _explained.add(str(sglang_runner.runner_backend.value))
-        _say(f"{_name(moe_runner_config)}: left to SGLang: {reason}")
+        log_once(f"{_name(moe_runner_config)}: left to SGLang: {reason}")
         return
     taken = Taken(layer, products, sglang_runner)
     setattr(layer, STATE, taken)
@@ -235,7 +234,7 @@ def _bind_runner_backend(original: Any, self: Any, runner_backend: Any, **more: 
     if taken is None:
         backend = getattr(runner_backend, "value", None)
         if backend is not None and backend not in _explained:
-            _say(
+            log_once(
                 f"layers whose runner is {backend}: left to SGLang: they are quantised or not FusedMoE"
             )
         return
@@ -251,11 +250,11 @@ def _bind_runner_backend(original: Any, self: Any, runner_backend: Any, **more: 
         rule = rule_of(config, topk.is_routed_scaling_factor_fused_in_topk(config))
     except (ValueError, TypeError) as reason:
         experts = "ours" if taken.products == "own" else "SGLang's"
-        _say(f"{name}: SGLang chooses, the experts are {experts}: {reason}")
+        log_once(f"{name}: SGLang chooses, the experts are {experts}: {reason}")
         return
     taken.bind(rule)
     config.output_format = topk.TopKOutputFormat.BYPASSED
-    _say(f"{name}: one launch by {_described(rule)}; products: {_PRODUCTS[taken.products]}")
+    log_once(f"{name}: one launch by {_described(rule)}; products: {_PRODUCTS[taken.products]}")
 
 
 def _forward_native(original: Any, self: Any, *arguments: Any, **more: Any) -> Any:
@@ -348,10 +347,3 @@ def _described(rule: RoutingRule) -> str:
 
 def _name(config: Any) -> str:
     return f"SGLang layers of {config.num_experts} experts, top-{config.top_k}"
-
-
-def _say(message: str) -> None:
-    """Logs a line once per process, however many layers it is true of."""
-    if message not in _said:
-        _said.add(message)
-        get_logger().info(message)

@@ -38,6 +38,7 @@ from torch import Tensor
 from ..fused_moe import fused_moe, fused_moe_from_logits, topk_routing_sorting
 from ..ops.rule import RoutingRule
 from ..ops.topk_routing import topk_routing
+from ..routing.buffers import empty_topk
 from .sglang_rules import activation_of
 
 STATE = "fused_moe_routing"  # a taken layer's `Taken`, on the layer and on its runner's backend
@@ -190,11 +191,8 @@ class Call:
         self.rows: Tensor | None = None if rows is None else rows.to(torch.int32)
 
     def empty_topk(self) -> tuple[Tensor, Tensor]:
-        """Uninitialised weights float32 [M, K] and ids int32 [M, K]."""
-        shape, device = (self.logits.shape[0], self.topk), self.logits.device
-        return torch.empty(shape, device=device), torch.empty(
-            shape, dtype=torch.int32, device=device
-        )
+        """Weights and ids for this call, uninitialised."""
+        return empty_topk(self.logits.shape[0], self.topk, self.logits.device)
 
     def recorded(self) -> bool:
         """Whether somebody wants to see the ids."""

@@ -21,16 +21,15 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.util
+import logging
 import sys
 from typing import Any
 
 from ..jit import envs
-from ..jit.log import get_logger
+from ..jit.log import log_once
 from ..jit.paths import PACKAGE
 from . import vllm_names
 from .vllm_names import METHOD, METHOD_MODULE, Names, Unknown
-
-_said: set[str] = set()
 
 
 def register() -> None:
@@ -39,7 +38,7 @@ def register() -> None:
     AITER_VLLM=0 switches it off. An engine that is not known is left alone, with a warning.
     """
     if not envs.AITER_VLLM.get():
-        _say(f"vLLM: nothing is taken, as {envs.AITER_VLLM.name}=0")
+        log_once(f"vLLM: nothing is taken, as {envs.AITER_VLLM.name}=0")
         return
     if METHOD_MODULE in sys.modules:
         put_in_place()
@@ -85,7 +84,7 @@ def put_in_place() -> None:
     method = make_method(names)
     names.CustomOp.register_oot(name=METHOD)(method)
     method.name = name  # NOTE: by which users of vLLM switch the op on and off.
-    _say(
+    log_once(
         f"vLLM {names.version}: MoE layers without quantisation whose router has a rule route in one"
         " launch; all others stay vLLM's"
     )
@@ -111,27 +110,17 @@ def make_method(names: Names) -> Any:
             found = decide(experts, self, layer)
             where = f"vLLM: {layer.layer_name} and layers like it"
             if isinstance(found, str):
-                _say(f"{where} stay vLLM's: {found}", found)
+                log_once(f"{where} stay vLLM's: {found}", found)
                 super().process_weights_after_loading(layer)
                 return
             self.experts_cls = experts
             super().process_weights_after_loading(layer)
             kernel: Any = self.moe_kernel
             kernel.fused_experts.take(found.taken, layer, found.products)
-            _say(f"{where} route in one launch: {found}", str(found))
+            log_once(f"{where} route in one launch: {found}", str(found))
 
     return OneLaunchMethod
 
 
-def _say(text: str, once: str | None = None) -> None:
-    """Logs a text, once in a process for each `once`."""
-    key = once or text
-    if key not in _said:
-        _said.add(key)
-        get_logger().info(text)
-
-
 def _warn(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        get_logger().warning("%s (%s)", text, PACKAGE)
+    log_once(f"{text} ({PACKAGE})", level=logging.WARNING)

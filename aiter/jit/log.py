@@ -1,4 +1,4 @@
-"""Where do the loader's messages go?
+"""Where do messages go?
 
 To the logger that is called as the package is. A program that configured logging keeps full control;
 where none did, a handler to stderr is added with the first message, so that a build of many seconds
@@ -12,6 +12,8 @@ import sys
 
 from . import envs
 from .paths import PACKAGE
+
+_said: set[str] = set()  # keys of what `log_once` has logged in this process
 
 
 class _StderrHandler(logging.Handler):
@@ -34,3 +36,11 @@ def get_logger() -> logging.Logger:
     elif not configured and logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     return logger
+
+
+def log_once(text: str, key: str | None = None, level: int = logging.INFO) -> None:
+    """Logs a line once in a process for each `key`, which is the text if none is given."""
+    key = text if key is None else key
+    if key not in _said:
+        _said.add(key)
+        get_logger().log(level, text)

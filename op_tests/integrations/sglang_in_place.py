@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aiter import RoutingRule
 from aiter.integrations import sglang
+from aiter.jit import log
 from aiter.ops.topk_routing import topk_routing
 
 EXPERTS, TOPK, TOKENS = 8, 2, 6
@@ -86,8 +87,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
         block_config={"BLOCK_SIZE_M": 16, "USE_TMA": True}, scale_in_topk=False,
     )  # fmt: skip
     monkeypatch.setitem(sglang._state, "registered", False)
-    for remembered in ("_said", "_explained"):
-        monkeypatch.setattr(sglang, remembered, set())
+    monkeypatch.setattr(log, "_said", set())
+    monkeypatch.setattr(sglang, "_explained", set())
     standin.FACTORIES.clear()
     standin.HookRegistry.hooks.clear()
     for kind in (standin.UnquantizedFusedMoEMethod, standin.TopK):

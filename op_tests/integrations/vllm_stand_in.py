@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aiter.integrations import vllm as plugin
+from aiter.jit import log
 
 BLOCK = 16
 NAME = "model.layers.0.mlp.experts"
@@ -284,7 +285,7 @@ def installed() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plugin, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     monkeypatch.setenv("AITER_LOG_LEVEL", "INFO")
     monkeypatch.delenv("AITER_VLLM", raising=False)
     finders = list(sys.meta_path)
