@@ -65,7 +65,7 @@ class RowChoice:
         wide: whether rows can be loaded 16 bytes at a time.
         item_bytes: of what row strides count; 0 for a logit.
         lds_bytes: of each wave.
-        max_threads: of a workgroup.
+        max_threads: of a workgroup; 0 for what `values` allows.
     """
 
     name: str
@@ -75,10 +75,6 @@ class RowChoice:
     item_bytes: int = 0
     lds_bytes: int = 0
     max_threads: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_threads == 0:
-            object.__setattr__(self, "max_threads", 512 if self.values > 16 else MAX_THREADS)
 
 
 def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) -> RowChoice:
@@ -193,4 +189,5 @@ def fused_threads(
             wanted = max(row_waves, entry_waves)
         else:
             wanted = max(row_waves, waves_for(num_experts) + min(entry_waves, 4))
-    return min(rows.max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size
+    max_threads = rows.max_threads or (512 if rows.values > 16 else MAX_THREADS)
+    return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size
