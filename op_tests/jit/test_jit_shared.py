@@ -16,7 +16,7 @@ from users import ALICE, BOB, OTHERS, TEAM, as_user, only_root, place_for_all
 
 # NOTE: all of the loader is imported here, as other users may not read where Python itself lies.
 import aiter.jit.build  # noqa: F401
-from aiter.jit import toolchain
+from aiter.jit import compilers, toolchain
 from aiter.jit.builders import dead_builders, private_folder
 from aiter.jit.cache import Cache
 from aiter.jit.compilers import compiler_version, find_compiler
@@ -34,11 +34,13 @@ def team(monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
         toy.cache_dir.mkdir()
         os.chown(toy.cache_dir, ALICE, TEAM)
         toy.cache_dir.chmod(0o2770)
-        headers = place / "python"
-        shutil.copytree(toolchain.python_include(), headers)
-        for path in (headers, *headers.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        monkeypatch.setattr(toolchain, "python_include", lambda: headers)
+        # NOTE: as headers of a virtual environment in a folder that is root's alone are not theirs.
+        for module, name in ((toolchain, "python_include"), (compilers, "pybind11_include")):
+            headers = place / name
+            shutil.copytree(getattr(module, name)(), headers)
+            for path in (headers, *headers.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            monkeypatch.setattr(module, name, lambda headers=headers: headers)
         monkeypatch.setenv("AITER_SHARED_CACHE", "1")
         monkeypatch.setenv("CXX", shutil.which("g++") or "")
         yield toy
