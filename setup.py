@@ -46,6 +46,7 @@ EXPORT = ["black", "clang-format"]
 EXTRAS = {
     "test": [
         "pytest",
+        "pytest-xdist",
         "hypothesis",
         "numpy",
         "ziglang",
