@@ -17,6 +17,7 @@ import pytest
 from trees import LAYOUTS, write_tree
 
 from aiter.cli.main import main
+from aiter.jit.envs import cache_dir
 
 PROGRAM = Path(__file__).with_name("in_tree.py")
 PACKAGE = Path(_checkout.__file__).parents[1] / "aiter"
@@ -31,11 +32,16 @@ def test_in_a_tree(tmp_path: Path, layout: str) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "routing_of_ours").symlink_to(PACKAGE)
+    builds = cache_dir()
+    builds.mkdir(parents=True, exist_ok=True)
+    (ours / "builds").mkdir()
+    (ours / "builds" / "routing_of_ours").symlink_to(builds)  # the same sources make the same modules
     places = [str(root), str(ours), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(places),
         "AITER_AOT_IMPORT": "1",
+        "AITER_JIT_DIR": str(ours / "builds"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
