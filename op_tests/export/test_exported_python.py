@@ -35,7 +35,9 @@ def test_in_a_tree(tmp_path: Path, layout: str) -> None:
     builds = cache_dir()
     builds.mkdir(parents=True, exist_ok=True)
     (ours / "builds").mkdir()
-    (ours / "builds" / "routing_of_ours").symlink_to(builds)  # the same sources make the same modules
+    (ours / "builds" / "routing_of_ours").symlink_to(
+        builds
+    )  # the same sources make the same modules
     places = [str(root), str(ours), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
