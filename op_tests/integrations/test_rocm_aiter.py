@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -332,6 +333,21 @@ def test_an_unknown_parameter_of_the_sort_is_refused(upstream: ModuleType) -> No
 
 def test_available(upstream: ModuleType) -> None:
     assert rocm_aiter.available() is None
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(1)", "import no_such_module"])
+def test_an_import_that_fails_is_a_sentence(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROCm's package ends the process where it cannot build its first module."""
+    (tmp_path / "broken_rocm").mkdir()
+    (tmp_path / "broken_rocm" / "fused_moe.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(rocm_sort, "NAME", "broken_rocm")
+    reason = rocm_aiter.available()
+    kind = "SystemExit: 1" if "Exit" in text else "ModuleNotFoundError: "
+    assert reason is not None
+    assert f"broken_rocm: expected ROCm's package (amd-aiter), got {kind}" in reason
 
 
 def test_under_one_name_ours_is_no_rocm_aiter() -> None:
