@@ -1,6 +1,8 @@
 """Does our launch take the place of the sort of ROCm's aiter, and of nothing else?
 
 Against a stand-in (`rocm_stand_in.py`); `.ci/side_by_side` does the same with the real package.
+
+Long because every test needs the stand-in in the place of ROCm's package, and what it is compared with.
 """
 
 from __future__ import annotations
