@@ -9,6 +9,8 @@ gets the block size, fills the sorted buffers and, by `topk_out`, the ids and we
 - The module's attribute `moe_sorting` is replaced once, by a dispatcher (`rocm_sort`) that looks at a
   ContextVar: without a call of ours in this context it is the module's own function and one lookup, so
   other callers, threads and coroutines are not touched. `restore` puts the attribute back.
+- A sort policy of ROCm's is for its sort alone: engines always hand one on (SGLang's default is 2), and
+  read as ours it would ask for two launches where the point is one.
 - What we lack (`flat=True`, `output_aux=True`, `return_local_topk_ids=True`) is the module's own sort,
   after our top-k: two launches in place of one. The same holds where upstream reads the ids before it
   sorts: grouped products of gfx1250, shared experts in a launch of their own, products that scatter to
@@ -39,6 +41,7 @@ from torch import Tensor
 from ..ops.rule import RoutingRule, plain_rule, rule_of
 from ..routing.autograd import checked, refusing
 from ..routing.buffers import TopkOut, given_topk
+from ..routing.dispatch import check_policy
 from ..routing.request import Request, rule_key
 from ..routing.tracing import NAMESPACE, registered, traced
 from . import rocm_sort
@@ -60,6 +63,7 @@ def fused_moe_from_logits(
     rule: RoutingRule | None = None,
     correction_bias: Tensor | None = None,
     topk_out: TopkOut | None = None,
+    dispatch_policy: int = 0,
     **keywords: Any,
 ) -> Tensor:
     """The output of a MoE layer for router logits: our routing, the products of ROCm's aiter.
@@ -78,10 +82,11 @@ def fused_moe_from_logits(
             that read ids would look for them in w1.
         topk_out: (weights float32 [M, K+S], ids int32 [M, K+S]) to be written as well; rows from
             `num_local_tokens` on are left undefined. None for none.
+        dispatch_policy: of our launch: 0 automatic, 1 and 2 the separate chain, to debug it.
         keywords: any other keyword of ROCm's `fused_moe`: expert_mask, activation, quant_type,
             doweight_stage1, the scales, block_size_M, num_local_tokens, dtype, pads, biases, limits.
             `expert_mask` may be longer than the experts, as engines make it for ids of no expert.
-            `moe_sorting_dispatch_policy` is ours: 0 automatic, 1 and 2 the separate chain.
+            `moe_sorting_dispatch_policy` is read where ROCm's own sort runs, and by nothing of ours.
 
     Returns:
         [M, D], as ROCm's `fused_moe`; under a tracer `output` is copied to, not written in place.
@@ -96,6 +101,7 @@ def fused_moe_from_logits(
         hidden_states=hidden_states, w1=w1, w2=w2, gating_output=gating_output,
     )  # fmt: skip
     full_rule = plain_rule(renormalize, "renormalize") if rule is None else rule
+    check_policy(dispatch_policy)
     _check_routing(gating_output, hidden_states, topk, full_rule, w1, keywords)
     named = {name: tensor for name, tensor in keywords.items() if isinstance(tensor, Tensor)}
     hidden_states = checked(
@@ -109,16 +115,16 @@ def fused_moe_from_logits(
         result: Tensor = registered("rocm_aiter_fused_moe")(
             hidden_states, w1, w2, gating_output, topk,
             [float(number) for number in full_rule.packed], correction_bias, list(named),
-            list(named.values()), _plain_text(keywords), weights, ids,
+            list(named.values()), _plain_text({**keywords, "dispatch_policy": dispatch_policy}),
+            weights, ids,
         )  # fmt: skip
         return result if output is None else output.copy_(result)
     upstream = rocm_sort.upstream()
     upstream.check_keywords(keywords)
     weights, ids = _topk_tensors(gating_output, topk, full_rule, topk_out, keywords)
     pending = Pending(
-        gating_output, topk, full_rule, correction_bias, (weights, ids),
-        keywords.get("moe_sorting_dispatch_policy", 0),
-    )  # fmt: skip
+        gating_output, topk, full_rule, correction_bias, (weights, ids), dispatch_policy
+    )
     if upstream.reads_ids_first(keywords):
         pending.fill()
     out = upstream.run(pending, hidden_states, w1, w2, weights, ids, **keywords)

@@ -29,6 +29,7 @@ ACCUMULATE = True
 
 seen: list[dict[str, Any]] = []
 own_sorts: list[Tensor] = []  # the ids of the calls of the module's own sort
+own_policies: list[int] = []  # and their dispatch_policy
 
 
 class ActivationType(enum.Enum):
@@ -72,6 +73,7 @@ def moe_sorting(
     output: Tensor | None = None,
 ) -> Any:
     own_sorts.append(topk_ids.clone())
+    own_policies.append(dispatch_policy)
     ids, weights, experts, counts, moe_buf = reference.moe_sorting(
         topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask,
         num_local_tokens,
@@ -105,6 +107,8 @@ def fused_moe(
     moe_sorting_dispatch_policy: int = 0,
     dtype: torch.dtype | None = None,
     hidden_pad: int = 0,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
     swiglu_limit: float | None = None,
     gate_mode: str | None = "separated",
     shared_w1: Tensor | None = None,
@@ -112,6 +116,7 @@ def fused_moe(
     output: Tensor | None = None,
 ) -> Tensor:
     assert isinstance(activation, ActivationType) and isinstance(quant_type, QuantType)
+    assert bias1 is None and bias2 is None
     if not SORTS:
         return torch.zeros_like(hidden_states)
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.shape[0]

@@ -237,7 +237,8 @@ def compare(call: dict[str, Any]) -> str:
     topk_out = (torch.zeros_like(weights), torch.zeros_like(ids))
     got, got_given = attempt(
         rocm_aiter.fused_moe_from_logits,
-        **tensors, gating_output=logits, topk=TOPK, topk_out=topk_out, **keywords,
+        **tensors, gating_output=logits, topk=TOPK, topk_out=topk_out,
+        dispatch_policy=call["policy"], **keywords,
     )  # fmt: skip
     if isinstance(want, type):
         assert got is want, (call, got, want)

@@ -1,12 +1,15 @@
 """Does our launch take the place of the sort of ROCm's aiter, and of nothing else?
 
 Against a stand-in (`rocm_stand_in.py`); `.ci/side_by_side` does the same with the real package.
+
+Long because every test needs the stand-in in the place of ROCm's package, and what it is compared with.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -132,8 +135,25 @@ def test_keywords_reach_upstream(
     }
     out = rocm_aiter.fused_moe_from_logits(**call, **keywords)
     assert out.dtype == torch.float32
-    assert (last_path() == "fused") == (policy == 0)
+    assert last_path() == "fused"  # NOTE: the policy is of ROCm's sort, which did not run.
     assert torch.equal(out, expected(upstream, call, **keywords))
+
+
+@pytest.mark.parametrize("policy", [0, 1, 2])
+def test_each_sort_has_a_policy_of_its_own(upstream: ModuleType, policy: int) -> None:
+    call = layer(4)
+    out = rocm_aiter.fused_moe_from_logits(**call, dispatch_policy=policy)
+    assert (last_path() == "fused") == (policy == 0)
+    assert torch.equal(out, expected(upstream, call)) and upstream.own_sorts == []
+    upstream.OUTPUT_AUX = True
+    rocm_aiter.fused_moe_from_logits(**call, moe_sorting_dispatch_policy=policy)
+    assert upstream.own_policies == [policy]
+
+
+def test_a_policy_of_ours_is_checked_before_upstream_begins(upstream: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"dispatch_policy: expected 0 \(automatic\), .* got 3"):
+        rocm_aiter.fused_moe_from_logits(**layer(4), dispatch_policy=3)
+    assert upstream.seen == []
 
 
 def test_a_mask_longer_than_the_experts(upstream: ModuleType) -> None:
@@ -317,6 +337,21 @@ def test_available(upstream: ModuleType) -> None:
     assert rocm_aiter.available() is None
 
 
+@pytest.mark.parametrize("text", ["raise SystemExit(1)", "import no_such_module"])
+def test_an_import_that_fails_is_a_sentence(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROCm's package ends the process where it cannot build its first module."""
+    (tmp_path / "broken_rocm").mkdir()
+    (tmp_path / "broken_rocm" / "fused_moe.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(rocm_sort, "NAME", "broken_rocm")
+    reason = rocm_aiter.available()
+    kind = "SystemExit: 1" if "Exit" in text else "ModuleNotFoundError: "
+    assert reason is not None
+    assert f"broken_rocm: expected ROCm's package (amd-aiter), got {kind}" in reason
+
+
 def test_under_one_name_ours_is_no_rocm_aiter() -> None:
     reason = rocm_aiter.available()
     assert reason is not None
@@ -359,6 +394,7 @@ def test_compiled(upstream: ModuleType, rule: RoutingRule | None) -> None:
         "block_size_M": 32,
         "expert_mask": torch.ones(EXPERTS, dtype=torch.int32),
         "swiglu_limit": 0.5,
+        "dispatch_policy": 2,
     }
     output = torch.empty(4, WIDTH, dtype=torch.float16)
     topk_out = (torch.zeros(4, TOPK), torch.zeros(4, TOPK, dtype=torch.int32))
@@ -376,7 +412,7 @@ def test_compiled(upstream: ModuleType, rule: RoutingRule | None) -> None:
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         got = compiled(call["hidden_states"], call["gating_output"])
     assert torch.equal(got, want) and torch.equal(topk_out[1], ids)
-    assert upstream.own_sorts == []
+    assert upstream.own_sorts == [] and last_path() != "fused"
 
 
 def test_a_keyword_that_no_tracer_can_keep(upstream: ModuleType) -> None:

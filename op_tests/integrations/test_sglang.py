@@ -13,6 +13,7 @@ from typing import Any
 
 import _checkout  # noqa: F401
 import pytest
+import rocm_stand_in
 import sglang_standin as standin
 import torch
 from sglang_in_place import (
@@ -31,7 +32,8 @@ from sglang_in_place import (
 from torch import Tensor
 
 from aiter import RoutingRule
-from aiter.integrations import sglang_runner
+from aiter.fused_moe import last_path
+from aiter.integrations import rocm_sort, sglang_runner
 from aiter.ops.topk_routing import topk_routing
 
 
@@ -317,6 +319,27 @@ def test_rocm_products_get_the_logits_and_the_mask(rocm: Any, ranks: int) -> Non
     mask = by_name["expert_mask"]
     assert mask is None if ranks == 1 else mask.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     assert rocm.recorder.seen[0][:4].equal(routed(logits)[1][:4])
+
+
+def test_rocm_products_are_behind_one_launch(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the adapter itself: SGLang's sort policy, 2, is ROCm's and no chain of ours."""
+    upstream = rocm_stand_in.load()
+    monkeypatch.setattr(rocm_sort, "_found", None)
+    monkeypatch.setattr(rocm_sort, "_import", lambda: upstream)
+    monkeypatch.setattr(
+        sglang_runner.srt("layers.moe.moe_runner.aiter"), "_aiter_activation",
+        lambda config: upstream.ActivationType.Silu,
+    )  # fmt: skip
+    state.device = "hip"
+    layer = rocm_layer()
+    topk = bound(layer)
+    hidden, logits = inputs()
+    got = layer(hidden, topk.forward_cuda(hidden, logits))
+    assert last_path() == "fused" and upstream.own_sorts == [] and len(upstream.seen) == 1
+    close(got, wanted(layer, hidden, *routed(logits)))
+    upstream.OUTPUT_AUX = True  # NOTE: which we do not write, so that ROCm sorts, by its policy.
+    layer(hidden, topk.forward_cuda(hidden, logits))
+    assert upstream.own_policies == [2]
 
 
 def test_ids_stay_global_for_rocm_products_and_get_the_mask(rocm: Any) -> None:
