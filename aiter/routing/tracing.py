@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 NAMESPACE = __name__.partition(".")[0]  # of the registered ops: the package's own name
 
 _native: Any = torch._C
+_compiler: Any = torch.compiler
 transforms_active: Callable[[], bool] = _native._are_functorch_transforms_active
 tracing_state: Callable[[], object] = _native._get_tracing_state
 _is_excluded: Callable[[Any], bool] = _native._dispatch_tls_is_dispatch_key_excluded
@@ -47,6 +48,13 @@ def traced(tensor: object) -> bool:
 def transformed() -> bool:
     """Whether torch.func transforms the call: what is written in place may be of too few dimensions."""
     return not is_dynamo_compiling() and transforms_active()
+
+
+def exporting() -> bool:
+    """Whether torch.export records the call."""
+    # NOTE: `torch.compiler.is_exporting()` is true under every torch.compile up to PyTorch 2.11.
+    flag: bool = _compiler._is_exporting_flag
+    return flag
 
 
 def refuse_some_meta(arguments: dict[str, object]) -> None:
