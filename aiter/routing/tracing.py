@@ -57,11 +57,13 @@ def exporting() -> bool:
     return flag
 
 
-def refuse_some_meta(arguments: dict[str, object]) -> None:
-    """Raises ValueError for a tensor on the meta device beside one that is not.
+def refuse_some_meta(arguments: dict[str, object], first: object) -> None:
+    """Raises ValueError, if `first` is on the meta device, for a tensor that is not.
 
     PyTorch's dispatcher would take a GPU's tensors for meta ones then, and nothing would be written.
     """
+    if not isinstance(first, Tensor) or not first.is_meta:
+        return
     tensors = {name: each for name, each in arguments.items() if isinstance(each, Tensor)}
     other = next((each.device for each in tensors.values() if not each.is_meta), None)
     for name, tensor in tensors.items():
