@@ -32,7 +32,7 @@ from ..layer.arguments import DTYPES
 from ..layer.parts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from ..layer.types import ActivationType
 from ..ops.rule import RoutingRule
-from ..routing.buffers import empty_topk
+from ..routing.autograd import checked, gradients_matter
 from ..routing.graph import topk_routing
 from .blocks import ARGUMENT, IN_F32, ROUTERS, Router
 
@@ -147,7 +147,8 @@ def router_forward(
     if spec.correction_bias not in (None, ARGUMENT):
         bias = _named(router, str(spec.correction_bias)).reshape(-1)
     logits = _logits(spec, router, hidden_states)
-    _refuse_gradients(router_logits=logits, correction_bias=bias)
+    if gradients_matter():
+        logits = checked(logits, router_logits=logits, correction_bias=bias)
     choice = Choice(router.top_k, rule_of(spec, router), bias)
     length, place = mark.returned
     return tuple(choice if i == place else logits for i in range(length))
@@ -254,7 +255,8 @@ def apply_experts(
         rows = hidden_states.to(dtype)
         if isinstance(choice, Choice):
             return _by_logits(rows, weights, choice, options)
-        _refuse_gradients(top_k_weights=weights)
+        if gradients_matter():
+            weights = checked(weights, top_k_weights=weights)
         if choice.is_floating_point():
             raise ValueError(f"top_k_index: expected ids of an int dtype, got {choice.dtype}")
         return _by_ids(rows, weights, choice, options)
@@ -266,7 +268,9 @@ def _by_logits(rows: Tensor, logits: Tensor, choice: Choice, options: Mapping[st
         return fused_moe_from_logits(
             rows, gating_output=logits, topk=topk, rule=rule, correction_bias=bias, **options
         )
-    weights, ids = empty_topk(logits.shape[0], topk, logits.device)
+    # NOTE: of the logits, so that torch.func.vmap has outputs per slice.
+    weights = logits.new_empty((logits.shape[0], topk), dtype=torch.float32)
+    ids = logits.new_empty((logits.shape[0], topk), dtype=torch.int32)
     topk_routing(weights, ids, logits, rule=rule, correction_bias=bias)
     out = _by_ids(rows, weights, ids, options)
     zero = torch.where(ids >= options["w1"].shape[0], weights, 0.0).sum(dim=1, keepdim=True)
@@ -288,17 +292,6 @@ def _named(module: Any, path: str) -> Tensor:
         module = getattr(module, name)
     tensor: Tensor = module
     return tensor
-
-
-def _refuse_gradients(**tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that needs no gradient, as routing has no backward, got one"
-                " that requires grad; call under torch.no_grad() or torch.inference_mode()"
-            )
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {"router": router_forward, "experts": experts_forward}
