@@ -70,7 +70,10 @@ def _report(text: str, status: int, error: Exception | None = None) -> int:
 
 
 def _print_anything() -> None:
-    """Lets stdout print paths and arguments that are not text in its encoding."""
+    """Lets stdout print what is not text in its encoding, and closed outputs take everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # NOTE: as Python has it where the shell says `>&-`.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")

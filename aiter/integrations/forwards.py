@@ -1,6 +1,7 @@
 """What do a router and its experts compute in a block that uses aiter?
 
-    router:   logits alone; (logits, logits, Choice) in the place of (logits, weights, ids)
+    router:   logits alone; (logits, logits, Choice) in the place of (logits, weights, ids), or in the
+              order of the installed transformers (`returned_by`)
     experts:  (hidden states, Choice, logits) to `fused_moe_from_logits`; ready ids to `fused_moe`
 
 The block's own forward calls one after the other and hands on what the router returned. So all that the
@@ -31,7 +32,7 @@ from ..layer.arguments import DTYPES
 from ..layer.parts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from ..layer.types import ActivationType
 from ..ops.rule import RoutingRule
-from ..routing.buffers import empty_topk
+from ..routing.autograd import checked, gradients_matter
 from ..routing.graph import topk_routing
 from .blocks import ARGUMENT, IN_F32, ROUTERS, Router
 
@@ -139,15 +140,56 @@ def _is_silu(experts: Any) -> bool:
 
 def router_forward(
     router: Any, mark: Any, hidden_states: Tensor, *arguments: Tensor | None
-) -> tuple[Tensor, Tensor, Choice]:
-    """(logits, logits, choice), as the router's own forward returns (logits, weights, ids)."""
+) -> tuple[Tensor | Choice, ...]:
+    """The choice where the router's own forward returns ids, and logits where it returns others."""
     spec = ROUTERS[mark.kind]
     bias = arguments[0] if spec.correction_bias == ARGUMENT else None
     if spec.correction_bias not in (None, ARGUMENT):
         bias = _named(router, str(spec.correction_bias)).reshape(-1)
     logits = _logits(spec, router, hidden_states)
-    _refuse_gradients(router_logits=logits, correction_bias=bias)
-    return logits, logits, Choice(router.top_k, rule_of(spec, router), bias)
+    if gradients_matter():
+        logits = checked(logits, router_logits=logits, correction_bias=bias)
+    choice = Choice(router.top_k, rule_of(spec, router), bias)
+    length, place = mark.returned
+    return tuple(choice if i == place else logits for i in range(length))
+
+
+def returned_by(router: Any) -> tuple[int, int]:
+    """How many tensors a router's own forward returns, and which one the ids are.
+
+    (logits, weights, ids) in transformers 5.23; (ids, weights, logits) and (weights, ids) occur before.
+    Found by a call on the meta device, which computes nothing and moves no weight.
+
+    Raises:
+        ValueError: there is not one tensor of ids among what it returns.
+    """
+    spec = ROUTERS[type(router).__name__]
+    twin = _on_meta(router)
+    weight = _named(twin, f"{spec.linear}.weight" if spec.linear else spec.weight)
+    rows: list[Tensor] = [weight.new_empty(1, 1, weight.shape[1])]
+    if spec.correction_bias == ARGUMENT:
+        rows.append(weight.new_empty(weight.shape[0], dtype=torch.float32))
+    with torch.no_grad():
+        found = twin(*rows)
+    parts = found if isinstance(found, tuple) else (found,)
+    ids = [i for i, part in enumerate(parts) if not part.is_floating_point()]
+    if len(ids) != 1:
+        raise ValueError(
+            "router: expected one that returns logits, weights and ids, got one that returns"
+            f" {', '.join(str(part.dtype) for part in parts)}"
+        )
+    return len(parts), ids[0]
+
+
+def _on_meta(module: Any) -> Any:
+    """The module with tensors on the meta device, and no forward but its class's."""
+    twin = module._replicate_for_data_parallel()
+    vars(twin).pop("forward", None)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        setattr(twin, name, None if tensor is None else torch.empty_like(tensor, device="meta"))
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else _on_meta(child)
+    return twin
 
 
 def _logits(spec: Router, router: Any, hidden_states: Tensor) -> Tensor:
@@ -213,7 +255,10 @@ def apply_experts(
         rows = hidden_states.to(dtype)
         if isinstance(choice, Choice):
             return _by_logits(rows, weights, choice, options)
-        _refuse_gradients(top_k_weights=weights)
+        if gradients_matter():
+            weights = checked(weights, top_k_weights=weights)
+        if choice.is_floating_point():
+            raise ValueError(f"top_k_index: expected ids of an int dtype, got {choice.dtype}")
         return _by_ids(rows, weights, choice, options)
 
 
@@ -223,7 +268,9 @@ def _by_logits(rows: Tensor, logits: Tensor, choice: Choice, options: Mapping[st
         return fused_moe_from_logits(
             rows, gating_output=logits, topk=topk, rule=rule, correction_bias=bias, **options
         )
-    weights, ids = empty_topk(logits.shape[0], topk, logits.device)
+    # NOTE: of the logits, so that torch.func.vmap has outputs per slice.
+    weights = logits.new_empty((logits.shape[0], topk), dtype=torch.float32)
+    ids = logits.new_empty((logits.shape[0], topk), dtype=torch.int32)
     topk_routing(weights, ids, logits, rule=rule, correction_bias=bias)
     out = _by_ids(rows, weights, ids, options)
     zero = torch.where(ids >= options["w1"].shape[0], weights, 0.0).sum(dim=1, keepdim=True)
@@ -245,17 +292,6 @@ def _named(module: Any, path: str) -> Tensor:
         module = getattr(module, name)
     tensor: Tensor = module
     return tensor
-
-
-def _refuse_gradients(**tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that needs no gradient, as routing has no backward, got one"
-                " that requires grad; call under torch.no_grad() or torch.inference_mode()"
-            )
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {"router": router_forward, "experts": experts_forward}

@@ -42,17 +42,19 @@ class Mark:
         role: "router" or "experts".
         kind: the class that the module had when it was marked, by name. Wrappers change the class.
         path: the routing path of the module's last eager call; None before the first.
+        returned: of a router, how many tensors its own forward returns, and which one the ids are.
     """
 
-    def __init__(self, role: str, owner: type) -> None:
+    def __init__(self, role: str, owner: type, returned: tuple[int, int] = (3, 2)) -> None:
         self.role = role
         self.kind = owner.__name__
         self.owner = owner
+        self.returned = returned
         self.path: Path | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         # NOTE: a process that loads a marked module has to look for marks.
-        return (_mark_for, (self.role, self.owner))
+        return (_mark_for, (self.role, self.owner, self.returned))
 
 
 def mark_of(module: nn.Module) -> Mark | None:
@@ -61,9 +63,9 @@ def mark_of(module: nn.Module) -> Mark | None:
     return mark
 
 
-def put_mark(module: nn.Module, role: str) -> Mark:
+def put_mark(module: nn.Module, role: str, returned: tuple[int, int] = (3, 2)) -> Mark:
     """Makes the forward of a module ours; the module was `replaceable`."""
-    mark = _mark_for(role, type(module))
+    mark = _mark_for(role, type(module), returned)
     kept = vars(module).get("_old_forward")
     if kept is not None:
         # NOTE: accelerate's hooks call the forward that they found; it may be from before the class's
@@ -99,11 +101,11 @@ def replaceable(module: nn.Module) -> bool:
     )
 
 
-def _mark_for(role: str, owner: type) -> Mark:
+def _mark_for(role: str, owner: type, returned: tuple[int, int]) -> Mark:
     with _lock:
         if vars(owner).get("forward") is not _installed.get(owner, ()):
             _install(owner)
-    return Mark(role, owner)
+    return Mark(role, owner, returned)
 
 
 def _own(owner: type) -> Any:

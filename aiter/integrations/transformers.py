@@ -33,7 +33,7 @@ from ..layer.arguments import DTYPES
 from ..layer.experts import Backend, expert_backend
 from ..routing.dispatch import Path
 from .blocks import BLOCKS, REFUSED, Block
-from .forwards import apply_experts, rule_of, weights_of
+from .forwards import apply_experts, returned_by, rule_of, weights_of
 from .patching import Mark, mark_of, put_mark, replaceable, take_mark
 
 
@@ -175,6 +175,7 @@ def _check_block(name: str, block: Any, known: Block) -> None:
     if type(router).__name__ == known.router_class:
         try:
             rule_of(known.spec, router)
+            returned_by(router)
         except ValueError as error:
             raise ValueError(f"{name}.{known.router}: {error}") from error
 
@@ -196,7 +197,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
 def _patch(name: str, block: Any, known: Block, patched: Patched) -> None:
     router, experts = getattr(block, known.router), block.experts
     if type(router).__name__ == known.router_class:
-        patched._marks.append((router, put_mark(router, "router")))
+        patched._marks.append((router, put_mark(router, "router", returned_by(router))))
     mark = put_mark(experts, "experts")
     patched._marks.append((experts, mark))
     patched._experts[name] = (experts, mark)

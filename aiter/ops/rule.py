@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from torch.compiler import is_dynamo_compiling
+
 ScoringFunc = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 GroupScore = Literal["top2", "max"]
 SelectOn = Literal["score", "logit"]
@@ -118,10 +120,15 @@ class RoutingRule:
         )
         _check_float("shared_expert_weight", self.shared_expert_weight)
         _check_int("num_zero_experts", self.num_zero_experts, 0, _MOST)
-        object.__setattr__(self, "packed", self._pack())
+        packed = self._pack()
+        object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "is_plain", (*packed[:4], *packed[5:]) == _PLAIN_BUT_RENORM)
 
     packed: ClassVar[Packed]
     """The numbers that compiled functions get, set when the rule is made; equal rules have one tuple."""
+
+    is_plain: ClassVar[bool]
+    """Whether it is softmax and top-k alone, as long as there is no correction bias."""
 
     def _pack(self) -> Packed:
         eps = self.renorm_eps
@@ -142,12 +149,9 @@ class RoutingRule:
             float(self.shared_expert_weight),
             self.num_zero_experts,
         )
+        if is_dynamo_compiling():
+            return numbers  # NOTE: a graph would be guarded by the table, and be made anew as it grows.
         return _KNOWN.setdefault(numbers, (numbers, self))[0]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is softmax and top-k alone, as long as there is no correction bias."""
-        return self.packed is _PLAIN[self.need_renorm].packed
 
     def num_logits(self, num_experts: int) -> int:
         """The width of the logits for `num_experts` in the sort, the shared ones among them."""
@@ -166,7 +170,7 @@ class RoutingRule:
 def rule_of(packed: Sequence[float]) -> RoutingRule:
     """The rule that packs itself into these numbers."""
     numbers = tuple(packed)
-    if numbers in _KNOWN:
+    if not is_dynamo_compiling() and numbers in _KNOWN:
         return _KNOWN[numbers][1]
     score, groups, topk_group, group_score, renorm, eps, least, scale = numbers[:8]
     select, logit_scale, softcap, shared, shared_score, shared_weight, zero = numbers[8:]
@@ -220,5 +224,7 @@ def _check_float(name: str, value: object, low: float = -math.inf) -> None:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
+# What `packed` is of a rule with nothing but defaults, its fifth number aside.
+_PLAIN_BUT_RENORM: Packed = (0, 1, 1, -1, 0.0, 0.0, 1.0, 0, 1.0, 0.0, 0, 0, 1.0, 0)
 _KNOWN: dict[Packed, tuple[Packed, RoutingRule]] = {}  # every tuple of numbers, by its like
 _PLAIN = {renorm: RoutingRule(need_renorm=renorm) for renorm in (False, True)}

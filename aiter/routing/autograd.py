@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from .tracing import NAMESPACE, registered
+from .tracing import NAMESPACE, exporting, registered
 
 _native: Any = torch._C
 _bump: Callable[[Any], None] = _native._increment_version
@@ -70,7 +70,7 @@ def checked(tensor: Tensor, **tensors: object) -> Tensor:
     Where torch.compile looks on, the graph that it makes raises: an exception of the traced code itself
     would end as one of torch.compile's own, which says little of ours.
     """
-    if not is_dynamo_compiling() or torch.compiler.is_exporting():
+    if not is_dynamo_compiling() or exporting():
         refuse_gradients(**tensors)
         return tensor
     if torch.is_grad_enabled():

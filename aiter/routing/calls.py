@@ -46,7 +46,16 @@ from .buffers import (
 )
 from .launches import launch_chain, launch_fused
 from .request import Request, Tensors, rule_key
-from .tracing import registered, traced, tracing_state, transforms_active
+from .tracing import (
+    refuse_some_meta,
+    registered,
+    traced,
+    tracing_state,
+    transformed,
+    transforms_active,
+)
+
+TOPK_NAMES = ("topk_out[0]", "topk_out[1]")
 
 _cpu_wave = cpu_wave_override.get
 
@@ -219,7 +228,7 @@ def _checked_gradients(tensors: Tensors) -> Tensor:
         tensors.gating_output,
         gating_output=tensors.gating_output,
         correction_bias=tensors.correction_bias,
-        **_named(tensors.topk_out, ("topk_out[0]", "topk_out[1]")),
+        **_named(tensors.topk_out, TOPK_NAMES),
         **_named(tensors.out, BUFFER_NAMES),
     )
 
@@ -260,6 +269,11 @@ def moe_sorting(
     if gradients_matter():
         topk_weights = checked(topk_weights, topk_weights=topk_weights, **_named(out, BUFFER_NAMES))
     if traced(topk_ids):
+        tensors = {
+            "topk_ids": topk_ids, "topk_weights": topk_weights, "expert_mask": expert_mask,
+            "num_local_tokens": num_local_tokens, **_named(out, BUFFER_NAMES),
+        }  # fmt: skip
+        refuse_some_meta(tensors, topk_ids)
         arguments = (
             topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask,
             num_local_tokens, dispatch_policy,
@@ -330,6 +344,8 @@ def _refuse_matrix(name: str, value: object) -> NoReturn:
 def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:
     """The call as a tracer is to see it: one registered op, which allocates or writes to `out`."""
     gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out = tensors
+    given_outputs = _named(topk_out, TOPK_NAMES) | _named(out, BUFFER_NAMES)
+    refuse_some_meta(tensors._asdict() | given_outputs, gating_output)
     sizes = request[:4]
     later = (request.block_size, expert_mask, num_local_tokens, request.dispatch_policy)
     if (
@@ -343,6 +359,11 @@ def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:
     rule = [float(number) for number in request.full_rule.packed]
     arguments = (gating_output, *sizes, rule, correction_bias, *later, request.id_format)
     if topk_out is None:
+        return _into_or_new("topk_routing_sorting", out, *arguments)
+    if out is None and transformed():
+        # NOTE: what is allocated here would be one for all that vmap maps over.
+        by_rule = {"rule": rule, "correction_bias": correction_bias}
+        registered("topk_routing")(*topk_out, gating_output, **by_rule)
         return _into_or_new("topk_routing_sorting", out, *arguments)
     if out is None:
         buffers = Buffers.of(

@@ -16,8 +16,9 @@ The ops that allocate their outputs are registered beside those that fill given 
 they decide, the path and the workspace, is asked of the compiled module, which no tracer can see
 into. No op has a backward: routing is for inference, and `autograd` says what is refused and counted.
 
-Not only tracers go through the registered ops: torch.func's transforms (vmap runs an op once per slice),
-torch.jit.trace, which would take a result for a constant otherwise, and tensors on the meta device.
+Not only tracers go through the registered ops: torch.func's transforms (vmap runs an op once per slice,
+`vmap` says how where it writes), torch.jit.trace, which would take a result for a constant otherwise,
+and tensors on the meta device.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from . import calls
 from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
 from .tracing import NAMESPACE, refuse_some_meta, registered, traced
+from .vmap import once_per_slice
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -134,8 +136,7 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
         by_schema = in_schema(**kwargs) if in_schema else kwargs
         first = args[0] if args else next(iter(kwargs.values()), None)
         if traced(first):
-            if isinstance(first, Tensor) and first.is_meta:
-                refuse_some_meta({**dict(zip(order, args, strict=False)), **by_schema})
+            refuse_some_meta({**dict(zip(order, args, strict=False)), **by_schema}, first)
             return op(*args, **by_schema)
         stub(*args, **kwargs)
         return count(args, by_schema)
@@ -303,6 +304,8 @@ def _register() -> Any:
         library.impl(
             name, refusing(op, "hidden_states" if name == "fused_topk" else ""), "Autograd"
         )
+        if not op._schema.returns:
+            library.impl(name, once_per_slice(op), "FuncTorchBatched")
     return library
 
 

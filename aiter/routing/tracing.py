@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 NAMESPACE = __name__.partition(".")[0]  # of the registered ops: the package's own name
 
 _native: Any = torch._C
+_compiler: Any = torch.compiler
 transforms_active: Callable[[], bool] = _native._are_functorch_transforms_active
 tracing_state: Callable[[], object] = _native._get_tracing_state
 _is_excluded: Callable[[Any], bool] = _native._dispatch_tls_is_dispatch_key_excluded
@@ -49,11 +50,20 @@ def transformed() -> bool:
     return not is_dynamo_compiling() and transforms_active()
 
 
-def refuse_some_meta(arguments: dict[str, object]) -> None:
-    """Raises ValueError for a tensor on the meta device beside one that is not.
+def exporting() -> bool:
+    """Whether torch.export records the call."""
+    # NOTE: `torch.compiler.is_exporting()` is true under every torch.compile up to PyTorch 2.11.
+    flag: bool = _compiler._is_exporting_flag
+    return flag
+
+
+def refuse_some_meta(arguments: dict[str, object], first: object) -> None:
+    """Raises ValueError, if `first` is on the meta device, for a tensor that is not.
 
     PyTorch's dispatcher would take a GPU's tensors for meta ones then, and nothing would be written.
     """
+    if not isinstance(first, Tensor) or not first.is_meta:
+        return
     tensors = {name: each for name, each in arguments.items() if isinstance(each, Tensor)}
     other = next((each.device for each in tensors.values() if not each.is_meta), None)
     for name, tensor in tensors.items():

@@ -6,7 +6,7 @@ device, without a wait for it; only calls that ask for it pay:
 
     local_topk_ids [M, K]   the id within expert_mask's ones, -1 where the mask has a 0
     m_indices [S]           the token of every sorted slot, n in padding
-    reverse_sorted [M * K]  the sorted slot of every (token, slot); of those without one, undefined
+    reverse_sorted [M * K]  the sorted slot of every (token, slot); of those without one, -1
 
 Rejected: the same in the kernels, four more pointers in every sort for what this project's layer and
 the grouped products of other engines do not read.
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from .autograd import checked
-from .buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers, empty_topk
+from .buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
 from .calls import fused_topk as _fused_topk
 from .calls import moe_sorting as _moe_sorting
 from .graph import moe_sorting_opus_fwd as _moe_sorting_opus_fwd
 from .graph import topk_softmax
+from .tracing import traced, transformed
 
 
 def moe_sorting_opus_fwd(
@@ -65,8 +66,8 @@ def moe_sorting_opus_fwd(
             has 0 or the id is no expert's; rows from `num_local_tokens` on are undefined.
         m_indices: out, int32, as many as `sorted_token_ids`, or None: the token of every slot in use,
             n in padding.
-        reverse_sorted: out, int32 [M * K], or None: the slot of entry (t, k) at t * K + k, undefined
-            for what has no entry.
+        reverse_sorted: out, int32 [M * K], or None: the slot of entry (t, k) at t * K + k, -1 for what
+            has no entry.
 
     With the last three None nothing is allocated; they cost a few PyTorch operations each.
 
@@ -114,11 +115,18 @@ def moe_sorting_fwd(
         As `moe_sorting_opus_fwd`.
     """
     workspace = None
+    if traced(topk_ids) and isinstance(moe_buf, Tensor) and moe_buf.dim() == 2:
+        # NOTE: the size of the workspace is asked of the compiled module, into which no tracer sees.
+        out = (sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+        _moe_sorting(
+            topk_ids, topk_weights, num_experts, moe_buf.shape[1], moe_buf.dtype, unit_size,
+            local_expert_mask, num_local_tokens, dispatch_policy, out=out,
+        )  # fmt: skip
+        return
     if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2:
         tokens, topk = topk_ids.shape
-        device = None if topk_ids.is_meta else topk_ids.device
         size = moe_sorting_opus_get_workspace_size(
-            tokens, num_experts, topk, dispatch_policy, device=device
+            tokens, num_experts, topk, dispatch_policy, device=topk_ids.device
         )
         if size:
             workspace = torch.empty(size, dtype=torch.uint8, device=topk_ids.device)
@@ -232,7 +240,7 @@ def _rows_of(
 ) -> Tensor:
     """The first M rows of a given output, or a new one."""
     if given is None:
-        return empty_topk(gating.shape[0], topk, gating.device)[0 if dtype is torch.float32 else 1]
+        return gating.new_empty((gating.shape[0], topk), dtype=dtype)
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(given).__name__}")
     tokens = gating.shape[0]
@@ -277,4 +285,6 @@ def _reverse(sorted_ids: Tensor, num_valid_ids: Tensor, topk_ids: Tensor) -> Ten
     is_entry = (slots < num_valid_ids[0]) & (k < topk)
     where = torch.where(is_entry, token * topk + k, entries).long()
     reverse = slots.new_full((entries + 1,), -1)
+    if transformed():
+        return reverse.index_copy(0, where, slots)[:entries]
     return reverse.index_copy_(0, where, slots)[:entries]

@@ -9,17 +9,18 @@ its names of the arguments.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..ops.rule import GroupScore, RoutingRule, ScoringFunc
 from .graph import topk_routing
 from .graph import topk_softmax as _topk_softmax
 
 
-@cache
-def _rule(
+def _made(
     scoring_func: ScoringFunc,
     need_renorm: bool,
     num_expert_group: int = 1,
@@ -30,7 +31,6 @@ def _rule(
     shared_expert_scoring_func: str = "",
     shared_expert_weight: float = 1.0,
 ) -> RoutingRule:
-    # NOTE: cached, as making and checking a rule takes as long as the rest of the call.
     return RoutingRule(
         scoring_func,
         num_expert_group,
@@ -42,6 +42,15 @@ def _rule(
         shared_expert_scoring_func=shared_expert_scoring_func,  # type: ignore[arg-type]
         shared_expert_weight=shared_expert_weight,
     )
+
+
+_kept = cache(_made)
+
+
+def _rule(*args: Any, **kwargs: Any) -> RoutingRule:
+    # NOTE: kept, as making and checking a rule takes as long as the rest of the call; torch.compile,
+    # which makes one per graph, would warn of a cache.
+    return (_made if is_dynamo_compiling() else _kept)(*args, **kwargs)
 
 
 def biased_grouped_topk(

@@ -331,6 +331,14 @@ def test_whatever_is_raised_is_one_message(
             main(["explain", "--draw"])
 
 
+def test_closed_outputs_are_no_error(stubbed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `>&-` of a shell leaves them."""
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert main(["list"]) == 0
+
+
 def test_a_reader_that_has_enough_ends_the_command(stubbed: None) -> None:
     import subprocess
 

@@ -64,9 +64,21 @@ def greedy(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     return found
 
 
+def taken_model(family: str) -> Any:
+    """A small model; skips where another version of transformers builds its blocks of other parts."""
+    try:
+        model = tiny.make_model(family)
+        use_aiter(model).remove()
+    except Exception as error:
+        if transformers.__version__.startswith(VERSION):
+            raise
+        pytest.skip(f"refused with transformers {transformers.__version__}: {error}")
+    return model
+
+
 @pytest.mark.parametrize("family", [name for name in tiny.families() if is_taken(name)])
 def test_taken_models_compute_the_same(family: str) -> None:
-    model = tiny.make_model(family)
+    model = taken_model(family)
     tokens = torch.randint(2, tiny.VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain, plain_tokens = outputs(model, tokens), greedy(model, tokens)

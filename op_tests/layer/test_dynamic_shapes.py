@@ -10,7 +10,10 @@ import pytest
 import torch
 from moe_layers import BASE, GPT_OSS, make_layer
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
+import aiter
+from aiter import RoutingRule
 from aiter import fused_moe as layer
 
 SIZES = (5, 2, 3, 8, 16, 31, 33, 64, 100, 257)
@@ -107,6 +110,53 @@ def test_exported_once(kind: str, module: type[FromLogits]) -> None:
         for tokens in (low, 3, 7, min(high, 300)):
             hidden, logits = inputs(tokens, dtype)
             same(program(hidden, logits), plain(hidden, logits))
+
+
+RULE = RoutingRule("sigmoid", 4, 2)  # not an argument: found by a tracer, or made while it looks on
+
+
+def routed(logits: Tensor, rule: RoutingRule) -> Tensor:
+    return layer.topk_routing_sorting(logits, K, E, D, F32, rule=rule)[3]
+
+
+def sort_with_given_outputs(logits: Tensor) -> Tensor:
+    weights, ids = layer.fused_topk(logits, logits, K, True)
+    out = layer.empty_sorted_buffers(logits.shape[0], K, E, D, F32, device="cpu")
+    aiter.moe_sorting_fwd(ids, weights, *out, E, 32)
+    return out[3]
+
+
+def topk(logits: Tensor, select: Callable[..., None], *options: Any) -> Tensor:
+    weights = logits.new_empty(logits.shape[0], K)
+    ids = logits.new_empty(logits.shape[0], K, dtype=torch.int32)
+    if select is aiter.biased_grouped_topk:
+        select(logits, logits[0] * 0, weights, ids, *options)
+    else:
+        select(logits, weights, ids, *options)
+    return weights
+
+
+ROUTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a rule": lambda logits: routed(logits, RULE),
+    "a rule made inside": lambda logits: routed(logits, RoutingRule("sigmoid", 2, 1)),
+    "moe_sorting_fwd": sort_with_given_outputs,
+    "biased_grouped_topk": lambda logits: topk(logits, aiter.biased_grouped_topk, 4, 2, True),
+    "grouped_topk": lambda logits: topk(logits, aiter.grouped_topk, 4, 2, False),
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_routing_compiled_once(name: str) -> None:
+    """Also where rules are made in between."""
+    function, counter = ROUTINGS[name], CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=counter, dynamic=True, fullgraph=True)
+    for tokens in SIZES[:4]:
+        logits = inputs(tokens, F32)[1]
+        got = compiled(logits)
+        RoutingRule("softmax", renorm_min=float(tokens))
+        assert torch.equal(got, function(logits))
+    assert counter.frame_count == 1
 
 
 def test_exported_programs_can_be_saved(tmp_path: Any) -> None:

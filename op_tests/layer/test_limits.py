@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import _checkout  # noqa: F401
@@ -142,6 +143,27 @@ def test_meta_tensors() -> None:
         layer.fused_moe_from_logits(*tensors()[:3], made[3], K)
 
 
+def test_meta_tensors_beside_others() -> None:
+    """Nothing would be written to the others: every function refuses, as for any two devices."""
+    logits, meta = tensors()[3], tensors()[3].to("meta")
+    weights, ids = layer.fused_topk(logits, logits, K, True)
+    out = layer.empty_sorted_buffers(M, *SORT, device="cpu")
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: layer.topk_routing_sorting(meta, *SORT, topk_out=(weights, ids)),
+        lambda: layer.topk_routing_sorting(meta, *SORT, correction_bias=logits[0]),
+        lambda: layer.topk_softmax_sorting(meta, *SORT, out=out),
+        lambda: layer.moe_sorting(ids.to("meta"), weights, *SORT[1:]),
+        lambda: layer.moe_sorting(ids.to("meta"), weights.to("meta"), *SORT[1:], out=out),
+        lambda: aiter.moe_sorting_fwd(ids.to("meta"), weights.to("meta"), *out, E, 32),
+        lambda: aiter.topk_softmax(weights.to("meta"), ids, ids.clone(), logits, True),
+    )
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"\w+: expected a tensor on cpu, as the others, got one"
+        ):
+            call()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("argument", range(4))
 @pytest.mark.parametrize("bias", [False, True])
@@ -157,6 +179,40 @@ def test_vmap(argument: int, bias: bool) -> None:
 
     looped = torch.stack([call(one) for one in several])
     torch.testing.assert_close(torch.func.vmap(call)(several), looped, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_of_what_writes() -> None:
+    """Every slice has outputs of its own, or the one that it has not is named."""
+    hidden, logits = draw(3, M, D), draw(3, M, E)
+    chosen = [layer.fused_topk(h, x, K, True) for h, x in zip(hidden, logits, strict=True)]
+    weights, ids = (torch.stack(each) for each in zip(*chosen, strict=True))
+    got_weights, got_ids, source = weights * 0, ids * 0, ids * 0
+
+    def softmax(*slices: Tensor) -> Tensor:
+        aiter.topk_softmax(*slices, True)
+        return slices[0]
+
+    torch.func.vmap(softmax)(got_weights, got_ids, source, logits)
+    assert torch.equal(got_weights, weights) and torch.equal(got_ids, ids)
+    with pytest.raises(
+        ValueError, match="topk_indices: expected a tensor that torch.func.vmap maps"
+    ):
+        torch.func.vmap(softmax, in_dims=(0, None, 0, 0))(got_weights, ids[0], source, logits)
+
+    def routed(slice_of: Tensor) -> tuple[Tensor, ...]:
+        chosen = slice_of.new_empty(M, K), slice_of.new_empty(M, K, dtype=torch.int32)
+        five = layer.topk_routing_sorting(slice_of, *SORT, topk_out=chosen)
+        return *chosen, five[3]
+
+    def sorted_again(ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        *_, reverse = layer.moe_sorting(ids, weights, *SORT[1:], output_aux=True)
+        return layer.moe_sorting(ids, weights, *SORT[1:])[3], reverse
+
+    for function, given in ((routed, (logits,)), (sorted_again, (ids, weights))):
+        one_by_one = [function(*slices) for slices in zip(*given, strict=True)]
+        looped = [torch.stack(each) for each in zip(*one_by_one, strict=True)]
+        for got, want in zip(torch.func.vmap(function)(*given), looped, strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

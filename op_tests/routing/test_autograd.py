@@ -159,7 +159,9 @@ def test_a_compiled_call_refuses(entry: str, name: str, backend: str) -> None:
     call, tensors = ENTRIES[entry][0], inputs()
     compiled = torch.compile(call, backend=backend, fullgraph=True)
     compiled(tensors)
-    tensors[name].requires_grad_()
+    # NOTE: another tensor, as guards of PyTorch 2.11 miss requires_grad_() on one that they have seen in
+    # a dict or a module; what is lost then is lost for every operation of PyTorch's own as well.
+    tensors[name] = tensors[name].clone().requires_grad_()
     kinds: tuple[type[Exception], ...] = (ValueError,)
     if name in OUTPUTS or entry == "torch.ops":
         # NOTE: what is called by its registered name, or writes to a leaf, is refused while traced.
