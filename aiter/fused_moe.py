@@ -12,6 +12,7 @@ from .layer.warmup import warmup_layer
 from .routing.buffers import SortedBuffers
 from .routing.calls import empty_sorted_buffers, topk_routing_sorting, topk_softmax_sorting
 from .routing.known import last_path
+from .routing.router import router_topk_sorting
 from .routing.upstream import fused_topk, moe_sorting
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "fused_topk",
     "last_path",
     "moe_sorting",
+    "router_topk_sorting",
     "topk_routing_sorting",
     "topk_softmax_sorting",
     "warmup_layer",

@@ -58,12 +58,12 @@ def router_logits(
                 sums[..., :there] = _fma(
                     rows[:, None, :there, item], columns[None, :, :there, item], sums[..., :there]
                 )
-    sums = sums.unflatten(-1, (-1, _NEIGHBOURS))
+    sums = sums.reshape(tokens, experts, PARTIAL_SUMS // _NEIGHBOURS, _NEIGHBOURS)
     while sums.shape[-1] > 1:
         half = sums.shape[-1] // 2
         sums = sums[..., :half] + sums[..., half:]
-    first, second, third, fourth = sums.squeeze(-1).unbind(-1)
-    logits = (first + second) + (third + fourth)
+    r0, r1, r2, r3 = sums.squeeze(-1).unbind(-1)
+    logits: Tensor = (r0 + r1) + (r2 + r3)
     return logits if router_bias is None else logits + router_bias.float()
 
 
@@ -101,7 +101,7 @@ def _chunks(rows: Tensor) -> Tensor:
     """[N, up to 1024] as float64 [N, up to 128, 8]; what is not there is 0."""
     missing = -rows.shape[1] % CHUNK
     whole = torch.nn.functional.pad(rows.double(), (0, missing))
-    return whole.unflatten(1, (-1, CHUNK))
+    return whole.reshape(len(rows), whole.shape[1] // CHUNK, CHUNK)
 
 
 def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
         buffers = known.again(fields, *arguments)
         if buffers is not None:
             known.last.path = "fused"
-            _count_writes(*arguments[-2:])
+            count_writes(*arguments[-2:])
             return buffers
     request = Request(*fields)  # NOTE: a tracer cannot read the override, and has no use for it.
     tensors = Tensors(*arguments)
@@ -198,7 +198,7 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
     if traced(gating_output):
         return _as_traced(request, tensors)
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
-        _refuse_matrix("gating_output", gating_output)
+        refuse_matrix("gating_output", gating_output)
     has_bias = tensors.correction_bias is not None
     sizes = (gating_output.device, *gating_output.shape, gating_output.dtype, has_bias, *fields)
     plan = known.plan_of("plan_routing", sizes)
@@ -209,7 +209,7 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
     else:
         launch_chain(request, plan, tensors, buffers)
     known.last.path = plan.path
-    _count_writes(tensors.topk_out, out)
+    count_writes(tensors.topk_out, out)
     return buffers
 
 
@@ -219,19 +219,19 @@ def _checked_gradients(tensors: Tensors) -> Tensor:
         tensors.gating_output,
         gating_output=tensors.gating_output,
         correction_bias=tensors.correction_bias,
-        **_named(tensors.topk_out, ("topk_out[0]", "topk_out[1]")),
-        **_named(tensors.out, BUFFER_NAMES),
+        **named_outputs(tensors.topk_out, ("topk_out[0]", "topk_out[1]")),
+        **named_outputs(tensors.out, BUFFER_NAMES),
     )
 
 
-def _count_writes(*given: Sequence[Tensor] | None) -> None:
+def count_writes(*given: Sequence[Tensor] | None) -> None:
     """Bumps the version counters of the outputs that the caller gave."""
     for tensors in given:
         if tensors is not None:
             wrote(*tensors)
 
 
-def _named(given: object, names: Sequence[str]) -> dict[str, object]:
+def named_outputs(given: object, names: Sequence[str]) -> dict[str, object]:
     """The outputs that a caller gives, by name; what they are is checked later."""
     return dict(zip(names, given, strict=False)) if isinstance(given, tuple | list) else {}
 
@@ -258,7 +258,9 @@ def moe_sorting(
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
     if gradients_matter():
-        topk_weights = checked(topk_weights, topk_weights=topk_weights, **_named(out, BUFFER_NAMES))
+        topk_weights = checked(
+            topk_weights, topk_weights=topk_weights, **named_outputs(out, BUFFER_NAMES)
+        )
     if traced(topk_ids):
         arguments = (
             topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask,
@@ -266,7 +268,7 @@ def moe_sorting(
         )  # fmt: skip
         return _into_or_new("moe_sorting", out, *arguments)
     if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
-        _refuse_matrix("topk_ids", topk_ids)
+        refuse_matrix("topk_ids", topk_ids)
     device = topk_ids.device
     sizes = (
         device, *topk_ids.shape, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
@@ -280,7 +282,7 @@ def moe_sorting(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
         workspace, dispatch.POLICY_OF_CHAIN[path],
     )  # fmt: skip
-    _count_writes(out)
+    count_writes(out)
     known.last.path = path
     return buffers
 
@@ -306,7 +308,7 @@ def fused_topk(
         weights, ids = registered("fused_topk")(hidden_states, gating_output, topk, renormalize)
         return weights, ids
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
-        _refuse_matrix("gating_output", gating_output)
+        refuse_matrix("gating_output", gating_output)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
     if hidden_states.shape[:1] != gating_output.shape[:1]:
@@ -320,7 +322,7 @@ def fused_topk(
     return weights, ids
 
 
-def _refuse_matrix(name: str, value: object) -> NoReturn:
+def refuse_matrix(name: str, value: object) -> NoReturn:
     """Raises that a tensor of rank 2 was expected."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

@@ -16,8 +16,10 @@ struct FusedRouterSortingArgs {
   std::optional<int64_t> num_workgroups;  // nothing to choose
 };
 
-// Both throw std::invalid_argument before anything is launched.
+// All throw std::invalid_argument before anything is launched.
 void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream);
+// Everything but that M fits in LDS, and nothing else.
+void fused_router_sorting_check(const FusedRouterSortingArgs& args);
 // The product alone, for any M.
 void router_product(const RouterTensors& router, const TensorView& logits_out, void* stream);
 

@@ -148,6 +148,16 @@ void check_apart(const FusedRouterSortingArgs& args) {
                     sort.num_local_tokens_or_null()});
 }
 
+void check_all(const FusedRouterSortingArgs& args, const Problem& problem) {
+  check_num_experts(args, problem.rule);
+  check_router(args.router, args.routing.gating_output);
+  check_fused_args(args.routing, problem);
+  check_apart(args);
+  if (args.num_workgroups) {
+    check_range("num_workgroups", *args.num_workgroups, 1, kMaxRouterWorkgroups);
+  }
+}
+
 // Everything about a launch that the kernel does not get.
 struct RouterConfig {
   LaunchShape launch;
@@ -208,15 +218,11 @@ RouterLaunch checked_launch(const FusedRouterSortingArgs& args) {
   const FusedTopkMoeSortingArgs& routing = args.routing;
   const TensorView& logits = routing.gating_output;
   const Problem problem = problem_of(routing);
-  check_num_experts(args, problem.rule);
-  check_router(args.router, logits);
-  check_fused_args(routing, problem);
-  check_apart(args);
+  check_all(args, problem);
   RouterLaunch made{};
   made.by_rule = problem.by_rule;
   made.limits = device_limits(logits.device_index);
   const bool is_asked = args.num_workgroups.has_value();
-  if (is_asked) check_range("num_workgroups", *args.num_workgroups, 1, kMaxRouterWorkgroups);
   const int num_workgroups =
       is_asked ? static_cast<int>(*args.num_workgroups) : made.limits.num_compute_units;
   const SortShape shape =
@@ -262,6 +268,10 @@ int64_t fused_router_sorting_max_tokens(int64_t num_experts, int64_t topk, int d
   check_experts_and_topk(num_experts, topk);
   return max_tokens(static_cast<int>(num_experts), static_cast<int>(topk), 1,
                     device_limits(device_index));
+}
+
+void fused_router_sorting_check(const FusedRouterSortingArgs& args) {
+  check_all(args, problem_of(args.routing));
 }
 
 void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream) {

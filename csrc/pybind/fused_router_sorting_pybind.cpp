@@ -13,17 +13,17 @@ aiter::RouterTensors router_args(py::handle hidden_states, py::handle router_wei
           aiter::optional_input_arg(router_bias, "router_bias")};
 }
 
-}  // namespace
-
-PYBIND11_MODULE(module_fused_router_sorting, m) {
+// Defines a function of everything that a launch takes, which `run` gets.
+template <typename Run>
+void def_launch(py::module_& m, const char* name, Run run) {
   m.def(
-      "fused_router_sorting_fwd",
-      [](py::handle hidden_states, py::handle router_weight, py::handle logits_out,
-         py::handle sorted_ids, py::handle sorted_weights, py::handle sorted_expert_ids,
-         py::handle num_valid_ids, py::handle moe_buf, py::handle num_experts, py::handle topk,
-         py::handle unit_size, py::handle router_bias, py::handle rule, py::handle correction_bias,
-         py::handle local_expert_mask, py::handle num_local_tokens, py::handle topk_out,
-         py::handle id_format, py::handle num_workgroups) {
+      name,
+      [run](py::handle hidden_states, py::handle router_weight, py::handle logits_out,
+            py::handle sorted_ids, py::handle sorted_weights, py::handle sorted_expert_ids,
+            py::handle num_valid_ids, py::handle moe_buf, py::handle num_experts, py::handle topk,
+            py::handle unit_size, py::handle router_bias, py::handle rule,
+            py::handle correction_bias, py::handle local_expert_mask, py::handle num_local_tokens,
+            py::handle topk_out, py::handle id_format, py::handle num_workgroups) {
         aiter::FusedRouterSortingArgs args{
             router_args(hidden_states, router_weight, router_bias),
             {aiter::tensor_arg(logits_out, "logits_out"),
@@ -53,7 +53,7 @@ PYBIND11_MODULE(module_fused_router_sorting, m) {
         aiter::set_topk_out(topk_out, args.routing);
         void* stream = aiter::current_stream(hidden_states, args.router.hidden_states);
         const aiter::ReleaseGilOnCpu release(args.router.hidden_states);
-        aiter::fused_router_sorting_fwd(args, stream);
+        run(args, stream);
       },
       py::arg("hidden_states"), py::arg("router_weight"), py::arg("logits_out"),
       py::arg("sorted_ids"), py::arg("sorted_weights"), py::arg("sorted_expert_ids"),
@@ -63,6 +63,15 @@ PYBIND11_MODULE(module_fused_router_sorting, m) {
       py::arg("local_expert_mask") = py::none(), py::arg("num_local_tokens") = py::none(),
       py::arg("topk_out") = py::none(), py::arg("id_format") = "slot",
       py::arg("num_workgroups") = py::none());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(module_fused_router_sorting, m) {
+  def_launch(m, "fused_router_sorting_fwd", aiter::fused_router_sorting_fwd);
+  def_launch(m, "fused_router_sorting_check", [](const aiter::FusedRouterSortingArgs& args, void*) {
+    aiter::fused_router_sorting_check(args);
+  });
   m.def(
       "router_product",
       [](py::handle hidden_states, py::handle router_weight, py::handle logits_out,
