@@ -55,7 +55,8 @@ __device__ __forceinline__ void route_hidden(const FusedFirst& first, const Fuse
   }
   if (place < num_others) return;
   acquire_from_device();
-  route<Rows>(first, p, rule, 0, lds_base);
+  // NOTE: kept from before the product, on AMD GPUs these are more scalar registers than there are.
+  route<Rows>(loaded_anew(first, 0), p, rule, 0, lds_base);
 }
 
 template <typename Rows>
@@ -68,7 +69,7 @@ __global__ void AITER_LAUNCH_BOUNDS(max_router_threads(Rows::kMaxThreads))
   AITER_DYNAMIC_LDS(lds_base);
   const FusedFirst first{gating,      row_stride, num_local_tokens, expert_mask, num_tokens,
                          num_experts, topk,       tokens_per_block, num_threads, flags};
-  if constexpr (Rows::kIsUsed) route_hidden<Rows>(first, p, NoRule{}, product, lds_base);
+  route_hidden<Rows>(first, p, NoRule{}, product, lds_base);
 }
 
 template <typename Rows>

@@ -20,8 +20,8 @@
 // so loads are whole lines. Tiles are ordered by expert and then by row, so that teams of a workgroup have the
 // same experts where there are several tiles of rows.
 //
-// bf16 hidden states and weights in rows on 16-byte boundaries have instances of their own; all other kinds share two,
-// which ask for the kind at every item.
+// bf16 hidden states and weights in rows on 16-byte boundaries have instances of their own; other kinds on such
+// boundaries share two, which ask for the kind at every chunk; and rows anywhere are read item by item, slowly.
 //
 // NOTE: dot-product instructions are not taken (v_dot2_f32_bf16, tensor cores): how they round between the products of
 // an instruction is not the same on all of them. Nothing here was measured on a GPU so far.
@@ -47,13 +47,18 @@ struct TileShape {
   int rows, experts;
 };
 
-// The instances, large ones first; kinds without instances of their own have those that are `for_any`.
+// How rows are read, of which each takes less time than the next.
+enum class ChunksBy : uint32_t { bf16, wide, items };
+
+// The instances, large ones first, and the slowest way to read that each is there for.
 struct TileInstance {
   TileShape shape;
-  bool for_any;
+  ChunksBy slowest;
 };
-constexpr TileInstance kTiles[] = {
-    {{8, 4}, false}, {{4, 4}, true}, {{4, 1}, false}, {{1, 1}, true}};
+constexpr TileInstance kTiles[] = {{{8, 4}, ChunksBy::bf16},
+                                   {{4, 4}, ChunksBy::bf16},
+                                   {{4, 1}, ChunksBy::wide},
+                                   {{1, 1}, ChunksBy::items}};
 
 struct RouterProduct {
   const unsigned char* hidden;
@@ -64,71 +69,70 @@ struct RouterProduct {
   int64_t logits_stride;                 // in items
   int width, num_experts;                // D', E'
   FloatKind hidden_kind, weight_kind, bias_kind;
-  uint32_t wide;     // rows of both begin on 16-byte boundaries
-  uint32_t by_bf16;  // the instances for bf16
-  TileShape tile;    // of an instance
-  int row_tiles;     // for M rows
+  ChunksBy by;
+  TileShape tile;  // of an instance
+  int row_tiles;   // for M rows
   int num_tiles;
   int tiles_per_block;
 };
 
-struct RawChunk {
-  FourWords half[2];  // of 16-bit items the first
-};
-
-__device__ __forceinline__ uint32_t bf16_item(const FourWords& words, int i) {
-  const uint32_t word = words.word[i / 2];
-  return i % 2 == 0 ? word << 16 : word & 0xffff0000u;
-}
-
 // Rows of bf16 on 16-byte boundaries.
 struct Bf16Chunks {
-  struct Raw {
-    FourWords words;
-  };
+  using Raw = FourWords;
+
+  static constexpr bool kHasChunks = true;
   __device__ __forceinline__ Raw load(const unsigned char* row, int chunk) const {
-    return {reinterpret_cast<const FourWords*>(row)[chunk]};
+    return reinterpret_cast<const FourWords*>(row)[chunk];
   }
   __device__ __forceinline__ float item(const Raw& raw, int i) const {
-    return bit_cast<float>(bf16_item(raw.words, i));
+    const uint32_t word = raw.word[i / 2];
+    return bit_cast<float>(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  }
+  __device__ __forceinline__ float single(const unsigned char* row, int d) const {
+    return to_float(Bf16{reinterpret_cast<const uint16_t*>(row)[d]});
+  }
+};
+
+// Rows of any kind on 16-byte boundaries.
+struct WideChunks {
+  FloatKind kind;
+  struct Raw {
+    float items[kProductItems];
+  };
+
+  static constexpr bool kHasChunks = true;
+  __device__ __forceinline__ Raw load(const unsigned char* row, int chunk) const {
+    const FourWords* const fours = reinterpret_cast<const FourWords*>(row);
+    Raw raw;
+    if (kind == FloatKind::f32) {
+      const FourWords low = fours[2 * chunk], high = fours[2 * chunk + 1];
+      AITER_UNROLL
+      for (int i = 0; i < kProductItems; ++i) {
+        raw.items[i] = bit_cast<float>(i < 4 ? low.word[i] : high.word[i - 4]);
+      }
+      return raw;
+    }
+    const FourWords four = fours[chunk];
+    AITER_UNROLL
+    for (int i = 0; i < kProductItems; ++i) {
+      const auto bits = static_cast<uint16_t>(four.word[i / 2] >> (i % 2 * 16));
+      raw.items[i] = kind == FloatKind::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
+    }
+    return raw;
+  }
+  __device__ __forceinline__ float item(const Raw& raw, int i) const { return raw.items[i]; }
+  __device__ __forceinline__ float single(const unsigned char* row, int d) const {
+    return load_float(row, kind, d);
   }
 };
 
 // Rows of any kind, anywhere.
-struct AnyChunks {
+struct Items {
   FloatKind kind;
-  bool wide;
 
-  using Raw = RawChunk;
-  __device__ __forceinline__ Raw load(const unsigned char* row, int chunk) const {
-    Raw raw{};
-    if (wide) {
-      const FourWords* const fours = reinterpret_cast<const FourWords*>(row);
-      if (kind == FloatKind::f32) {
-        raw.half[0] = fours[2 * chunk];
-        raw.half[1] = fours[2 * chunk + 1];
-      } else {
-        raw.half[0] = fours[chunk];
-      }
-      return raw;
-    }
-    const int first = chunk * kProductItems;
-    AITER_UNROLL
-    for (int i = 0; i < kProductItems; ++i) {
-      if (kind == FloatKind::f32) {
-        raw.half[i / 4].word[i % 4] = reinterpret_cast<const uint32_t*>(row)[first + i];
-      } else {
-        const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[first + i];
-        raw.half[0].word[i / 2] |= bits << (i % 2 * 16);
-      }
-    }
-    return raw;
-  }
-  __device__ __forceinline__ float item(const Raw& raw, int i) const {
-    if (kind == FloatKind::f32) return bit_cast<float>(raw.half[i / 4].word[i % 4]);
-    const uint32_t high = bf16_item(raw.half[0], i);
-    if (kind == FloatKind::bf16) return bit_cast<float>(high);
-    return to_float(F16{static_cast<uint16_t>(high >> 16)});
+  static constexpr bool kHasChunks = false;
+  __device__ __forceinline__ float single(const unsigned char* row, int d) const {
+    return load_float(row, kind, d);
   }
 };
 
@@ -137,6 +141,16 @@ struct Tile {
   int first_row, first_expert;
   int num_rows;  // of all, as many as count
 };
+
+template <int kRows, int kExperts>
+__device__ __forceinline__ void add_item(const float (&of_row)[kRows],
+                                         const float (&of_expert)[kExperts],
+                                         float (&sums)[kRows * kExperts]) {
+  AITER_UNROLL
+  for (int i = 0; i < kRows * kExperts; ++i) {
+    sums[i] = fmaf(of_row[i / kExperts], of_expert[i % kExperts], sums[i]);
+  }
+}
 
 // Adds to sums[kExperts * r + x] what lane `partial` of a team adds up for row r and expert x of the tile. kAtOnce
 // chunks of every row are on their way at once.
@@ -157,51 +171,49 @@ __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidde
     experts[x] =
         p.weight + (expert_idx < p.num_experts ? expert_idx : p.num_experts - 1) * p.weight_stride;
   }
-  const int num_whole = p.width / kProductItems;
-  AITER_LOOP
-  for (int first = partial; first < num_whole; first += kAtOnce * kPartialSums) {
-    typename Hidden::Raw row_chunks[kAtOnce][kRows];
-    typename Weight::Raw expert_chunks[kAtOnce][kExperts];
-    AITER_UNROLL
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int chunk = first + u * kPartialSums;
-      const int there = chunk < num_whole ? chunk : first;
+  // The chunk from which on items are taken one by one: the one that is not whole, if it is this lane's.
+  int chunk = partial;
+  if constexpr (Hidden::kHasChunks) {
+    const int num_whole = p.width / kProductItems;
+    AITER_LOOP
+    for (; chunk < num_whole; chunk += kAtOnce * kPartialSums) {
+      typename Hidden::Raw row_chunks[kAtOnce][kRows];
+      typename Weight::Raw expert_chunks[kAtOnce][kExperts];
       AITER_UNROLL
-      for (int x = 0; x < kExperts; ++x) expert_chunks[u][x] = weight.load(experts[x], there);
-      AITER_UNROLL
-      for (int r = 0; r < kRows; ++r) row_chunks[u][r] = hidden.load(rows[r], there);
-    }
-    AITER_UNROLL
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (first + u * kPartialSums >= num_whole) break;
-      AITER_UNROLL
-      for (int i = 0; i < kProductItems; ++i) {
-        float of_expert[kExperts];
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int there = chunk + u * kPartialSums < num_whole ? chunk + u * kPartialSums : chunk;
         AITER_UNROLL
-        for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.item(expert_chunks[u][x], i);
+        for (int x = 0; x < kExperts; ++x) expert_chunks[u][x] = weight.load(experts[x], there);
         AITER_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const float of_row = hidden.item(row_chunks[u][r], i);
+        for (int r = 0; r < kRows; ++r) row_chunks[u][r] = hidden.load(rows[r], there);
+      }
+      AITER_UNROLL
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (chunk + u * kPartialSums >= num_whole) break;
+        AITER_UNROLL
+        for (int i = 0; i < kProductItems; ++i) {
+          float of_row[kRows], of_expert[kExperts];
           AITER_UNROLL
-          for (int x = 0; x < kExperts; ++x) {
-            float& sum = sums[kExperts * r + x];
-            sum = fmaf(of_row, of_expert[x], sum);
-          }
+          for (int r = 0; r < kRows; ++r) of_row[r] = hidden.item(row_chunks[u][r], i);
+          AITER_UNROLL
+          for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.item(expert_chunks[u][x], i);
+          add_item<kRows, kExperts>(of_row, of_expert, sums);
         }
       }
     }
+    chunk = partial == num_whole % kPartialSums ? num_whole : p.width;
   }
-  if (partial != num_whole % kPartialSums) return;
   AITER_LOOP
-  for (int d = num_whole * kProductItems; d < p.width; ++d) {
-    AITER_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const float of_row = load_float(rows[r], p.hidden_kind, d);
+  for (; chunk < (p.width + kProductItems - 1) / kProductItems; chunk += kPartialSums) {
+    const int behind = kProductItems * (chunk + 1);
+    AITER_LOOP
+    for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
+      float of_row[kRows], of_expert[kExperts];
       AITER_UNROLL
-      for (int x = 0; x < kExperts; ++x) {
-        float& sum = sums[kExperts * r + x];
-        sum = fmaf(of_row, load_float(experts[x], p.weight_kind, d), sum);
-      }
+      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows[r], d);
+      AITER_UNROLL
+      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts[x], d);
+      add_item<kRows, kExperts>(of_row, of_expert, sums);
     }
   }
 }
@@ -273,16 +285,19 @@ __device__ __forceinline__ void multiply(const RouterProduct& p, int num_rows, f
   const auto is = [&](int rows, int experts) {
     return p.tile.rows == rows && p.tile.experts == experts;
   };
-  if (p.by_bf16 != 0) {
+  if (p.by == ChunksBy::bf16) {
     const Bf16Chunks chunks;
     if (is(8, 4)) return product_tiles<8, 4, 1>(p, chunks, chunks, num_rows, lds);
     if (is(4, 4)) return product_tiles<4, 4, 2>(p, chunks, chunks, num_rows, lds);
     if (is(4, 1)) return product_tiles<4, 1, 3>(p, chunks, chunks, num_rows, lds);
     return product_tiles<1, 1, 4>(p, chunks, chunks, num_rows, lds);
   }
-  const AnyChunks hidden{p.hidden_kind, p.wide != 0}, weight{p.weight_kind, p.wide != 0};
-  if (is(4, 4)) return product_tiles<4, 4, 1>(p, hidden, weight, num_rows, lds);
-  return product_tiles<1, 1, 2>(p, hidden, weight, num_rows, lds);
+  if (p.by == ChunksBy::wide) {
+    const WideChunks hidden{p.hidden_kind}, weight{p.weight_kind};
+    if (is(4, 1)) return product_tiles<4, 1, 1>(p, hidden, weight, num_rows, lds);
+    return product_tiles<1, 1, 2>(p, hidden, weight, num_rows, lds);
+  }
+  product_tiles<1, 1, 1>(p, Items{p.hidden_kind}, Items{p.weight_kind}, num_rows, lds);
 }
 
 }  // namespace aiter

@@ -34,12 +34,12 @@ bool lies_wide(const TensorView& rows) {
 }
 
 // The largest tile of which there is one for most of the workgroups; a row alone for one token.
-TileShape choose_tile(int64_t num_tokens, int64_t num_experts, int num_workgroups, bool by_bf16) {
+TileShape choose_tile(int64_t num_tokens, int64_t num_experts, int num_workgroups, ChunksBy by) {
   const auto is_too_large = [](int tile, int64_t size) { return tile > 1 && tile >= 2 * size; };
   TileShape chosen{};
   for (const TileInstance& instance : kTiles) {
     const auto [rows, experts] = instance.shape;
-    if (!by_bf16 && !instance.for_any) continue;
+    if (by > instance.slowest) continue;
     chosen = instance.shape;
     if (is_too_large(rows, num_tokens) || is_too_large(experts, num_experts)) continue;
     const int64_t num_tiles =
@@ -67,10 +67,11 @@ RouterProduct product_of(const RouterTensors& router, const TensorView& logits,
   p.hidden_kind = float_kind(hidden);
   p.weight_kind = float_kind(weight);
   p.bias_kind = float_kind(router.router_bias);
-  p.wide = lies_wide(hidden) && lies_wide(weight);
-  p.by_bf16 = p.wide && p.hidden_kind == FloatKind::bf16 && p.weight_kind == FloatKind::bf16;
+  const bool is_wide = lies_wide(hidden) && lies_wide(weight);
+  const bool is_bf16 = p.hidden_kind == FloatKind::bf16 && p.weight_kind == FloatKind::bf16;
+  p.by = !is_wide ? ChunksBy::items : is_bf16 ? ChunksBy::bf16 : ChunksBy::wide;
   const int64_t num_tokens = hidden.shape[0];
-  p.tile = choose_tile(num_tokens, weight.shape[0], num_workgroups, p.by_bf16);
+  p.tile = choose_tile(num_tokens, weight.shape[0], num_workgroups, p.by);
   p.row_tiles = static_cast<int>(divided_up<int64_t>(num_tokens, p.tile.rows));
   p.num_tiles = p.row_tiles * divided_up(p.num_experts, p.tile.experts);
   p.tiles_per_block = divided_up(p.num_tiles, num_workgroups);
@@ -202,6 +203,23 @@ RouterConfig choose_config(const SortShape& shape, const RowChoice& rows,
                 std::to_string(shape.num_tokens));
 }
 
+// Rows of f32 that have a kernel without a rule: by lists, and by keys as far as few tokens take them. All others
+// are the rule's, with the same bits.
+template <typename Rows>
+struct HasPlainKernel : std::false_type {};
+template <int kLanes, int kValues, int kBest>
+struct HasPlainKernel<GroupRows<float, kLanes, kValues, kBest>> : std::true_type {};
+template <int kLanes, int kValues, int kBest>
+struct HasPlainKernel<KeyRows<kLanes, kValues, kBest>> : std::bool_constant<kLanes == kRuleLanes> {
+};
+
+bool has_plain_kernel(const RowChoice& rows) {
+  bool has = false;
+  dispatch_rows(DType::f32, rows,
+                [&](auto tag) { has = HasPlainKernel<typename decltype(tag)::type>::value; });
+  return has;
+}
+
 // What is launched.
 struct RouterLaunch {
   FusedFirst first;
@@ -234,13 +252,16 @@ RouterLaunch checked_launch(const FusedRouterSortingArgs& args) {
   made.product = product_of(args.router, logits, num_workgroups);
   made.params.shape = shape;
   made.params.sort = sort_params(routing.sort);
-  if (made.by_rule) made.rule = fused_rule(routing, problem);
+  made.rule = fused_rule(routing, problem);
   const bool one_token = is_one_token(shape, made.params.sort);
   const auto configure = [&](bool lds_is_full) {
     made.rule.row.in_memory = lds_is_full;
-    made.rows = made.by_rule ? rule_row_choice(made.rule.row, logits, made.limits.wave_size)
-                             : choose_rows(logits, shape.num_experts, shape.topk,
-                                           routing.need_renorm, made.limits.wave_size, lds_is_full);
+    if (!made.by_rule) {
+      made.rows = choose_rows(logits, shape.num_experts, shape.topk, routing.need_renorm,
+                              made.limits.wave_size, lds_is_full);
+      made.by_rule = !has_plain_kernel(made.rows);
+    }
+    if (made.by_rule) made.rows = rule_row_choice(made.rule.row, logits, made.limits.wave_size);
     return choose_config(shape, made.rows, made.product, num_workgroups, is_asked,
                          made.params.sort.row_bytes * shape.num_tokens, one_token, made.limits);
   };
@@ -256,11 +277,6 @@ RouterLaunch checked_launch(const FusedRouterSortingArgs& args) {
       fused_first(routing, shape, made.params.sort, made.rows, alone, {1, false}, one_token);
   return made;
 }
-
-// Rows of f32, which is what logits are.
-template <typename Rows>
-constexpr bool kTakesF32 = std::is_same_v<typename Rows::Item, float> ||
-                           std::is_same_v<typename Rows::Item, unsigned char>;
 
 }  // namespace
 
@@ -294,7 +310,7 @@ void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream) 
     }
     dispatch_rows(DType::f32, made.rows, [&](auto tag) {
       using Rows = typename decltype(tag)::type;
-      if constexpr (kTakesF32<Rows>) make(fused_router_sorting_kernel<Rows>);
+      if constexpr (HasPlainKernel<Rows>::value) make(fused_router_sorting_kernel<Rows>);
     });
   } catch (...) {
     forget_arrivals(made.params.ticket);
