@@ -26,11 +26,18 @@
 
 namespace aiter {
 
-// Threads of a workgroup: a tile of the product takes about a hundred registers of a lane.
+// Threads of a workgroup: a tile of the product takes about 128 registers of a lane, and so many keys of a row more.
 constexpr int kMaxRouterThreads = 512;
-__host__ __device__ constexpr int max_router_threads(int max_row_threads) {
-  return max_row_threads < kMaxRouterThreads ? max_row_threads : kMaxRouterThreads;
+__host__ __device__ constexpr int max_router_threads(int max_row_threads, bool by_keys,
+                                                     int values) {
+  const int most = by_keys && values > 16 ? kMaxRouterThreads / 2 : kMaxRouterThreads;
+  return max_row_threads < most ? max_row_threads : most;
 }
+template <typename Rows>
+constexpr int kRouterThreads = max_router_threads(Rows::kMaxThreads, false, 0);
+template <int kLanes, int kValues, int kBest>
+constexpr int kRouterThreads<KeyRows<kLanes, kValues, kBest>> =
+    max_router_threads(KeyRows<kLanes, kValues, kBest>::kMaxThreads, true, kValues);
 
 template <typename Rows, typename Rule>
 __device__ __forceinline__ void route_hidden(const FusedFirst& first, const FusedParams& p,
@@ -60,7 +67,7 @@ __device__ __forceinline__ void route_hidden(const FusedFirst& first, const Fuse
 }
 
 template <typename Rows>
-__global__ void AITER_LAUNCH_BOUNDS(max_router_threads(Rows::kMaxThreads))
+__global__ void AITER_LAUNCH_BOUNDS(kRouterThreads<Rows>)
     fused_router_sorting_kernel(const void* gating, int64_t row_stride,
                                 const int32_t* num_local_tokens, const int32_t* expert_mask,
                                 int num_tokens, int num_experts, int topk, int tokens_per_block,
@@ -73,7 +80,7 @@ __global__ void AITER_LAUNCH_BOUNDS(max_router_threads(Rows::kMaxThreads))
 }
 
 template <typename Rows>
-__global__ void AITER_LAUNCH_BOUNDS(max_router_threads(Rows::kMaxThreads))
+__global__ void AITER_LAUNCH_BOUNDS(kRouterThreads<Rows>)
     fused_router_sorting_rules_kernel(const void* gating, int64_t row_stride,
                                       const int32_t* num_local_tokens, const int32_t* expert_mask,
                                       int num_tokens, int num_experts, int topk,

@@ -142,6 +142,26 @@ struct Tile {
   int num_rows;  // of all, as many as count
 };
 
+// The rows of a matrix that are a tile's, at 32-bit offsets, which take half the registers of addresses.
+template <int kCount>
+struct TileRows {
+  const unsigned char* first;
+  uint32_t offset[kCount];  // in bytes
+
+  static __device__ __forceinline__ TileRows of(const unsigned char* matrix, int64_t stride,
+                                                int first_row, int num_rows) {
+    TileRows rows;
+    rows.first = matrix + first_row * stride;
+    const int last = num_rows - 1 - first_row;
+    AITER_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      rows.offset[i] = static_cast<uint32_t>(i < last ? i : last) * static_cast<uint32_t>(stride);
+    }
+    return rows;
+  }
+  __device__ __forceinline__ const unsigned char* at(int i) const { return first + offset[i]; }
+};
+
 template <int kRows, int kExperts>
 __device__ __forceinline__ void add_item(const float (&of_row)[kRows],
                                          const float (&of_expert)[kExperts],
@@ -158,19 +178,9 @@ template <int kRows, int kExperts, int kAtOnce, typename Hidden, typename Weight
 __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidden& hidden,
                                              const Weight& weight, const Tile& tile, int partial,
                                              float (&sums)[kRows * kExperts]) {
-  const unsigned char* rows[kRows];
-  const unsigned char* experts[kExperts];
-  AITER_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const int row = tile.first_row + r;
-    rows[r] = p.hidden + (row < tile.num_rows ? row : tile.num_rows - 1) * p.hidden_stride;
-  }
-  AITER_UNROLL
-  for (int x = 0; x < kExperts; ++x) {
-    const int expert_idx = tile.first_expert + x;
-    experts[x] =
-        p.weight + (expert_idx < p.num_experts ? expert_idx : p.num_experts - 1) * p.weight_stride;
-  }
+  const auto rows = TileRows<kRows>::of(p.hidden, p.hidden_stride, tile.first_row, tile.num_rows);
+  const auto experts =
+      TileRows<kExperts>::of(p.weight, p.weight_stride, tile.first_expert, p.num_experts);
   // The chunk from which on items are taken one by one: the one that is not whole, if it is this lane's.
   int chunk = partial;
   if constexpr (Hidden::kHasChunks) {
@@ -183,9 +193,9 @@ __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidde
       for (int u = 0; u < kAtOnce; ++u) {
         const int there = chunk + u * kPartialSums < num_whole ? chunk + u * kPartialSums : chunk;
         AITER_UNROLL
-        for (int x = 0; x < kExperts; ++x) expert_chunks[u][x] = weight.load(experts[x], there);
+        for (int x = 0; x < kExperts; ++x) expert_chunks[u][x] = weight.load(experts.at(x), there);
         AITER_UNROLL
-        for (int r = 0; r < kRows; ++r) row_chunks[u][r] = hidden.load(rows[r], there);
+        for (int r = 0; r < kRows; ++r) row_chunks[u][r] = hidden.load(rows.at(r), there);
       }
       AITER_UNROLL
       for (int u = 0; u < kAtOnce; ++u) {
@@ -210,9 +220,9 @@ __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidde
     for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
       float of_row[kRows], of_expert[kExperts];
       AITER_UNROLL
-      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows[r], d);
+      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows.at(r), d);
       AITER_UNROLL
-      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts[x], d);
+      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts.at(x), d);
       add_item<kRows, kExperts>(of_row, of_expert, sums);
     }
   }
@@ -233,9 +243,11 @@ __device__ __forceinline__ int add_neighbours(float (&sums)[kAll]) {
     const bool is_upper = (lane_idx() & kDistance) != 0;
     AITER_UNROLL
     for (int i = 0; i < kHalf; ++i) {
-      const float kept = is_upper ? sums[i + kHalf] : sums[i];
-      const float given = is_upper ? sums[i] : sums[i + kHalf];
-      sums[i] = kept + bit_cast<float>(wave_exchange<kDistance>(bit_cast<uint32_t>(given)));
+      // NOTE: copies, as of two places compilers choose the address, and keep the sums in memory.
+      const float low = sums[i], high = sums[i + kHalf];
+      const float given = is_upper ? low : high;
+      const float taken = bit_cast<float>(wave_exchange<kDistance>(bit_cast<uint32_t>(given)));
+      sums[i] = (is_upper ? high : low) + taken;
     }
     return (is_upper ? kHalf : 0) + add_neighbours<kDistance / 2, kHalf>(sums);
   }
@@ -248,7 +260,7 @@ __device__ inline void product_tiles(const RouterProduct& p, const Hidden& hidde
   constexpr int kLogits = kRows * kExperts;
   static_assert(kLogits <= kMaxTileLogits && (kLogits & (kLogits - 1)) == 0, "halves of the tile");
   const int num_teams = static_cast<int>(blockDim.x) / kPartialSums;
-  const int team = static_cast<int>(threadIdx.x) / kPartialSums;
+  const int team = uniform_wave_idx() / (kPartialSums / kWaveSize);
   const int partial = static_cast<int>(threadIdx.x) % kPartialSums;
   float* const lds_sums = lds + team * kSumsOfTeam * kMaxTileLogits;  // [kSumsOfTeam][kLogits]
   const int first_tile = static_cast<int>(blockIdx.x) * p.tiles_per_block;
@@ -288,8 +300,8 @@ __device__ __forceinline__ void multiply(const RouterProduct& p, int num_rows, f
   if (p.by == ChunksBy::bf16) {
     const Bf16Chunks chunks;
     if (is(8, 4)) return product_tiles<8, 4, 1>(p, chunks, chunks, num_rows, lds);
-    if (is(4, 4)) return product_tiles<4, 4, 2>(p, chunks, chunks, num_rows, lds);
-    if (is(4, 1)) return product_tiles<4, 1, 3>(p, chunks, chunks, num_rows, lds);
+    if (is(4, 4)) return product_tiles<4, 4, 1>(p, chunks, chunks, num_rows, lds);
+    if (is(4, 1)) return product_tiles<4, 1, 2>(p, chunks, chunks, num_rows, lds);
     return product_tiles<1, 1, 4>(p, chunks, chunks, num_rows, lds);
   }
   if (p.by == ChunksBy::wide) {

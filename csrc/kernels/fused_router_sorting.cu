@@ -21,6 +21,7 @@ __global__ void AITER_LAUNCH_BOUNDS(kMaxRouterThreads)
 namespace {
 
 constexpr int kMaxRouterWorkgroups = 1024;
+constexpr int64_t kMostTileRows = 8;  // of either matrix
 
 template <typename T>
 T divided_up(T x, T y) {
@@ -71,7 +72,10 @@ RouterProduct product_of(const RouterTensors& router, const TensorView& logits,
   const bool is_bf16 = p.hidden_kind == FloatKind::bf16 && p.weight_kind == FloatKind::bf16;
   p.by = !is_wide ? ChunksBy::items : is_bf16 ? ChunksBy::bf16 : ChunksBy::wide;
   const int64_t num_tokens = hidden.shape[0];
-  p.tile = choose_tile(num_tokens, weight.shape[0], num_workgroups, p.by);
+  constexpr int64_t kMostBytes = std::numeric_limits<uint32_t>::max();
+  const bool is_near = kMostTileRows * std::max(p.hidden_stride, p.weight_stride) <= kMostBytes;
+  p.tile =
+      is_near ? choose_tile(num_tokens, weight.shape[0], num_workgroups, p.by) : TileShape{1, 1};
   p.row_tiles = static_cast<int>(divided_up<int64_t>(num_tokens, p.tile.rows));
   p.num_tiles = p.row_tiles * divided_up(p.num_experts, p.tile.experts);
   p.tiles_per_block = divided_up(p.num_tiles, num_workgroups);
@@ -169,10 +173,11 @@ struct RouterConfig {
 RouterConfig choose_config(const SortShape& shape, const RowChoice& rows,
                            const RouterProduct& product, int num_workgroups, bool is_asked,
                            uint64_t zero_bytes, bool one_token, DeviceLimits limits) {
-  limits.max_threads_per_block = std::min(limits.max_threads_per_block, kMaxRouterThreads);
-  const int most_teams =
-      std::min({kMaxProductTeams, limits.max_threads_per_block / kPartialSums,
-                (rows.max_threads != 0 ? rows.max_threads : kMaxRouterThreads) / kPartialSums});
+  const int row_threads = rows.max_threads != 0 ? rows.max_threads : max_row_threads(rows.values);
+  limits.max_threads_per_block =
+      std::min(limits.max_threads_per_block,
+               max_router_threads(row_threads, rows.by == RowsBy::keys, rows.values));
+  const int most_teams = std::min(kMaxProductTeams, limits.max_threads_per_block / kPartialSums);
   const int num_teams = std::clamp(product.tiles_per_block, 1, most_teams);
   const int num_waves =
       std::max(choose_waves(shape, rows, shape.num_tokens, true, one_token, limits),
