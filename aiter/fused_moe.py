@@ -7,6 +7,7 @@ expert GEMMs of their own. Functions of ROCm's aiter have its names, argument or
 
 from .layer.calls import fused_moe, fused_moe_from_logits
 from .layer.experts import expert_backend
+from .layer.from_hidden import fused_moe_from_hidden
 from .layer.types import ActivationType, QuantType
 from .layer.warmup import warmup_layer
 from .routing.buffers import SortedBuffers
@@ -22,6 +23,7 @@ __all__ = [
     "empty_sorted_buffers",
     "expert_backend",
     "fused_moe",
+    "fused_moe_from_hidden",
     "fused_moe_from_logits",
     "fused_topk",
     "last_path",
