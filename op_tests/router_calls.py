@@ -54,6 +54,17 @@ def make_router(case: Case, device: str, width: int = 136, with_bias: bool = Tru
     )
 
 
+def drawn(
+    tokens: int, experts: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Hidden states [tokens, width] of several magnitudes, and a weight [experts, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp(2 * torch.randn(tokens, width, generator=generator))
+    hidden = torch.randn(tokens, width, generator=generator) * scale
+    weight = torch.randn(experts, width, generator=generator) / width**0.5
+    return hidden.to(dtype), weight.to(dtype)
+
+
 def check_logits(what: str, got: Tensor, expected: Tensor) -> None:
     """The same bits, but for those of a NaN."""
     got, expected = got.cpu(), expected.cpu()

@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import _checkout  # noqa: F401
 import pytest
 import torch
-from bad_input import Bad, check_refused, computed, constant, replaced, spread
 from buffers import GuardedBuffer
 from cases import GATING_DTYPES, INF, MASKS, NAN, Case
 from checks import check_same_bits
-from router_calls import check_logits, make_router, run_router
+from router_calls import check_logits, drawn, run_router
 from rule_cases import MODELS, check_routing, num_logits, random_bias
-from runners import SortedOutputs
 from script import parse_options, run_script
 from targets import Target
 from torch import Tensor
 
 from aiter import fused_moe, reference
-from aiter.ops.fused_router_sorting import fused_router_sorting_fwd, router_product
-from aiter.reference import router as plain
+from aiter.ops.fused_router_sorting import router_product
 from aiter.routing import dispatch
 
 BASE = Case(5, 24, 4, torch.bfloat16, block_size=8)
@@ -53,17 +49,6 @@ WIDTHS = (1, 7, 8, 9, 136, 1023, 1024, 1031, 2880)
 TOKENS = (1, 2, 3, 16, 17, 64, 200)
 
 
-def drawn(
-    tokens: int, experts: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Hidden states [tokens, width] of several magnitudes, and a weight [experts, width]."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.exp(2 * torch.randn(tokens, width, generator=generator))
-    hidden = torch.randn(tokens, width, generator=generator) * scale
-    weight = torch.randn(experts, width, generator=generator) / width**0.5
-    return hidden.to(dtype), weight.to(dtype)
-
-
 def route(target: Target, hidden: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """`router_topk_sorting` with K = 4, blocks of 8 and 16 columns of moe_buf; then the logits."""
     hidden, weight = hidden.to(target.device), weight.to(target.device)
@@ -75,56 +60,6 @@ def route(target: Target, hidden: Tensor, weight: Tensor, **options: Any) -> tup
         )  # fmt: skip
     target.synchronize()
     return (*out, logits)
-
-
-def exact(number: float) -> Fraction:
-    return Fraction.from_float(number)
-
-
-def nearest_f32(number: Fraction) -> float:
-    """Rounded to float32, ties to even: from the two neighbours of what float64 makes of it."""
-    guess = torch.tensor(float(number)).item()
-    close = [guess]
-    for direction in (INF, -INF):
-        close.append(torch.nextafter(torch.tensor(guess), torch.tensor(direction)).item())
-    least = min(abs(exact(x) - number) for x in close)
-    best = [x for x in close if abs(exact(x) - number) == least]
-    even = [x for x in best if torch.tensor(x).view(torch.int32).item() % 2 == 0]
-    return (even or best)[0]
-
-
-def test_the_multiply_add_of_the_reference_rounds_once() -> None:
-    """Also where a sum in float64 is rounded to the middle between two float32."""
-    generator = torch.Generator().manual_seed(0)
-    x, y, z = torch.randn(3, 4000, generator=generator)
-    z[::2] *= torch.exp2(torch.randint(-40, 40, (2000,), generator=generator).float())
-    # Products of 2^-24 (1 - 2^-46) and 2^-24 (1 + 2^-36), and what they are a middle's distance from.
-    x[:4] = 2.0**-24 * torch.tensor([1 + 2.0**-23, 1 + 2.0**-12, -1 - 2.0**-23, -1 - 2.0**-12])
-    y[:4] = torch.tensor([1 - 2.0**-23, 1 - 4095 * 2.0**-24]).repeat(2)
-    z[:4] = torch.tensor([1 + 2.0**-23, 1.0, -1 - 2.0**-23, -1.0])
-    x[5:40] *= 2.0**-75  # subnormal results
-    y[5:40] *= 2.0**-66
-    z[5:40] *= 2.0**-140
-    got = plain._fma(x.double(), y.double(), z)
-    wanted = [
-        nearest_f32(exact(a) * exact(b) + exact(c))
-        for a, b, c in zip(x.tolist(), y.tolist(), z.tolist(), strict=True)
-    ]
-    assert torch.equal(got, torch.tensor(wanted))
-    twice = (x.double() * y.double() + z.double()).float()
-    assert torch.all(twice[:4] != got[:4])  # or the numbers show nothing
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_reference_is_near_float64(width: int) -> None:
-    """Within the bound of the sum: a rounding for each item of a partial sum, and of the tree."""
-    hidden, weight = drawn(7, 5, width, torch.float32)
-    bias = torch.randn(5, generator=torch.Generator().manual_seed(1))
-    got = reference.router_logits(hidden, weight, bias).double()
-    wide = hidden.double() @ weight.double().T + bias.double()
-    size = hidden.double().abs() @ weight.double().abs().T + bias.double().abs()
-    roundings = 8 * -(-width // 1024) + 8
-    assert torch.all((got - wide).abs() <= roundings * 2.0**-24 * 1.01 * size)
 
 
 @pytest.mark.parametrize("workgroups", [None, 1, 3, 40, 1024])
@@ -390,132 +325,6 @@ def test_streams_and_no_synchronisation(gpu: Target) -> None:
     torch.cuda.synchronize()
     for logits in made:
         check_logits("logits", logits, wanted)
-
-
-def fwd_arguments(device: str) -> tuple[dict[str, Any], SortedOutputs, GuardedBuffer]:
-    """Valid arguments by name, and the outputs among them."""
-    case = replace(BASE, mask="ones", num_local=5)
-    router = make_router(case, device)
-    outputs = SortedOutputs.allocate(case, device)
-    logits = GuardedBuffer("logits_out", (5, 24), torch.float32, device)
-    arguments = {
-        "hidden_states": router.hidden_states,
-        "router_weight": router.weight,
-        "logits_out": logits.tensor,
-        **{buffer.name: buffer.tensor for buffer in outputs.buffers},
-        "num_experts": 24,
-        "topk": 4,
-        "unit_size": 8,
-        "router_bias": router.bias,
-        "correction_bias": torch.zeros(24, device=device),
-        "local_expert_mask": router.inputs.mask,
-        "num_local_tokens": router.inputs.num_local_tokens,
-    }
-    return arguments, outputs, logits
-
-
-MATRICES = ("hidden_states", "router_weight")
-BAD = [
-    *(Bad(f"{n} is a list", replaced(n, lambda t: t.tolist()), (n, "list"), TypeError)
-      for n in (*MATRICES, "logits_out", "router_bias")),
-    *(Bad(f"{n} is float64", replaced(n, lambda t: t.double()), (n, "float64"))
-      for n in (*MATRICES, "logits_out", "router_bias")),
-    *(Bad(f"{n} has three dimensions", replaced(n, lambda t: t[None]), (n,))
-      for n in (*MATRICES, "logits_out")),
-    *(Bad(f"{n} has inner stride 2", replaced(n, spread), (n, "inner stride 1", "2"))
-      for n in (*MATRICES, "logits_out")),
-    Bad("hidden_states without columns", lambda a: {n: a[n][:, :0] for n in MATRICES},
-        ("hidden_states", "columns")),
-    Bad("router_weight of another width", replaced("router_weight", lambda t: t[:, 1:]),
-        ("router_weight", "136", "135")),
-    Bad("router_weight of other experts", replaced("router_weight", lambda t: t[1:]),
-        ("router_weight", "24", "23")),
-    Bad("router_bias too short", replaced("router_bias", lambda t: t[1:]), ("router_bias", "23")),
-    Bad("router_bias strided", replaced("router_bias", spread), ("router_bias", "contiguous")),
-    Bad("logits_out of fewer rows", replaced("logits_out", lambda t: t[1:]), ("logits_out", "4")),
-    Bad("logits_out whose rows overlap", replaced("logits_out", lambda t: t[:1].expand(5, 24)),
-        ("logits_out", "do not overlap")),
-    Bad("logits_out in hidden_states",
-        computed("hidden_states", lambda a: a["logits_out"].view(torch.bfloat16)[:, :24]
-                 .as_strided((5, 136), (1, 1))), ("logits_out", "hidden_states", "memory")),
-    Bad("sorted_ids in the weight",
-        computed("router_weight", lambda a: a["sorted_ids"].view(torch.bfloat16)
-                 .as_strided((24, 136), (1, 1))), ("sorted_ids", "router_weight", "memory")),
-    Bad("logits_out in the correction bias",
-        computed("correction_bias", lambda a: a["logits_out"].view(-1)[:24]), ("memory",)),
-    Bad("hidden_states on another device", replaced("hidden_states", lambda t: t.to("meta")),
-        ("hidden_states|router_weight", "meta")),
-    Bad("topk too large", constant("topk", 25), ("topk", "25")),
-    Bad("num_experts of another width", constant("num_experts", 23), ("router_weight", "23")),
-    Bad("no blocks", constant("unit_size", 0), ("unit_size", "0")),
-    Bad("moe_buf of other rows", replaced("moe_buf", lambda t: t[1:]), ("moe_buf",)),
-    Bad("a mask of another size", replaced("local_expert_mask", lambda t: t[1:]),
-        ("local_expert_mask", "23")),
-    Bad("no workgroup", constant("num_workgroups", 0), ("num_workgroups", "1 to 1024", "0")),
-    Bad("too many workgroups", constant("num_workgroups", 1025), ("num_workgroups", "1025")),
-    Bad("workgroups by name", constant("num_workgroups", "2"), ("num_workgroups", "str"), TypeError),
-    Bad("an unknown format", constant("id_format", "block"), ("id_format", "block")),
-    Bad("a rule by name", constant("rule", "softmax"), ("rule", "str"), TypeError),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", BAD, ids=str)
-def test_bad_input(target: Target, bad: Bad) -> None:
-    arguments, outputs, logits = fwd_arguments(target.device)
-    check_refused(bad, fused_router_sorting_fwd, arguments, outputs, target)
-    if "logits_out" not in bad.name:
-        logits.check_untouched()
-
-
-def test_rows_that_do_not_fit_are_refused(target: Target) -> None:
-    rows = 100_000
-    hidden, weight = torch.zeros(rows, 8), torch.zeros(16, 8)
-    out = fused_moe.empty_sorted_buffers(rows, 8, 16, 1, torch.uint8, device=target.device)
-    logits = torch.empty(rows, 16, device=target.device)
-    with (
-        target.active(),
-        pytest.raises(ValueError, match=r"hidden_states: expected at most \d+ rows, .* got 100000"),
-    ):
-        fused_router_sorting_fwd(
-            hidden.to(target.device), weight.to(target.device), logits, *out, 16, 8, 32
-        )
-
-
-CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, type[Exception]]] = {
-    "no tensor": (lambda a: {"hidden_states": [1.0]}, "hidden_states: expected a tensor", TypeError),
-    "three dimensions": (lambda a: {"hidden_states": a["hidden_states"][None]},
-                         "hidden_states: expected a tensor of rank 2", ValueError),
-    "no weight": (lambda a: {"router_weight": None}, "router_weight: expected a tensor", TypeError),
-    "experts": (lambda a: {"num_experts": 25},
-                r"router_weight: expected shape \[25, any\], .* got 24 rows", ValueError),
-    "batch_invariant": (lambda a: {"batch_invariant": 1}, "batch_invariant: expected a bool",
-                        TypeError),
-    "logits_out": (lambda a: {"logits_out": 3}, "logits_out: expected a tensor", TypeError),
-    "policy": (lambda a: {"dispatch_policy": 3}, "dispatch_policy: expected", ValueError),
-    "out": (lambda a: {"out": (1, 2)}, "out: expected 5 tensors", TypeError),
-    "mask": (lambda a: {"expert_mask": torch.ones(3, dtype=torch.int32)},
-             "local_expert_mask: expected shape", ValueError),
-    "gradient": (lambda a: {"router_weight": a["router_weight"].requires_grad_()},
-                 "router_weight: expected a tensor that needs no gradient", ValueError),
-    "gradient of logits": (lambda a: {"logits_out": torch.zeros(5, 24, requires_grad=True)},
-                           "logits_out: expected a tensor that needs no gradient", ValueError),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("tokens", [5, 70])
-@pytest.mark.parametrize("name", CALLS)
-def test_bad_calls_launch_nothing(name: str, tokens: int) -> None:
-    """In one launch and in two: the product is not made for a routing that is refused."""
-    change, words, kind = CALLS[name]
-    hidden, weight = drawn(tokens, 24, 64)
-    logits = torch.full((tokens, 24), 7.0)
-    arguments = {
-        "hidden_states": hidden, "router_weight": weight, "topk": 4, "num_experts": 24,
-        "model_dim": 8, "moebuf_dtype": torch.float32, "logits_out": logits,
-    }  # fmt: skip
-    with pytest.raises(kind, match=words):
-        fused_moe.router_topk_sorting(**{**arguments, **change(arguments)})
-    assert torch.equal(logits, torch.full_like(logits, 7.0))
 
 
 def test_the_product_alone(target: Target) -> None:
