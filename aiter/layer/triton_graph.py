@@ -39,9 +39,9 @@ SCHEMAS = {
         f" {_OPTIONS}) -> Tensor"
     ),
     "fused_moe_from_hidden_triton": (
-        f"({_WEIGHTS}, Tensor router_weight, Tensor? router_bias, int topk, float[] rule,"
-        f" Tensor? correction_bias, Tensor(a!)? logits_out, bool batch_invariant, {_OPTIONS})"
-        " -> Tensor"
+        f"({_WEIGHTS}, Tensor router_weight, Tensor? router_input, Tensor? router_bias, int topk,"
+        f" float[] rule, Tensor? correction_bias, Tensor(a!)? logits_out, bool batch_invariant,"
+        f" {_OPTIONS}) -> Tensor"
     ),
 }
 

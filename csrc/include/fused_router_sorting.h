@@ -49,20 +49,21 @@ __device__ __forceinline__ void route_hidden(const FusedFirst& first, const Fuse
   multiply(product, num_local, reinterpret_cast<float*>(lds_base));
   release_to_device();
   __syncthreads();
+  // NOTE: kept from before the product, on AMD GPUs all these are more scalar registers than there are.
+  const FusedParams& rest = loaded_anew(p, sizeof(FusedFirst));
   const uint32_t num_workgroups = gridDim.x;
   uint32_t* const lds_place = reinterpret_cast<uint32_t*>(lds_base + FusedLds::kInbox);
-  if (threadIdx.x == 0) *lds_place = arrive(p.ticket, num_workgroups);
+  if (threadIdx.x == 0) *lds_place = arrive(rest.ticket, num_workgroups);
   __syncthreads();
   const uint32_t place = *lds_place;
   const uint32_t num_others = num_workgroups - 1;
   if (place < num_others || num_others == 0) {
     const uint64_t num_shares = num_others == 0 ? 1 : num_others;
-    zero_bytes(p.sort.moe_buf, num_local * p.sort.row_bytes,
+    zero_bytes(rest.sort.moe_buf, num_local * rest.sort.row_bytes,
                static_cast<uint64_t>(place) * blockDim.x + threadIdx.x, num_shares * blockDim.x);
   }
   if (place < num_others) return;
   acquire_from_device();
-  // NOTE: kept from before the product, on AMD GPUs these are more scalar registers than there are.
   route<Rows>(loaded_anew(first, 0), p, rule, 0, lds_base);
 }
 

@@ -142,24 +142,23 @@ struct Tile {
   int num_rows;  // of all, as many as count
 };
 
-// The rows of a matrix that are a tile's, at 32-bit offsets, which take half the registers of addresses.
-template <int kCount>
+// The rows of a matrix that are a tile's, the last one in the place of those behind it.
 struct TileRows {
   const unsigned char* first;
-  uint32_t offset[kCount];  // in bytes
+  uint32_t stride;  // in bytes; a tile is shorter than 4 GiB
+  int last;
 
   static __device__ __forceinline__ TileRows of(const unsigned char* matrix, int64_t stride,
                                                 int first_row, int num_rows) {
-    TileRows rows;
-    rows.first = matrix + first_row * stride;
-    const int last = num_rows - 1 - first_row;
-    AITER_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      rows.offset[i] = static_cast<uint32_t>(i < last ? i : last) * static_cast<uint32_t>(stride);
-    }
-    return rows;
+    return {matrix + first_row * stride, static_cast<uint32_t>(stride), num_rows - 1 - first_row};
   }
-  __device__ __forceinline__ const unsigned char* at(int i) const { return first + offset[i]; }
+  // NOTE: offsets that are kept from round to round take more scalar registers than AMD GPUs have.
+  __device__ __forceinline__ TileRows with_new_offsets() const {
+    return {first, stride, anew(last)};
+  }
+  __device__ __forceinline__ const unsigned char* at(int i) const {
+    return first + static_cast<uint32_t>(i < last ? i : last) * stride;
+  }
 };
 
 template <int kRows, int kExperts>
@@ -178,15 +177,16 @@ template <int kRows, int kExperts, int kAtOnce, typename Hidden, typename Weight
 __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidden& hidden,
                                              const Weight& weight, const Tile& tile, int partial,
                                              float (&sums)[kRows * kExperts]) {
-  const auto rows = TileRows<kRows>::of(p.hidden, p.hidden_stride, tile.first_row, tile.num_rows);
-  const auto experts =
-      TileRows<kExperts>::of(p.weight, p.weight_stride, tile.first_expert, p.num_experts);
+  TileRows rows = TileRows::of(p.hidden, p.hidden_stride, tile.first_row, tile.num_rows);
+  TileRows experts = TileRows::of(p.weight, p.weight_stride, tile.first_expert, p.num_experts);
   // The chunk from which on items are taken one by one: the one that is not whole, if it is this lane's.
   int chunk = partial;
   if constexpr (Hidden::kHasChunks) {
     const int num_whole = p.width / kProductItems;
     AITER_LOOP
     for (; chunk < num_whole; chunk += kAtOnce * kPartialSums) {
+      rows = rows.with_new_offsets();
+      experts = experts.with_new_offsets();
       typename Hidden::Raw row_chunks[kAtOnce][kRows];
       typename Weight::Raw expert_chunks[kAtOnce][kExperts];
       AITER_UNROLL
