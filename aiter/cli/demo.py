@@ -6,6 +6,9 @@ step goes router logits -> `topk_softmax_sorting` -> expert GEMMs over the sorte
 the `moe_buf` that the launch zeroed. Every routing is compared with `aiter.reference`, and the
 output of every layer's first step with a plain loop over tokens and slots.
 
+With `--router` a layer's launch starts from the hidden states and makes the router's product as well
+(`router_topk_sorting`); its logits are compared with the reference's to the bit.
+
 `--model` shows the whole layer in a transformers model instead: see `aiter.cli.demo_model`.
 """
 
@@ -26,8 +29,10 @@ from .. import fused_moe, reference
 from ..jit import cpu_wave
 from ..jit.log import get_logger
 from ..ops.device import current_device
+from ..ops.fused_router_sorting import fused_router_sorting_max_tokens
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..routing.buffers import TOKEN_MASK
+from ..routing.dispatch import MOST_ROUTER_TOKENS
 from .options import (
     MOST_SEED,
     MOST_TOKENS,
@@ -129,6 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", type=int, choices=(0, 1, 2), default=0, help="dispatch_policy: 0, 1 or 2"
     )
+    parser.add_argument(
+        "--router", action="store_true", help="make the router's product in the routing launch"
+    )
     parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of weights and tokens")
     return parser
 
@@ -157,15 +165,23 @@ def _make_layer(options: argparse.Namespace, device: torch.device) -> Layer:
     )
 
 
-def _route(logits: Tensor, options: argparse.Namespace) -> fused_moe.SortedBuffers:
-    return fused_moe.topk_softmax_sorting(
-        logits,
-        options.topk,
-        options.experts,
-        options.model_dim,
-        torch.bfloat16,
-        dispatch_policy=options.policy,
-    )
+def _route(
+    hidden: Tensor, logits: Tensor, layer: Layer, options: argparse.Namespace
+) -> fused_moe.SortedBuffers:
+    """The routing of logits; with `--router` that of hidden states, which writes them."""
+    sizes = (options.topk, options.experts, options.model_dim, torch.bfloat16)
+    if options.router:
+        return fused_moe.router_topk_sorting(
+            hidden, layer.router, *sizes, logits_out=logits, dispatch_policy=options.policy
+        )
+    return fused_moe.topk_softmax_sorting(logits, *sizes, dispatch_policy=options.policy)
+
+
+def _logits(hidden: Tensor, layer: Layer, options: argparse.Namespace) -> Tensor:
+    """The router's logits, or memory for those that the launch makes."""
+    if not options.router:
+        return hidden @ layer.router.T
+    return torch.empty(len(hidden), options.experts, device=hidden.device)
 
 
 def _clock(device: torch.device) -> float:
@@ -179,8 +195,9 @@ def _warm_up(
 ) -> None:
     """The first call, which builds the module or finds it in the cache."""
     hidden = torch.randn(options.tokens, options.model_dim, dtype=torch.bfloat16, device=device)
+    logits = _logits(hidden, layer, options)
     start = _clock(device)
-    _route(hidden @ layer.router.T, options)
+    _route(hidden, logits, layer, options)
     record.first_call_seconds = _clock(device) - start
     print(
         f"first call: {record.first_call_seconds:.2f} s, path {fused_moe.last_path()}"
@@ -189,6 +206,9 @@ def _warm_up(
 
 
 def _max_tokens(options: argparse.Namespace, device: torch.device) -> int:
+    if options.router:
+        most = fused_router_sorting_max_tokens(options.experts, options.topk, device=device)
+        return min(most, MOST_ROUTER_TOKENS)
     return fused_topk_moe_sorting_max_tokens(options.experts, options.topk, device=device)
 
 
@@ -200,9 +220,9 @@ def _decode(
         routing_us = experts_us = 0.0
         for index, layer in enumerate(layers):
             normed = torch.nn.functional.rms_norm(hidden, (options.model_dim,))
-            logits = normed @ layer.router.T
+            logits = _logits(normed, layer, options)
             start = _clock(device)
-            buffers = _route(logits, options)
+            buffers = _route(normed, logits, layer, options)
             routed = _clock(device)
             path = fused_moe.last_path()
             zeroed = not bool(buffers[4].any())
@@ -214,6 +234,8 @@ def _decode(
             where = f"step {step}, layer {index}"
             if not zeroed:
                 raise Mismatch(f"{where}: moe_buf: expected zeros after the launch, got others")
+            if options.router and options.tokens <= MOST_ROUTER_TOKENS:
+                _check_logits(where, normed, layer, logits)
             _check_routing(where, logits, buffers, options, record)
             if step == 0:
                 _check_output(where, normed, layer, logits, output, options, record)
@@ -242,6 +264,12 @@ def _experts(
 def _expert(hidden: Tensor, layer: Layer, expert: int) -> Tensor:
     gate, up = (hidden @ layer.gate_up[expert].T).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up) @ layer.down[expert].T
+
+
+def _check_logits(where: str, hidden: Tensor, layer: Layer, logits: Tensor) -> None:
+    wanted = reference.router_logits(hidden, layer.router)
+    if not torch.equal(logits, wanted):
+        raise Mismatch(f"{where}: logits: expected the bits of {wanted}, got {logits}")
 
 
 def _check_routing(

@@ -51,6 +51,11 @@ class Router:
     then: Callable[[Any, Tensor], Tensor] | None = None
     rule_by: Callable[[Any], Row] | None = None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are the product of the router's own weight, and nothing else."""
+        return not self.linear and self.then in (None, _to_float)
+
     def fields(self, router: Any) -> Row:
         """The fields of the rule as the router's attributes are now."""
         row = self.rule

@@ -2,7 +2,10 @@
 
     router:   logits alone; (logits, logits, Choice) in the place of (logits, weights, ids), or in the
               order of the installed transformers (`returned_by`)
-    experts:  (hidden states, Choice, logits) to `fused_moe_from_logits`; ready ids to `fused_moe`
+    hidden:   the router of a block whose launch makes the product: memory for the logits, and
+              FromHidden in the place of Choice
+    experts:  (hidden states, Choice, logits) to `fused_moe_from_logits`, FromHidden to
+              `fused_moe_from_hidden`, which writes the logits; ready ids to `fused_moe`
 
 The block's own forward calls one after the other and hands on what the router returned. So all that the
 experts have to know of the router travels in `Choice`, and each forward takes weights, biases and
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..fused_moe import fused_moe, fused_moe_from_logits, last_path
+from ..fused_moe import fused_moe, fused_moe_from_hidden, fused_moe_from_logits, last_path
 from ..layer.arguments import DTYPES
 from ..layer.parts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from ..layer.types import ActivationType
@@ -43,6 +46,22 @@ class Choice(NamedTuple):
     topk: int
     rule: RoutingRule
     correction_bias: Tensor | None
+
+
+class FromHidden(NamedTuple):
+    """What a router's product is made of, and how experts are to be chosen from it.
+
+    Attributes:
+        rows: [M, D'], what the router was called with.
+        weight, bias: the router's own.
+        logits: float32 [M, E], which the experts' call writes.
+    """
+
+    choice: Choice
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits: Tensor
 
 
 class Weights(NamedTuple):
@@ -143,15 +162,49 @@ def router_forward(
 ) -> tuple[Tensor | Choice, ...]:
     """The choice where the router's own forward returns ids, and logits where it returns others."""
     spec = ROUTERS[mark.kind]
+    choice = _choice(spec, router, arguments)
+    logits = _logits(spec, router, hidden_states)
+    if gradients_matter():
+        logits = checked(logits, router_logits=logits, correction_bias=choice.correction_bias)
+    return _in_order(mark, choice, logits)
+
+
+def hidden_forward(
+    router: Any, mark: Any, hidden_states: Tensor, *arguments: Tensor | None
+) -> tuple[Tensor | FromHidden, ...]:
+    """As `router_forward`, with logits that nobody has written yet."""
+    spec = ROUTERS[mark.kind]
+    choice = _choice(spec, router, arguments)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    weight = weight_of(spec, router)
+    if spec.inputs == "dtype of the weight":
+        rows = rows.to(weight.dtype)
+    bias = getattr(router, spec.bias) if spec.bias else None
+    logits = torch.empty(
+        (rows.shape[0], weight.shape[0]), dtype=torch.float32, device=hidden_states.device
+    )
+    if gradients_matter():
+        rows = checked(rows, hidden_states=rows, router_weight=weight, router_bias=bias)
+    return _in_order(mark, FromHidden(choice, rows.contiguous(), weight, bias, logits), logits)
+
+
+def _choice(spec: Router, router: Any, arguments: tuple[Tensor | None, ...]) -> Choice:
+    """What follows from a router's attributes and the arguments behind the hidden states."""
     bias = arguments[0] if spec.correction_bias == ARGUMENT else None
     if spec.correction_bias not in (None, ARGUMENT):
         bias = _named(router, str(spec.correction_bias)).reshape(-1)
-    logits = _logits(spec, router, hidden_states)
-    if gradients_matter():
-        logits = checked(logits, router_logits=logits, correction_bias=bias)
-    choice = Choice(router.top_k, rule_of(spec, router), bias)
+    return Choice(router.top_k, rule_of(spec, router), bias)
+
+
+def _in_order(mark: Any, choice: Choice | FromHidden, logits: Tensor) -> tuple[Any, ...]:
+    """The choice where the router's own forward returns ids, and logits where it returns others."""
     length, place = mark.returned
     return tuple(choice if i == place else logits for i in range(length))
+
+
+def weight_of(spec: Router, router: Any) -> Tensor:
+    """The weight of a router that has its own."""
+    return _named(router, spec.weight)
 
 
 def returned_by(router: Any) -> tuple[int, int]:
@@ -195,7 +248,7 @@ def _on_meta(module: Any) -> Any:
 def _logits(spec: Router, router: Any, hidden_states: Tensor) -> Tensor:
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     linear = getattr(router, spec.linear) if spec.linear else None
-    weight = linear.weight if linear is not None else _named(router, spec.weight)
+    weight = linear.weight if linear is not None else weight_of(spec, router)
     bias = getattr(router, spec.bias) if spec.bias else None
     if spec.inputs in ("f32", "f32 rows"):
         rows = rows.float()
@@ -214,7 +267,11 @@ def _logits(spec: Router, router: Any, hidden_states: Tensor) -> Tensor:
 
 
 def experts_forward(
-    experts: Any, mark: Any, hidden_states: Tensor, choice: Choice | Tensor, weights: Tensor
+    experts: Any,
+    mark: Any,
+    hidden_states: Tensor,
+    choice: Choice | FromHidden | Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """The sum of the experts' outputs [M, D] for a router's choice, or for ready ids and weights."""
     out = apply_experts(experts, hidden_states, choice, weights)
@@ -224,7 +281,7 @@ def experts_forward(
 
 
 def apply_experts(
-    experts: Any, hidden_states: Tensor, choice: Choice | Tensor, weights: Tensor
+    experts: Any, hidden_states: Tensor, choice: Choice | FromHidden | Tensor, weights: Tensor
 ) -> Tensor:
     """`experts_forward` without a mark: what transformers' registry of experts functions calls.
 
@@ -233,7 +290,7 @@ def apply_experts(
             transformers sets on it.
         hidden_states: [M, D].
         choice: a router's choice, or ids [M, K] of any int dtype; ids outside [0, E) count for nothing.
-        weights: the logits that belong to a choice, or the weights of the ids.
+        weights: the logits that belong to a `Choice`, or the weights of the ids; `FromHidden` has all.
     """
     if getattr(experts, "has_post_expert_norm", False):
         raise ValueError("experts: expected none that normalise what every expert returns")
@@ -255,6 +312,8 @@ def apply_experts(
         rows = hidden_states.to(dtype)
         if isinstance(choice, Choice):
             return _by_logits(rows, weights, choice, options)
+        if isinstance(choice, FromHidden):
+            return _by_hidden(rows, choice, options)
         if gradients_matter():
             weights = checked(weights, top_k_weights=weights)
         if choice.is_floating_point():
@@ -277,6 +336,14 @@ def _by_logits(rows: Tensor, logits: Tensor, choice: Choice, options: Mapping[st
     return out + (zero * rows).to(out.dtype)
 
 
+def _by_hidden(rows: Tensor, made_of: FromHidden, options: Mapping[str, Any]) -> Tensor:
+    topk, rule, bias = made_of.choice
+    return fused_moe_from_hidden(
+        rows, router_weight=made_of.weight, topk=topk, rule=rule, correction_bias=bias,
+        router_input=made_of.rows, router_bias=made_of.bias, logits_out=made_of.logits, **options,
+    )  # fmt: skip
+
+
 def _by_ids(rows: Tensor, weights: Tensor, ids: Tensor, options: Mapping[str, Any]) -> Tensor:
     return fused_moe(
         rows,
@@ -294,5 +361,9 @@ def _named(module: Any, path: str) -> Tensor:
     return tensor
 
 
-FORWARDS: dict[str, Callable[..., Any]] = {"router": router_forward, "experts": experts_forward}
+FORWARDS: dict[str, Callable[..., Any]] = {
+    "router": router_forward,
+    "hidden": hidden_forward,
+    "experts": experts_forward,
+}
 """By the role of a marked module."""

@@ -39,7 +39,7 @@ class Mark:
     """Says which forward of ours a module uses.
 
     Attributes:
-        role: "router" or "experts".
+        role: of `FORWARDS`: "router", "hidden" or "experts".
         kind: the class that the module had when it was marked, by name. Wrappers change the class.
         path: the routing path of the module's last eager call; None before the first.
         returned: of a router, how many tensors its own forward returns, and which one the ids are.

@@ -9,8 +9,9 @@ the block's own forward, which also adds shared experts, scales and reshapes. `u
 forwards of these two and leaves the block's alone: the router's then computes the logits only and
 hands them on in the place of the weights, the experts' takes them into `fused_moe_from_logits`. So
 what records the router's logits (`output_router_logits`), shared experts and hooks keep working, and
-no weight is copied. `forwards` says what is computed, `patching` how a forward is taken and given back,
-`blocks` which blocks are known.
+no weight is copied. With `router=True` the router hands on what its product is made of, and the launch
+that routes makes the product as well. `forwards` says what is computed, `patching` how a forward is
+taken and given back, `blocks` which blocks are known.
 
 Rejected: replacing the block's forward, which would have to repeat what each family does around the
 experts.
@@ -33,7 +34,7 @@ from ..layer.arguments import DTYPES
 from ..layer.experts import Backend, expert_backend
 from ..routing.dispatch import Path
 from .blocks import BLOCKS, REFUSED, Block
-from .forwards import apply_experts, returned_by, rule_of, weights_of
+from .forwards import apply_experts, returned_by, rule_of, weight_of, weights_of
 from .patching import Mark, mark_of, put_mark, replaceable, take_mark
 
 
@@ -43,9 +44,11 @@ class Patched:
 
     Attributes:
         layers: the names of the blocks in the model.
+        routers: those of them whose router's product is made by the routing launch.
     """
 
     layers: list[str] = field(default_factory=list)
+    routers: list[str] = field(default_factory=list)
     _experts: dict[str, tuple[Any, Mark]] = field(default_factory=dict)
     _marks: list[tuple[nn.Module, Mark]] = field(default_factory=list)
 
@@ -80,13 +83,18 @@ class Patched:
         self.remove()
 
 
-def use_aiter(model: nn.Module) -> Patched:
+def use_aiter(model: nn.Module, *, router: bool = False) -> Patched:
     """Makes every MoE block of a transformers model route and multiply through aiter.
 
     Args:
         model: a transformers model in float32, float16 or bfloat16 whose MoE blocks are in
             `blocks.BLOCKS`; docs/models.md lists them by model. Calls need no gradients: run it under
             `torch.no_grad()` or `torch.inference_mode()`; `model.generate` does so by itself.
+        router: whether the routing launch makes the router's product, too, in every block whose router
+            is a plain linear layer (`Patched.routers`; the others keep theirs, as with False). Logits
+            are float32 then, not rounded to another dtype, also under autocast; up to 64 tokens the
+            bits of a row's are its own (docs/contract.md). They are written when the experts run, so
+            a hook on the router must not read them.
 
     Returns:
         A handle; `remove()`, or leaving it as a context manager, undoes everything. Copies of the
@@ -94,8 +102,11 @@ def use_aiter(model: nn.Module) -> Patched:
 
     Raises:
         ValueError: a block with experts is of another kind, quantised, sharded or customised, or the
-            model has no MoE block; nothing was changed.
+            model has no MoE block, or none whose router is one with `router`; nothing was changed.
+        TypeError: `router` is no bool.
     """
+    if not isinstance(router, bool):
+        raise TypeError(f"router: expected a bool, got {type(router).__name__}")
     found: list[tuple[str, nn.Module, Block]] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -116,9 +127,14 @@ def use_aiter(model: nn.Module) -> Patched:
         raise ValueError(
             f"model: expected MoE blocks, {', '.join(BLOCKS)}, got none in {type(model).__name__}"
         )
+    if router and not any(_has_linear_router(block, known) for _, block, known in found):
+        raise ValueError(
+            "router: expected a block whose router is a plain linear layer, got none in"
+            f" {type(model).__name__}"
+        )
     patched = Patched()
     for name, block, known in found:
-        _patch(name, block, known, patched)
+        _patch(name, block, known, patched, router and _has_linear_router(block, known))
     return patched
 
 
@@ -194,10 +210,24 @@ def _check_weight(name: str, weight: Tensor) -> None:
         )
 
 
-def _patch(name: str, block: Any, known: Block, patched: Patched) -> None:
+def _has_linear_router(block: Any, known: Block) -> bool:
+    """Whether the block's launch can make its router's product."""
+    router = getattr(block, known.router)
+    if type(router).__name__ != known.router_class or not known.spec.is_linear:
+        return False
+    if rule_of(known.spec, router).num_zero_experts:
+        return False  # what they add goes by ids
+    weight = weight_of(known.spec, router)
+    return weight.dtype in DTYPES and type(weight) in (Tensor, nn.Parameter)
+
+
+def _patch(name: str, block: Any, known: Block, patched: Patched, by_launch: bool) -> None:
     router, experts = getattr(block, known.router), block.experts
     if type(router).__name__ == known.router_class:
-        patched._marks.append((router, put_mark(router, "router", returned_by(router))))
+        role = "hidden" if by_launch else "router"
+        patched._marks.append((router, put_mark(router, role, returned_by(router))))
+    if by_launch:
+        patched.routers.append(name)
     mark = put_mark(experts, "experts")
     patched._marks.append((experts, mark))
     patched._experts[name] = (experts, mark)

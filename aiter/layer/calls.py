@@ -156,7 +156,7 @@ def fused_moe(
     check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
     chosen = backend or expert_backend(w1, w2, activation)
-    if chosen == "triton" and _recorded(hidden_states, experts):
+    if chosen == "triton" and recorded(hidden_states, experts):
         return triton_graph.as_one_op(
             "fused_moe_triton", hidden_states, experts, topk_weight, topk_ids, limit, expert_mask,
             doweight_stage1, block_size_M, num_local_tokens, moe_sorting_dispatch_policy, dtype,
@@ -243,7 +243,7 @@ def fused_moe_from_logits(
     num_experts = full_rule.num_experts(gating_output.shape[1])
     check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
     chosen = backend or expert_backend(w1, w2, activation)
-    if chosen == "triton" and _recorded(hidden_states, experts):
+    if chosen == "triton" and recorded(hidden_states, experts):
         logits = checked(
             gating_output, gating_output=gating_output, correction_bias=correction_bias
         )
@@ -277,7 +277,7 @@ def fused_moe_from_logits(
     )  # fmt: skip
 
 
-def _recorded(hidden_states: Tensor, experts: Experts) -> bool:
+def recorded(hidden_states: Tensor, experts: Experts) -> bool:
     """Whether a tracer, a transform or a tensor subclass stands for what a kernel would read."""
     tensors = (hidden_states, experts.w1, experts.w2, experts.bias1, experts.bias2)
     return any(map(traced, tensors))
@@ -325,4 +325,6 @@ def _fused_moe_from_logits_op(*arguments: Any) -> Tensor:
 
 
 # NOTE: the registrations live as long as this object does.
-_library = triton_graph.register(_fused_moe_op, _fused_moe_from_logits_op)
+_library = triton_graph.register(
+    {"fused_moe_triton": _fused_moe_op, "fused_moe_from_logits_triton": _fused_moe_from_logits_op}
+)

@@ -1,16 +1,18 @@
 """How does a layer on the Triton backend take part in torch.compile and torch.export?
 
-As one registered op per entry, `fused_moe_triton` and `fused_moe_from_logits_triton`, which make the
-eager call when they run (`routing.graph` says why ops are registered this way). The size of the sort's
-blocks and the tiles follow from M; decided inside of the op, no tracer sees a comparison of M, and a
-graph made for any number of tokens is not made again for another one.
+As one registered op per entry, `fused_moe_triton`, `fused_moe_from_logits_triton` and
+`fused_moe_from_hidden_triton`, which make the eager call when they run (`routing.graph` says why ops
+are registered this way). The size of the sort's blocks and the tiles follow from M; decided inside of
+the op, no tracer sees a comparison of M, and a graph made for any number of tokens is not made again
+for another one.
 
-The calls themselves are in `calls`, which imports this module and hands them to `register`.
+The calls themselves are in `calls` and `from_hidden`, which import this module and hand them to
+`register`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -36,6 +38,11 @@ SCHEMAS = {
         f"({_WEIGHTS}, Tensor gating_output, int topk, float[] rule, Tensor? correction_bias,"
         f" {_OPTIONS}) -> Tensor"
     ),
+    "fused_moe_from_hidden_triton": (
+        f"({_WEIGHTS}, Tensor router_weight, Tensor? router_input, Tensor? router_bias, int topk,"
+        f" float[] rule, Tensor? correction_bias, Tensor(a!)? logits_out, bool batch_invariant,"
+        f" {_OPTIONS}) -> Tensor"
+    ),
 }
 
 
@@ -59,13 +66,11 @@ def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
     )  # fmt: skip
 
 
-def register(fused_moe: Callable[..., Tensor], fused_moe_from_logits: Callable[..., Tensor]) -> Any:
-    """Registers both ops with the functions that run them; they live as long as what is returned."""
+def register(calls: Mapping[str, Callable[..., Tensor]]) -> Any:
+    """Registers ops by name with the functions that run them; they live as long as what is returned."""
     library: Any = cast(Any, torch.library.Library)(NAMESPACE, "FRAGMENT")
-    for (name, schema), run in zip(
-        SCHEMAS.items(), (fused_moe, fused_moe_from_logits), strict=True
-    ):
-        library.define(name + schema)
+    for name, run in calls.items():
+        library.define(name + SCHEMAS[name])
         library.impl(name, run, "CompositeExplicitAutograd")
         library.impl(name, _fake, "Meta")
         library.impl(name, refusing(registered(name).default), "Autograd")

@@ -56,6 +56,11 @@ def basis_of(device: torch.device) -> Basis:
     return Basis(rows, None, dispatch.estimate_of(arch), origin, dispatch.modelled_of(arch))
 
 
+def override_of(device: torch.device) -> int | None:
+    """What AITER_DISPATCH says, for a device that there is a target for; raises as `basis_of`."""
+    return basis_of(device).override
+
+
 def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> dispatch.Choice:
     """The path of a problem on a device; arguments as of `dispatch.choose`."""
     if problem.dispatch_policy != dispatch.AUTOMATIC:

@@ -145,6 +145,11 @@ def chain_layouts(tokens: int, topk: int, workspace_bytes: int, device: torch.de
     )
 
 
+def logits_layouts(tokens: int, width: int, device: torch.device) -> Layouts:
+    """How the logits float32 [tokens, width] of a router are allocated on `device`."""
+    return _layouts(device, ((tokens, width), torch.float32))
+
+
 def scratch_layouts(num_bytes: int, device: torch.device) -> Layouts:
     """How `num_bytes` of scratch are allocated on `device`."""
     return _layouts(device, ((num_bytes,), torch.uint8))

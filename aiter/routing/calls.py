@@ -199,7 +199,7 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
         buffers = known.again(fields, *arguments)
         if buffers is not None:
             known.last.path = "fused"
-            _count_writes(*arguments[-2:])
+            count_writes(*arguments[-2:])
             return buffers
     request = Request(*fields)  # NOTE: a tracer cannot read the override, and has no use for it.
     tensors = Tensors(*arguments)
@@ -207,7 +207,7 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
     if traced(gating_output):
         return _as_traced(request, tensors)
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
-        _refuse_matrix("gating_output", gating_output)
+        refuse_matrix("gating_output", gating_output)
     has_bias = tensors.correction_bias is not None
     sizes = (gating_output.device, *gating_output.shape, gating_output.dtype, has_bias, *fields)
     plan = known.plan_of("plan_routing", sizes)
@@ -218,7 +218,7 @@ def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers
     else:
         launch_chain(request, plan, tensors, buffers)
     known.last.path = plan.path
-    _count_writes(tensors.topk_out, out)
+    count_writes(tensors.topk_out, out)
     return buffers
 
 
@@ -228,19 +228,19 @@ def _checked_gradients(tensors: Tensors) -> Tensor:
         tensors.gating_output,
         gating_output=tensors.gating_output,
         correction_bias=tensors.correction_bias,
-        **_named(tensors.topk_out, TOPK_NAMES),
-        **_named(tensors.out, BUFFER_NAMES),
+        **named_outputs(tensors.topk_out, TOPK_NAMES),
+        **named_outputs(tensors.out, BUFFER_NAMES),
     )
 
 
-def _count_writes(*given: Sequence[Tensor] | None) -> None:
+def count_writes(*given: Sequence[Tensor] | None) -> None:
     """Bumps the version counters of the outputs that the caller gave."""
     for tensors in given:
         if tensors is not None:
             wrote(*tensors)
 
 
-def _named(given: object, names: Sequence[str]) -> dict[str, object]:
+def named_outputs(given: object, names: Sequence[str]) -> dict[str, object]:
     """The outputs that a caller gives, by name; what they are is checked later."""
     return dict(zip(names, given, strict=False)) if isinstance(given, tuple | list) else {}
 
@@ -267,11 +267,13 @@ def moe_sorting(
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`.
     """
     if gradients_matter():
-        topk_weights = checked(topk_weights, topk_weights=topk_weights, **_named(out, BUFFER_NAMES))
+        topk_weights = checked(
+            topk_weights, topk_weights=topk_weights, **named_outputs(out, BUFFER_NAMES)
+        )
     if traced(topk_ids):
         tensors = {
             "topk_ids": topk_ids, "topk_weights": topk_weights, "expert_mask": expert_mask,
-            "num_local_tokens": num_local_tokens, **_named(out, BUFFER_NAMES),
+            "num_local_tokens": num_local_tokens, **named_outputs(out, BUFFER_NAMES),
         }  # fmt: skip
         refuse_some_meta(tensors, topk_ids)
         arguments = (
@@ -280,7 +282,7 @@ def moe_sorting(
         )  # fmt: skip
         return _into_or_new("moe_sorting", out, *arguments)
     if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
-        _refuse_matrix("topk_ids", topk_ids)
+        refuse_matrix("topk_ids", topk_ids)
     device = topk_ids.device
     sizes = (
         device, *topk_ids.shape, num_experts, model_dim, moebuf_dtype, block_size, dispatch_policy,
@@ -294,7 +296,7 @@ def moe_sorting(
         topk_ids, topk_weights, *buffers, num_experts, block_size, expert_mask, num_local_tokens,
         workspace, dispatch.POLICY_OF_CHAIN[path],
     )  # fmt: skip
-    _count_writes(out)
+    count_writes(out)
     known.last.path = path
     return buffers
 
@@ -320,7 +322,7 @@ def fused_topk(
         weights, ids = registered("fused_topk")(hidden_states, gating_output, topk, renormalize)
         return weights, ids
     if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
-        _refuse_matrix("gating_output", gating_output)
+        refuse_matrix("gating_output", gating_output)
     if not isinstance(hidden_states, Tensor):
         raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
     if hidden_states.shape[:1] != gating_output.shape[:1]:
@@ -334,7 +336,7 @@ def fused_topk(
     return weights, ids
 
 
-def _refuse_matrix(name: str, value: object) -> NoReturn:
+def refuse_matrix(name: str, value: object) -> NoReturn:
     """Raises that a tensor of rank 2 was expected."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -344,7 +346,7 @@ def _refuse_matrix(name: str, value: object) -> NoReturn:
 def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:
     """The call as a tracer is to see it: one registered op, which allocates or writes to `out`."""
     gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out = tensors
-    given_outputs = _named(topk_out, TOPK_NAMES) | _named(out, BUFFER_NAMES)
+    given_outputs = named_outputs(topk_out, TOPK_NAMES) | named_outputs(out, BUFFER_NAMES)
     refuse_some_meta(tensors._asdict() | given_outputs, gating_output)
     sizes = request[:4]
     later = (request.block_size, expert_mask, num_local_tokens, request.dispatch_policy)

@@ -5,7 +5,8 @@ it, so that it can be printed (`python -m aiter explain`), tested without a GPU,
 launch anything.
 
 Paths: "fused" is the single launch; "oneshot" and "multiphase" are the separate chain, top-k in
-one launch and the sort in one or three more. Under `dispatch_policy` 0 the first rule that applies
+one launch and the sort in one or three more; "router" is the single launch from hidden states, which
+`choose_router` has for few tokens. Under `dispatch_policy` 0 the first rule that applies
 decides between them:
 
 1. override   AITER_DISPATCH names the largest M of the fused launch, or asks for capacity alone;
@@ -33,11 +34,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["fused", "oneshot", "multiphase"]
+Path = Literal["router", "fused", "oneshot", "multiphase"]
 Rule = Literal["policy", "override", "measured", "modelled", "estimated", "capacity"]
 Logits = Literal["f32", "f16", "bf16"]
 
 AUTOMATIC, ONESHOT, MULTIPHASE = 0, 1, 2
+MOST_ROUTER_TOKENS = (
+    64  # of the launch from hidden states; its bits are kept up to there, whatever runs
+)
 POLICIES = (AUTOMATIC, ONESHOT, MULTIPHASE)
 POLICY_OF_CHAIN: dict[Path, int] = {"oneshot": ONESHOT, "multiphase": MULTIPHASE}
 
@@ -177,6 +181,23 @@ def choose(
         return Choice("fused", rule, row)
     path: Path = "oneshot" if problem.tokens * problem.topk <= oneshot_entries else "multiphase"
     return Choice(path, rule, row)
+
+
+def choose_router(
+    tokens: int, dispatch_policy: int, max_tokens: int, override: int | None = None
+) -> bool:
+    """Whether the product of the router is made in the launch that routes.
+
+    NOTE: nothing is measured so far, so it is up to the number of tokens that the launch was made for.
+
+    Args:
+        max_tokens: what `fused_router_sorting_max_tokens` says for E and K.
+        override: as in `choose`.
+    """
+    most = min(max_tokens, MOST_ROUTER_TOKENS)
+    if override is not None and override != CAPACITY:
+        most = min(most, override)
+    return dispatch_policy == AUTOMATIC and max_tokens > 0 and tokens <= most
 
 
 def nearest(

@@ -34,7 +34,7 @@ from ..ops import fused_topk_moe_sorting, moe_sorting_opus
 from ..ops import topk_routing as topk_routing_stub
 from ..ops import topk_softmax as topk_softmax_stub
 from ..ops.rule import RoutingRule, rule_of
-from . import calls
+from . import calls, router
 from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
 from .tracing import NAMESPACE, refuse_some_meta, registered, traced
@@ -54,6 +54,12 @@ _BY_RULE = (
     "int num_experts, int model_dim, ScalarType moebuf_dtype, float[] rule,"
     " Tensor? correction_bias=None, int block_size=32, Tensor? expert_mask=None,"
     " Tensor? num_local_tokens=None, int dispatch_policy=0, str id_format='slot'"
+)
+_FROM_HIDDEN = (
+    "Tensor hidden_states, Tensor router_weight, int topk, int num_experts, int model_dim, ScalarType"
+    " moebuf_dtype, float[] rule, Tensor? router_bias=None, Tensor? correction_bias=None,"
+    " int block_size=32, Tensor? expert_mask=None, Tensor? num_local_tokens=None,"
+    " int dispatch_policy=0, str id_format='slot', bool batch_invariant=False"
 )
 _SORTED = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _OUT = f"*, Tensor(a!) sorted_ids, {_SORT_OUTPUTS.removesuffix(', int num_experts')}"
@@ -92,6 +98,11 @@ SCHEMAS = {
     "topk_routing_sorting_out": (
         f"(Tensor gating_output, int topk, {_BY_RULE}, {_OUT}, Tensor(f!)? topk_weights=None,"
         " Tensor(g!)? topk_ids=None) -> ()"
+    ),
+    "router_topk_sorting": f"({_FROM_HIDDEN}) -> {_SORTED}",
+    "router_topk_sorting_out": (
+        f"({_FROM_HIDDEN}, {_OUT}, Tensor(f!)? topk_weights=None, Tensor(g!)? topk_ids=None,"
+        " Tensor(h!)? logits_out=None) -> ()"
     ),
     "moe_sorting": f"(Tensor topk_ids, Tensor topk_weights, {_ROUTING.format('')}) -> {_SORTED}",
     "moe_sorting_out": (
@@ -201,6 +212,29 @@ def _fake_topk_routing_sorting(
     return _empty_sorted(gating_output, slots, experts, model_dim, moebuf_dtype, block_size)
 
 
+def _fake_router_topk_sorting(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    rule: Sequence[float],
+    router_bias: Tensor | None = None,
+    correction_bias: Tensor | None = None,
+    block_size: int = 32,
+    expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    dispatch_policy: int = 0,
+    id_format: str = "slot",
+    batch_invariant: bool = False,
+) -> tuple[Tensor, ...]:
+    return _fake_topk_routing_sorting(
+        hidden_states, topk, num_experts, model_dim, moebuf_dtype, rule, block_size=block_size,
+        id_format=id_format,
+    )  # fmt: skip
+
+
 def _fake_moe_sorting(
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -248,6 +282,38 @@ def _topk_routing_sorting(
     )  # fmt: skip
 
 
+def _router_topk_sorting(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    rule: Sequence[float],
+    router_bias: Tensor | None = None,
+    correction_bias: Tensor | None = None,
+    block_size: int = 32,
+    expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    dispatch_policy: int = 0,
+    id_format: str = "slot",
+    batch_invariant: bool = False,
+    topk_weights: Tensor | None = None,
+    topk_ids: Tensor | None = None,
+    logits_out: Tensor | None = None,
+    out: SortedBuffers | None = None,
+) -> SortedBuffers:
+    """`router.router_topk_sorting` with a rule as numbers."""
+    return router.router_topk_sorting(
+        hidden_states, router_weight, topk, num_experts, model_dim, moebuf_dtype,
+        router_bias=router_bias, rule=rule_of(rule), correction_bias=correction_bias,
+        logits_out=logits_out, block_size=block_size, expert_mask=expert_mask,
+        num_local_tokens=num_local_tokens, dispatch_policy=dispatch_policy,
+        topk_out=_pair(topk_weights, topk_ids), id_format=id_format,
+        batch_invariant=batch_invariant, out=out,
+    )  # fmt: skip
+
+
 def _fused_topk_moe_sorting_fwd(
     *args: Any,
     rule: Sequence[float] | None = None,
@@ -291,6 +357,8 @@ def _register() -> Any:
         "topk_softmax_sorting_out": (_out(calls.topk_softmax_sorting), _fake_nothing),
         "topk_routing_sorting": (_topk_routing_sorting, _fake_topk_routing_sorting),
         "topk_routing_sorting_out": (_out(_topk_routing_sorting), _fake_nothing),
+        "router_topk_sorting": (_router_topk_sorting, _fake_router_topk_sorting),
+        "router_topk_sorting_out": (_out(_router_topk_sorting), _fake_nothing),
         "moe_sorting": (calls.moe_sorting, _fake_moe_sorting),
         "moe_sorting_out": (_out(calls.moe_sorting), _fake_nothing),
         "fused_topk": (calls.fused_topk, _fake_fused_topk),

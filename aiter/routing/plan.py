@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..jit import module_for
+from ..ops.fused_router_sorting import fused_router_sorting_max_tokens
 from ..ops.fused_topk_moe_sorting import (
     FusedCalls,
     fused_calls,
@@ -21,8 +22,15 @@ from ..ops.fused_topk_moe_sorting import (
 )
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from . import dispatch
-from .basis import choose
-from .buffers import Buffers, Layouts, chain_layouts, checked_buffers, sorted_layouts
+from .basis import choose, override_of
+from .buffers import (
+    Buffers,
+    Layouts,
+    chain_layouts,
+    checked_buffers,
+    logits_layouts,
+    sorted_layouts,
+)
 from .request import Request
 
 
@@ -43,6 +51,18 @@ class Chain(NamedTuple):
     layouts: Layouts
 
 
+class Router(NamedTuple):
+    """The router's product on a device.
+
+    Attributes:
+        by_us: whether logits are made in our order, not by PyTorch.
+        layouts: how logits are allocated that the caller does not ask for.
+    """
+
+    by_us: bool
+    layouts: Layouts
+
+
 class Plan(NamedTuple):
     """What a call's sizes decide.
 
@@ -53,6 +73,8 @@ class Plan(NamedTuple):
         layouts: how they are allocated.
         fused: the fused launch, if that is the path of a routing.
         chain: the chain, if that is.
+        router: the product, of a routing of hidden states. With the path "router" it is part of the
+            launch; with any other, the routing of its logits is planned for itself.
     """
 
     path: dispatch.Path
@@ -61,6 +83,7 @@ class Plan(NamedTuple):
     layouts: Layouts
     fused: FusedCalls | None = None
     chain: Chain | None = None
+    router: Router | None = None
 
 
 def plan_routing(
@@ -108,6 +131,41 @@ def plan_routing(
             chain_layouts(tokens, slots, plan.workspace_bytes, device),
         )
     )
+
+
+def plan_router(
+    device: torch.device,
+    tokens: int,
+    experts: int,
+    batch_invariant: bool,
+    *fields: Any,
+) -> Plan:
+    """The plan of a routing of `tokens` hidden states by a weight of `experts` rows; raises as above."""
+    request = Request(*fields)
+    dispatch.check_policy(request.dispatch_policy)
+    if not isinstance(batch_invariant, bool):
+        kind = type(batch_invariant).__name__
+        raise TypeError(f"batch_invariant: expected a bool, got {kind}")
+    request.check(tokens, experts, "router_weight")
+    slots = request.num_slots
+    buffers = checked_buffers(
+        tokens, slots, request.num_sorted_experts, request.model_dim, request.moebuf_dtype,
+        request.block_size,
+    )  # fmt: skip
+    max_tokens = 0
+    if request.dispatch_policy == dispatch.AUTOMATIC and tokens <= dispatch.MOST_ROUTER_TOKENS:
+        all_experts = request.num_experts + request.full_rule.num_zero_experts
+        max_tokens = fused_router_sorting_max_tokens(all_experts, slots, device=device)
+    in_one = dispatch.choose_router(
+        tokens, request.dispatch_policy, max_tokens, override_of(device)
+    )
+    router = Router(
+        batch_invariant or tokens <= dispatch.MOST_ROUTER_TOKENS,
+        logits_layouts(tokens, experts, device),
+    )
+    # NOTE: "fused" stands for whatever the routing of the logits takes.
+    path: dispatch.Path = "router" if in_one else "fused"
+    return Plan(path, 0, buffers, sorted_layouts(buffers, device), router=router)
 
 
 def plan_sorting(

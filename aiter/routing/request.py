@@ -65,8 +65,11 @@ class Request(NamedTuple):
         zero = self.full_rule.num_zero_experts if self.id_format == "flat" else 0
         return self.num_experts + zero
 
-    def check(self, tokens: int, width: int) -> None:
-        """Raises TypeError or ValueError for what no op checks; the logits are [tokens, width]."""
+    def check(self, tokens: int, width: int, name: str = "gating_output") -> None:
+        """Raises TypeError or ValueError for what no op checks.
+
+        The logits are [tokens, width]; or `name` is a router's weight, which has `width` rows.
+        """
         if not isinstance(self.rule, bool | tuple):
             raise TypeError(f"need_renorm: expected a bool, got {type(self.rule).__name__}")
         if self.id_format not in ID_FORMATS:
@@ -79,9 +82,12 @@ class Request(NamedTuple):
             others = f" with {rule.num_shared_experts} shared and {rule.num_zero_experts} zero ones"
         expected = rule.num_logits(self.num_experts)
         if width != expected:
+            shape, got = f"[any, {expected}]", str([tokens, width])
+            if name != "gating_output":
+                shape, got = f"[{expected}, any]", f"{width} rows"
             raise ValueError(
-                f"gating_output: expected shape [any, {expected}], for num_experts ="
-                f" {self.num_experts}{others}, got {[tokens, width]}"
+                f"{name}: expected shape {shape}, for num_experts ="
+                f" {self.num_experts}{others}, got {got}"
             )
         choices = self.num_experts - rule.num_shared_experts + rule.num_zero_experts
         if self.topk > choices:

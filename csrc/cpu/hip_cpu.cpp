@@ -491,14 +491,14 @@ void fence(Fence kind, Scope scope) {
                                                   : std::memory_order_acquire);
 }
 
-bool arrive(uint32_t* ticket, uint32_t num_workgroups) {
+uint32_t arrive(uint32_t* ticket, uint32_t num_workgroups) {
   if (observer != nullptr) observer->arrives(ticket);
   const uint32_t last = num_workgroups - 1;
   uint32_t old = __atomic_load_n(ticket, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(ticket, &old, old >= last ? 0 : old + 1, true,
                                       __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
-  return old == last;
+  return old;
 }
 
 unsigned num_cores() {

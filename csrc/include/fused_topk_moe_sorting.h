@@ -313,17 +313,19 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
                       block.cluster_size * blockDim.x);
 }
 
+// `place`: of the workgroup among those that route.
 template <bool kAny>
-__device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, char* lds_base) {
+__device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, int place,
+                                                      char* lds_base) {
   const auto words = [&](uint32_t offset) {
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
   RoutingBlock block;
   const bool is_clustered = kMaxClusterSize > 1 && !first.hands_over();
   block.cluster_size = is_clustered ? first.num_routing() : 1;
-  block.rank = is_clustered ? static_cast<int>(blockIdx.x) : 0;
+  block.rank = is_clustered ? place : 0;
   block.wave = uniform_wave_idx();
-  block.first_token = static_cast<int>(blockIdx.x) * first.tokens_per_block;
+  block.first_token = place * first.tokens_per_block;
   block.lds_rows = first.lds_rows();
   block.hits = {words(FusedLds::kHits), padded_experts(first.num_experts),
                 hit_words(block.lds_rows)};
@@ -367,7 +369,8 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
   release_to_device();
   __syncthreads();
   uint32_t* const lds_is_last = reinterpret_cast<uint32_t*>(lds_base + FusedLds::kInbox);
-  if (threadIdx.x == 0) *lds_is_last = arrive(p.ticket, num_routing) ? 1 : 0;
+  const uint32_t last = static_cast<uint32_t>(num_routing) - 1;
+  if (threadIdx.x == 0) *lds_is_last = arrive(p.ticket, num_routing) == last ? 1 : 0;
   __syncthreads();
   if (*lds_is_last == 0) return false;
   acquire_from_device();
@@ -406,9 +409,9 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
 
 template <typename Rows, typename Rule>
 __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams& p,
-                                      const Rule& rule, char* lds_base) {
+                                      const Rule& rule, int place, char* lds_base) {
   constexpr bool kAny = Rule::kAnySort;
-  RoutingBlock block = routing_block<kAny>(first, lds_base);
+  RoutingBlock block = routing_block<kAny>(first, place, lds_base);
   const int rows_there = first.num_tokens - block.first_token;
   const int last_row = rows_there - 1;
   const auto row_at = [&](int row) {
@@ -505,7 +508,9 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
   if (AITER_UNLIKELY(blockIdx.x >= static_cast<unsigned>(first.num_routing()))) {
     return zero_rows(first, p);
   }
-  if constexpr (Rows::kIsUsed) route<Rows>(first, p, NoRule{}, lds_base);
+  if constexpr (Rows::kIsUsed) {
+    route<Rows>(first, p, NoRule{}, static_cast<int>(blockIdx.x), lds_base);
+  }
 }
 
 }  // namespace aiter

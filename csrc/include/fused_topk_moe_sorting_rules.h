@@ -71,7 +71,7 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
   if (AITER_UNLIKELY(blockIdx.x >= static_cast<unsigned>(first.num_routing()))) {
     return zero_rows(first, p);
   }
-  route<Rows>(first, p, rule, lds_base);
+  route<Rows>(first, p, rule, static_cast<int>(blockIdx.x), lds_base);
 }
 
 // The kernel for rows of this rule (kernels/fused_topk_moe_sorting_rules.cu).

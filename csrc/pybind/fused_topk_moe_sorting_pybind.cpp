@@ -3,6 +3,7 @@
 #include "fused_topk_moe_sorting_api.h"
 #include "known_calls.h"
 #include "pybind_args.h"
+#include "pybind_rule.h"
 #include "target.h"
 
 namespace py = pybind11;
@@ -79,29 +80,6 @@ struct RoutingFields {
   }
 };
 
-// `rule` is None or a bool, its need_renorm, for plain softmax.
-void set_rule(py::handle rule, py::handle correction_bias, aiter::FusedTopkMoeSortingArgs& args) {
-  args.correction_bias = aiter::optional_input_arg(correction_bias, "correction_bias");
-  if (rule.is_none()) return;
-  if (PyBool_Check(rule.ptr())) {
-    args.need_renorm = rule.ptr() == Py_True;
-  } else {
-    args.rule = aiter::packed_arg<std::tuple_size_v<aiter::RuleNumbers>>(rule, "rule");
-    args.need_renorm = (*args.rule)[aiter::kRuleNeedRenorm] != 0;
-  }
-}
-
-// `topk_out` is None or two tensors.
-void set_topk_out(py::handle topk_out, aiter::FusedTopkMoeSortingArgs& args) {
-  if (topk_out.is_none()) return;
-  if (!aiter::is_tuple_of(2, topk_out)) {
-    throw py::type_error("topk_out: expected a tuple of two tensors or None, got " +
-                         aiter::detail::type_name(topk_out));
-  }
-  args.topk_weights = aiter::tensor_arg(PyTuple_GET_ITEM(topk_out.ptr(), 0), "topk_out[0]");
-  args.topk_ids = aiter::tensor_arg(PyTuple_GET_ITEM(topk_out.ptr(), 1), "topk_out[1]");
-}
-
 // As fused_topk_moe_sorting_fwd, into outputs of exactly the expected sizes. False: nothing was
 // launched, as they are not plainly that, and the caller is to find out what they are.
 //
@@ -120,11 +98,11 @@ py::object fused_topk_moe_sorting_into(const std::array<py::handle, 9>& argument
   for (int i = 0; i < aiter::kNumSortedBuffers; ++i) aiter::check_memory(*views[i]);
   args.sort.expert_mask = aiter::optional_tensor_arg(expert_mask, "local_expert_mask");
   args.sort.num_local_tokens = aiter::optional_tensor_arg(num_local_tokens, "num_local_tokens");
-  set_topk_out(topk_out, args);
+  aiter::set_topk_out(topk_out, args);
   args.num_experts = aiter::int_arg(fields.num_experts, "num_experts");
   args.topk = aiter::int_arg(fields.topk, "topk");
   args.unit_size = aiter::int_arg(fields.block_size, "unit_size");
-  set_rule(fields.rule, correction_bias, args);
+  aiter::set_rule(fields.rule, correction_bias, args);
   args.flat_ids = aiter::is_flat(fields.id_format);
   void* stream = aiter::current_stream(gating_output, args.gating_output);
   if (!layouts.is_none()) check_layouts(layouts);
@@ -220,11 +198,11 @@ PYBIND11_MODULE(module_fused_topk_moe_sorting, m) {
             {},
             aiter::is_flat(id_format)};
         const bool asked = args.need_renorm;
-        set_rule(rule, correction_bias, args);
+        aiter::set_rule(rule, correction_bias, args);
         if (args.need_renorm != asked) {
           aiter::fail_argument("need_renorm", "that of the rule", asked ? "True" : "False");
         }
-        set_topk_out(topk_out, args);
+        aiter::set_topk_out(topk_out, args);
         void* stream = aiter::current_stream(gating_output, args.gating_output);
         const aiter::ReleaseGilOnCpu release(args.gating_output);
         aiter::fused_topk_moe_sorting_fwd(args, stream);

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from cases import GATING_DTYPES, LOGITS, MASKS, Case
 from route_calls import run_routing
+from router_calls import run_router
 from runners import can_hand_over, run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 
@@ -37,6 +38,10 @@ def _fused_handover(case: Case, target: Target) -> object:
     hands_over = can_hand_over(target)
     fused = partial(aiter.fused_topk_moe_sorting_fwd, handover_size=5 if hands_over else 1)
     return run_fused(case, target, fused, hands_over)
+
+
+def _router(case: Case, target: Target) -> object:
+    return run_router(case, target, num_workgroups=5, width=44)
 
 
 def _topk_softmax(case: Case, target: Target) -> object:
@@ -68,7 +73,10 @@ def _routing(policy: int) -> Run:
     return lambda case, target: run_routing(case, target, policy)
 
 
-MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus")
+MODULES = (
+    "module_fused_topk_moe_sorting", "module_fused_router_sorting", "module_topk_softmax",
+    "module_moe_sorting_opus",
+)  # fmt: skip
 
 # By the name that the table shows. Routing allocates its outputs, so that a sanitizer knows their
 # exact bounds; the others have guards around theirs, and workspaces of exactly the size asked for.
@@ -76,6 +84,7 @@ RUNS: dict[str, Run] = {
     "fused": _fused,
     "fused, several workgroups": _fused_cluster,
     "fused, handed over": _fused_handover,
+    "router": _router,
     "topk_softmax": _topk_softmax,
     "sorting oneshot": _sorting(1),
     "sorting multiphase": _sorting(2),

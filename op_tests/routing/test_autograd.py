@@ -18,6 +18,7 @@ from aiter.fused_moe import (
     fused_moe_from_logits,
     fused_topk,
     moe_sorting,
+    router_topk_sorting,
     topk_softmax_sorting,
 )
 from aiter.routing.autograd import refuse_gradients, wrote
@@ -38,6 +39,7 @@ def inputs() -> dict[str, Tensor]:
         "hidden_states": draw(M, D), "w1": draw(E, 24, D), "w2": draw(E, D, 12),
         "bias1": draw(E, 24), "bias2": draw(E, D), "gating_output": logits,
         "topk_weight": weights, "topk_weights": weights.clone(), "topk_ids": ids,
+        "router_weight": draw(E, D), "router_bias": draw(E), "logits_out": torch.empty(M, E),
         "sorted_weights": torch.empty(M * K + E * 32 - K), "moe_buf": torch.empty(M, D),
     }  # fmt: skip
 
@@ -64,6 +66,13 @@ def layer_of_ids(t: dict[str, Tensor]) -> Tensor:
     return fused_moe(
         t["hidden_states"], t["w1"], t["w2"], t["topk_weight"], t["topk_ids"], bias1=t["bias1"],
         bias2=t["bias2"],
+    )  # fmt: skip
+
+
+def from_hidden(t: dict[str, Tensor], **named: Any) -> Any:
+    return router_topk_sorting(
+        t["hidden_states"], t["router_weight"], K, E, D, torch.float32,
+        router_bias=t["router_bias"], logits_out=t["logits_out"], out=tuple(buffers(t)), **named,
     )  # fmt: skip
 
 
@@ -96,6 +105,11 @@ ENTRIES: dict[str, tuple[Call, tuple[str, ...]]] = {
     "fused_topk_moe_sorting_fwd": (
         lambda t: aiter.fused_topk_moe_sorting_fwd(t["gating_output"], *buffers(t), E, K, 32, True),
         ("gating_output", *OUTPUTS)),
+    "router_topk_sorting": (
+        from_hidden, ("hidden_states", "router_weight", "router_bias", "logits_out", *OUTPUTS)),
+    "router_topk_sorting, chain": (
+        lambda t: from_hidden(t, dispatch_policy=1),
+        ("hidden_states", "router_weight", "router_bias", "logits_out", *OUTPUTS)),
     "by name": (
         lambda t: aiter.fused_topk_moe_sorting_fwd(
             moe_buf=t["moe_buf"], need_renorm=True, unit_size=32, topk=K, num_experts=E,

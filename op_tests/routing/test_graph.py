@@ -35,6 +35,7 @@ LAUNCHERS = (
     "topk_softmax_sorting_out",
     "topk_routing_sorting_out",
     "moe_sorting_out",
+    "router_topk_sorting_out",
 )
 
 
@@ -60,6 +61,8 @@ def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any
     ids.copy_(torch.stack([torch.randperm(E) for _ in range(M)])[:, :K])
     mask = torch.ones(E, dtype=torch.int32, device=device)
     count = torch.tensor([M], dtype=torch.int32, device=device)
+    hidden, router_weight, bias = torch.randn(M, D), torch.randn(E, D), torch.randn(E)
+    hidden, router_weight, bias = (t.to(device) for t in (hidden, router_weight, bias))
     routing = (E, D, torch.bfloat16)
     rule = [float(number) for number in RoutingRule(need_renorm=False).packed]
     out = dict(zip(BUFFER_NAMES, buffers(device), strict=True))
@@ -78,6 +81,14 @@ def arguments_of(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any
         "topk_softmax_sorting_out": ((logits, K, *routing, True, 1, mask, count), out),
         "topk_routing_sorting": ((logits, K, *routing, rule, None, 1, mask, count), {}),
         "topk_routing_sorting_out": ((logits, K, *routing, rule, None, 1, mask, count), out),
+        "router_topk_sorting": (
+            (hidden, router_weight, K, *routing, rule, bias, None, 1, mask, count),
+            {},
+        ),
+        "router_topk_sorting_out": (
+            (hidden, router_weight, K, *routing, rule, bias, None, 1, mask, count),
+            {**out, "logits_out": torch.zeros_like(logits)},
+        ),
         "moe_sorting": ((ids, weights, *routing, 1, mask, count, 2), {}),
         "moe_sorting_out": ((ids, weights, *routing, 1, mask, count, 2), out),
         "fused_topk": ((logits, logits, K, False), {}),
@@ -185,7 +196,23 @@ def given_outputs(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Ten
     return out[1] + out[0] - again[0]
 
 
-GRAPHS: list[Callable[..., Tensor]] = [whole_layer, chain_layer, raw_ops, given_outputs]
+def from_hidden(hidden: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    weight = w1[:, :E].reshape(-1, D)[: 2 * E]
+    sizes = (K, 2 * E, D, torch.float32)
+    first = fused_moe.router_topk_sorting(hidden, weight, *sizes, block_size=1)
+    out = tuple(torch.empty_like(tensor) for tensor in first)
+    written = torch.empty(hidden.shape[0], 2 * E, device=hidden.device)
+    weights, ids = empty_topk(hidden.shape[0], K, hidden.device)
+    fused_moe.router_topk_sorting(
+        hidden, weight, *sizes, block_size=1, out=out, logits_out=written, topk_out=(weights, ids)
+    )
+    used = hidden.shape[0] * K  # slots of blocks of one
+    return (out[1] + out[0] - first[0])[:used].sum() + written.sum() + weights.sum() + ids.sum()
+
+
+GRAPHS: list[Callable[..., Tensor]] = [
+    whole_layer, chain_layer, raw_ops, given_outputs, from_hidden
+]  # fmt: skip
 # Inductor computes a fused chain of bfloat16 steps in float32 and rounds once.
 COMPILED_TOLERANCE = 3e-2
 

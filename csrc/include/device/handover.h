@@ -2,7 +2,8 @@
 //
 //   release_to_device()      by all threads, before a barrier: what they stored so far is there for the workgroup
 //                            that comes after
-//   arrive(ticket, n)        by one thread of each of n workgroups, behind that barrier: whether this is the last
+//   arrive(ticket, n)        by one thread of each of n workgroups, behind that barrier: how many came before, so
+//                            n - 1 in the last
 //   acquire_from_device()    by all threads of that one, behind a barrier that follows: what the others stored
 //                            before they arrived is seen by what is loaded from here on
 //
@@ -39,7 +40,7 @@ inline void release_to_device() { hip_cpu::fence(hip_cpu::Fence::release, hip_cp
 inline void acquire_from_device() {
   hip_cpu::fence(hip_cpu::Fence::acquire, hip_cpu::Scope::device);
 }
-inline bool arrive(uint32_t* ticket, uint32_t num_workgroups) {
+inline uint32_t arrive(uint32_t* ticket, uint32_t num_workgroups) {
   return hip_cpu::arrive(ticket, num_workgroups);
 }
 
@@ -52,16 +53,15 @@ __device__ __forceinline__ void release_to_device() {
 __device__ __forceinline__ void acquire_from_device() {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent");
 }
-__device__ __forceinline__ bool arrive(uint32_t* ticket, uint32_t num_workgroups) {
+__device__ __forceinline__ uint32_t arrive(uint32_t* ticket, uint32_t num_workgroups) {
   const auto in_memory = (__attribute__((address_space(1))) uint32_t*)ticket;
-  return __builtin_amdgcn_atomic_inc32(in_memory, num_workgroups - 1, __ATOMIC_RELAXED, "agent") ==
-         num_workgroups - 1;
+  return __builtin_amdgcn_atomic_inc32(in_memory, num_workgroups - 1, __ATOMIC_RELAXED, "agent");
 }
 #else
 __device__ __forceinline__ void release_to_device() { __threadfence(); }
 __device__ __forceinline__ void acquire_from_device() { __threadfence(); }
-__device__ __forceinline__ bool arrive(uint32_t* ticket, uint32_t num_workgroups) {
-  return atomicInc(ticket, num_workgroups - 1) == num_workgroups - 1;
+__device__ __forceinline__ uint32_t arrive(uint32_t* ticket, uint32_t num_workgroups) {
+  return atomicInc(ticket, num_workgroups - 1);
 }
 #endif
 

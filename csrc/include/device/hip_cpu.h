@@ -208,8 +208,8 @@ const Workgroup* owner_of_lds(const void* address);
 [[noreturn]] void fail(const std::string& error);
 
 void fence(Fence kind, Scope scope);
-// Adds one to a ticket, or sets it from num_workgroups - 1 to 0: whether it did that.
-bool arrive(uint32_t* ticket, uint32_t num_workgroups);
+// Adds one to a ticket, or sets it from num_workgroups - 1 to 0; returns what it was.
+uint32_t arrive(uint32_t* ticket, uint32_t num_workgroups);
 
 // Number of OS threads that a launch may use: the cores this process may run on.
 unsigned num_cores();

@@ -190,7 +190,8 @@ __device__ __forceinline__ void store_half(int* data) {
 __device__ __forceinline__ bool arrives_last(char* lds_base, uint32_t num_workgroups) {
   bool* const is_last = reinterpret_cast<bool*>(lds_base);
   __syncthreads();
-  if (threadIdx.x == 0) *is_last = aiter::arrive(&planted_ticket, num_workgroups);
+  if (threadIdx.x == 0)
+    *is_last = aiter::arrive(&planted_ticket, num_workgroups) == num_workgroups - 1;
   __syncthreads();
   return *is_last;
 }

@@ -1,0 +1,228 @@
+"""From hidden states to the buffers that the expert GEMMs read.
+
+Up to `dispatch.MOST_ROUTER_TOKENS` tokens one launch makes the router's product and routes by it
+(`ops.fused_router_sorting`). Beyond, or where dispatch forces the chain, the product is a launch of its
+own, whose logits `calls.topk_routing_sorting` routes: ours, in the same order of additions, where the
+bits are promised, and else PyTorch's, which is the faster for many rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..jit.target import cpu_wave_override
+from ..ops.fused_router_sorting import (
+    fused_router_sorting_check,
+    fused_router_sorting_fwd,
+    router_product,
+)
+from ..ops.rule import RoutingRule
+from . import known
+from .autograd import checked, gradients_matter
+from .buffers import (
+    BUFFER_NAMES,
+    Buffers,
+    SortedBuffers,
+    TopkOut,
+    allocate,
+    empty,
+    five,
+    given,
+    sorted_layouts,
+)
+from .calls import TOPK_NAMES, count_writes, named_outputs, refuse_matrix, topk_routing_sorting
+from .plan import Plan, Router
+from .request import Request, rule_key
+from .tracing import refuse_some_meta, registered, traced, transformed
+
+# PyTorch from 2.8 on, for GPUs: a product of 16-bit matrices that is not rounded to them.
+_MM: Any = torch.ops.aten.mm
+_HAS_F32_RESULT = "dtype" in _MM.overloads()
+
+
+def router_topk_sorting(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    topk: int,
+    num_experts: int,
+    model_dim: int,
+    moebuf_dtype: torch.dtype,
+    *,
+    router_bias: Tensor | None = None,
+    rule: RoutingRule | None = None,
+    correction_bias: Tensor | None = None,
+    logits_out: Tensor | None = None,
+    block_size: int = 32,
+    expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    dispatch_policy: int = 0,
+    topk_out: TopkOut | None = None,
+    id_format: str = "slot",
+    batch_invariant: bool = False,
+    out: SortedBuffers | None = None,
+) -> SortedBuffers:
+    """As `topk_routing_sorting` of the logits hidden_states @ router_weight.T + router_bias.
+
+    Logits are float32 and are not rounded to another type. Up to M = 64, and for every M with
+    `batch_invariant`, they are added up in the order of docs/contract.md, so that the bits of a row's
+    logits do not depend on M, on other rows, on the device or on what else is asked for; up to there
+    one launch does everything (`last_path()` is "router"). Beyond, PyTorch makes the product, with a
+    float32 result, whose bits may differ: they follow its own choice of kernel and its settings.
+
+    Args:
+        hidden_states: [M, D'] float32, float16 or bfloat16; inner stride 1, any row stride.
+        router_weight: [E', D'] float32, float16 or bfloat16; inner stride 1, any row stride. E' is the
+            width that `topk_routing_sorting` expects of logits: `num_experts` without shared and zero
+            experts in the rule.
+        model_dim: D, the width of `moe_buf`.
+        router_bias: [E'] float32, float16 or bfloat16, contiguous, added to the logits; None for none.
+        logits_out: float32 [M, E'], to be written: inner stride 1, rows that do not overlap. Rows from
+            `num_local_tokens` on are left undefined. None for none.
+        dispatch_policy: as in `topk_routing_sorting`; 1 and 2 force the chain behind the product.
+        batch_invariant: see above.
+        topk, num_experts, moebuf_dtype, rule, correction_bias, block_size, expert_mask,
+            num_local_tokens, topk_out, id_format, out: as in `topk_routing_sorting`.
+
+    Returns:
+        As `topk_routing_sorting`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; nothing was launched.
+        aiter.jit.JitError: a module could not be built or loaded (first call on a device).
+    """
+    fields = (
+        topk, num_experts, model_dim, moebuf_dtype, rule_key(rule), block_size, dispatch_policy,
+        id_format,
+    )  # fmt: skip
+    written = (topk_out, out, logits_out)
+    if gradients_matter():
+        hidden_states = checked(
+            hidden_states, hidden_states=hidden_states, router_weight=router_weight,
+            router_bias=router_bias, correction_bias=correction_bias, logits_out=logits_out,
+            **named_outputs(topk_out, TOPK_NAMES),
+            **named_outputs(out, BUFFER_NAMES),
+        )  # fmt: skip
+    read = (router_bias, correction_bias, expert_mask, num_local_tokens)
+    if traced(hidden_states):
+        request = Request(*fields)
+        return _as_traced(request, hidden_states, router_weight, read, batch_invariant, written)
+    request = Request(*fields, cpu_wave_override.get())
+    if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 2:
+        refuse_matrix("hidden_states", hidden_states)
+    if not isinstance(router_weight, Tensor) or router_weight.dim() != 2:
+        refuse_matrix("router_weight", router_weight)
+    device = hidden_states.device
+    sizes = (device, hidden_states.shape[0], router_weight.shape[0], batch_invariant, *request)
+    plan = known.plan_of("plan_router", sizes)
+    buffers = five(allocate(plan.layouts, device)) if out is None else given(out, plan.buffers)
+    _launch(request, plan, hidden_states, router_weight, read, (topk_out, buffers, logits_out))
+    count_writes(topk_out, out, None if logits_out is None else (logits_out,))
+    return buffers
+
+
+def _launch(
+    request: Request,
+    plan: Plan,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    read: tuple[Tensor | None, ...],
+    written: tuple[TopkOut | None, SortedBuffers, Tensor | None],
+) -> None:
+    """One launch, or the product and the routing of its logits."""
+    router_bias, correction_bias, expert_mask, num_local_tokens = read
+    topk_out, buffers, logits_out = written
+    router = cast(Router, plan.router)  # plans of hidden states have one
+    logits = logits_out
+    if logits is None:
+        (logits,) = allocate(router.layouts, hidden_states.device)
+    in_one = plan.path == "router"
+    run = fused_router_sorting_fwd if in_one else fused_router_sorting_check
+    run(
+        hidden_states, router_weight, logits, *buffers, request.num_experts, request.topk,
+        request.block_size, router_bias=router_bias, rule=request.rule,
+        correction_bias=correction_bias, local_expert_mask=expert_mask,
+        num_local_tokens=num_local_tokens, topk_out=topk_out, id_format=request.id_format,
+    )  # fmt: skip
+    if in_one:
+        known.last.path = "router"
+        return
+    if router.by_us:
+        router_product(hidden_states, router_weight, logits, router_bias=router_bias)
+    else:
+        _product_by_pytorch(hidden_states, router_weight, router_bias, logits)
+    topk_routing_sorting(
+        logits, request.topk, request.num_experts, request.model_dim, request.moebuf_dtype,
+        rule=request.full_rule, correction_bias=correction_bias, block_size=request.block_size,
+        expert_mask=expert_mask, num_local_tokens=num_local_tokens,
+        dispatch_policy=request.dispatch_policy, topk_out=topk_out, id_format=request.id_format,
+        out=buffers,
+    )  # fmt: skip
+
+
+def _product_by_pytorch(
+    hidden_states: Tensor, router_weight: Tensor, router_bias: Tensor | None, logits: Tensor
+) -> None:
+    """Writes hidden_states @ router_weight.T + router_bias, in float32, to `logits`."""
+    columns = router_weight.t()
+    is_16_bit = hidden_states.dtype == columns.dtype != torch.float32
+    if is_16_bit and hidden_states.is_cuda and _HAS_F32_RESULT:
+        mm: Any = torch.mm
+        product = mm(hidden_states, columns, out_dtype=torch.float32)
+    else:
+        product = hidden_states.float() @ columns.float()
+    if router_bias is None:
+        logits.copy_(product)
+    else:
+        torch.add(product, router_bias.float(), out=logits)
+
+
+def _as_traced(
+    request: Request,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    read: tuple[Tensor | None, ...],
+    batch_invariant: bool,
+    written: tuple[TopkOut | None, SortedBuffers | None, Tensor | None],
+) -> SortedBuffers:
+    """The call as a tracer is to see it: one registered op, which allocates or writes to `out`."""
+    router_bias, correction_bias, expert_mask, num_local_tokens = read
+    topk_out, out, logits_out = written
+    tensors = {
+        "hidden_states": hidden_states, "router_weight": router_weight, "router_bias": router_bias,
+        "correction_bias": correction_bias, "expert_mask": expert_mask,
+        "num_local_tokens": num_local_tokens, "logits_out": logits_out,
+        **named_outputs(topk_out, TOPK_NAMES), **named_outputs(out, BUFFER_NAMES),
+    }  # fmt: skip
+    refuse_some_meta(tensors, hidden_states)
+    arguments = (
+        hidden_states, router_weight, *request[:4],
+        [float(number) for number in request.full_rule.packed], router_bias, correction_bias,
+        request.block_size, expert_mask, num_local_tokens, request.dispatch_policy,
+        request.id_format, batch_invariant,
+    )  # fmt: skip
+    if written == (None, None, None):
+        return five(registered("router_topk_sorting")(*arguments))
+    if out is None:
+        buffers = Buffers.of(
+            hidden_states.shape[0], request.num_slots, request.num_sorted_experts,
+            request.model_dim, request.moebuf_dtype, request.block_size,
+        )  # fmt: skip
+        layouts = sorted_layouts(buffers, hidden_states.device)
+        if (
+            transformed()
+        ):  # NOTE: of the hidden states, so that torch.func.vmap has outputs per slice.
+            made = (
+                hidden_states.new_empty(shape, dtype=dtype) for shape, _, dtype in layouts.tensors
+            )
+            out = five(tuple(made))
+        else:
+            out = five(empty(layouts, hidden_states.device))
+    weights, ids = topk_out or (None, None)
+    registered("router_topk_sorting_out")(
+        *arguments, **dict(zip(BUFFER_NAMES, out, strict=True)), topk_weights=weights,
+        topk_ids=ids, logits_out=logits_out,
+    )  # fmt: skip
+    return out
