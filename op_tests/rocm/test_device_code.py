@@ -33,10 +33,11 @@ from aiter.jit.target import Target  # noqa: E402
 
 MODULES = (
     "module_topk_softmax", "module_topk_routing", "module_fused_topk_moe_sorting",
-    "module_moe_sorting_opus",
+    "module_fused_router_sorting", "module_moe_sorting_opus",
 )  # fmt: skip
 INSTANCES = {"module_topk_softmax": 36, "module_topk_routing": 9,
-             "module_fused_topk_moe_sorting": 45, "module_moe_sorting_opus": 4}  # fmt: skip
+             "module_fused_topk_moe_sorting": 45, "module_fused_router_sorting": 17,
+             "module_moe_sorting_opus": 4}  # fmt: skip
 
 
 def kernels_of(module: str, arch: str) -> list[KernelCode]:

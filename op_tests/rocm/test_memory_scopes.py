@@ -24,8 +24,8 @@ from primitives import primitives  # noqa: E402
 
 from aiter.jit.device_kernels import ARCHS  # noqa: E402
 
-MODULES = ("module_fused_topk_moe_sorting", "module_topk_softmax", "module_moe_sorting_opus",
-           "module_expert_load")  # fmt: skip
+MODULES = ("module_fused_topk_moe_sorting", "module_fused_router_sorting", "module_topk_softmax",
+           "module_moe_sorting_opus", "module_expert_load")  # fmt: skip
 
 
 @dataclass(frozen=True)
