@@ -1,4 +1,4 @@
-"""Does the machine code of the launch from hidden states compute the contract's logits and route by them?
+"""Does the machine code of the launch from hidden states make the contract's logits, and route by them?
 
 Executed instruction by instruction, workgroups by turns; judged as every target's, and equal to the
 CPU target's bits.
