@@ -1,0 +1,170 @@
+"""The launch from hidden states on the interpreter: mirrors csrc/kernels/fused_router_sorting.cu.
+
+Plain softmax by lists alone, which is what few f32 logits are selected by.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+
+import numpy as np
+import torch
+from amdgcn.memory import GlobalMemory
+from choices import choose_rows, fused_threads, is_one_token
+from launches import (
+    Device,
+    FusedArguments,
+    FusedFirst,
+    FusedParams,
+    _i32,
+    _ptr,
+    _u32,
+    map_tensor,
+    plan_fused_lds,
+    row_stride,
+    sort_params,
+    sort_shape,
+)
+from torch import Tensor
+
+KINDS = (torch.float32, torch.float16, torch.bfloat16, None)  # FloatKind
+BF16, WIDE, ITEMS = range(3)  # ChunksBy
+# Rows, experts and the slowest way to read, as kTiles.
+TILES = ((8, 4, BF16), (4, 4, BF16), (4, 1, WIDE), (1, 1, ITEMS))
+PARTIAL_SUMS, MOST_TEAMS, LDS_BYTES_PER_TEAM = 128, 4, 512
+
+
+class RouterProduct(ctypes.Structure):
+    """router_product.h"""
+
+    _fields_ = [
+        ("hidden", _ptr), ("weight", _ptr), ("bias", _ptr), ("logits", _ptr),
+        ("hidden_stride", ctypes.c_int64), ("weight_stride", ctypes.c_int64),
+        ("logits_stride", ctypes.c_int64), ("width", _i32), ("num_experts", _i32),
+        ("hidden_kind", _i32), ("weight_kind", _i32), ("bias_kind", _i32), ("by", _u32),
+        ("tile_rows", _i32), ("tile_experts", _i32), ("row_tiles", _i32), ("num_tiles", _i32),
+        ("tiles_per_block", _i32),
+    ]  # fmt: skip
+
+
+def _bytes_between_rows(matrix: Tensor) -> int:
+    return int(matrix.stride(0)) * matrix.element_size()
+
+
+def _lies_wide(matrix: Tensor) -> bool:
+    return matrix.data_ptr() % 16 == 0 and (
+        len(matrix) <= 1 or _bytes_between_rows(matrix) % 16 == 0
+    )
+
+
+def choose_tile(tokens: int, experts: int, workgroups: int, by: int) -> tuple[int, int]:
+    """choose_tile() there."""
+    chosen = (1, 1)
+    for rows, columns, slowest in TILES:
+        if by > slowest:
+            continue
+        chosen = (rows, columns)
+        if (rows > 1 and rows >= 2 * tokens) or (columns > 1 and columns >= 2 * experts):
+            continue
+        if 4 * -(-tokens // rows) * -(-experts // columns) >= 3 * workgroups:
+            break
+    return chosen
+
+
+def fused_router_sorting_fwd(
+    device: Device,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    logits_out: Tensor,
+    sorted_ids: Tensor,
+    sorted_weights: Tensor,
+    sorted_expert_ids: Tensor,
+    num_valid_ids: Tensor,
+    moe_buf: Tensor,
+    num_experts: int,
+    topk: int,
+    unit_size: int,
+    *,
+    router_bias: Tensor | None = None,
+    rule: bool = True,
+    local_expert_mask: Tensor | None = None,
+    num_local_tokens: Tensor | None = None,
+    num_workgroups: int = 1,
+) -> None:
+    """The op of that name, for tensors on the CPU, by `num_workgroups` of `device`."""
+    memory = GlobalMemory()
+    outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+    sort = sort_params(memory, outputs, local_expert_mask, num_local_tokens)
+    tokens = len(hidden_states)
+    shape = sort_shape(tokens, num_experts, topk, unit_size, sort)
+    product = _product(memory, hidden_states, router_weight, router_bias, num_workgroups)
+    product.logits = map_tensor(memory, "logits_out", logits_out)
+    product.logits_stride = logits_out.stride(0)
+    rows = choose_rows(logits_out, topk, rule, device.wave_size)
+    leaves_out = sort.expert_mask != 0
+    one_token = is_one_token(tokens, topk, leaves_out)
+    sizes = shape.num_tokens, shape.num_experts, shape.topk, shape.block_size
+    threads = max(
+        fused_threads(sizes, tokens, rows, device.wave_size, one_token, bool(shape.wide_stores)),
+        PARTIAL_SUMS * min(max(product.tiles_per_block, 1), MOST_TEAMS),
+    )
+    assert threads <= 512, "more rows than these tests have"
+    lds, lds_bytes = plan_fused_lds(*sizes[:3], threads // device.wave_size * rows.lds_bytes)
+    ticket = np.zeros(1, np.uint32)
+    params = FusedParams(shape, sort, lds, memory.add("ticket", ticket))
+    first = FusedFirst(
+        gating=product.logits,
+        row_stride=row_stride(rows, logits_out),
+        num_local_tokens=sort.num_local_tokens,
+        expert_mask=sort.expert_mask,
+        num_tokens=tokens,
+        num_experts=num_experts,
+        topk=topk,
+        tokens_per_block=tokens,
+        num_threads=threads,
+        flags=rule | rows.wide << 1 | one_token << 2 | leaves_out << 4 | 1 << 8,
+    )
+    device.launch(
+        "module_fused_router_sorting", f"fused_router_sorting<{rows.name}>", memory,
+        bytes(FusedArguments(first, params)) + bytes(product), num_workgroups, threads,
+        max(lds_bytes, threads // PARTIAL_SUMS * LDS_BYTES_PER_TEAM),
+    )  # fmt: skip
+    if ticket[0] != 0:
+        raise AssertionError(f"ticket: expected 0 behind a launch, got {ticket[0]}")
+
+
+def _product(
+    memory: GlobalMemory, hidden: Tensor, weight: Tensor, bias: Tensor | None, workgroups: int
+) -> RouterProduct:
+    """product_of() there, but for the logits."""
+    tokens, experts = len(hidden), len(weight)
+    by = ITEMS
+    if _lies_wide(hidden) and _lies_wide(weight):
+        by = BF16 if hidden.dtype == weight.dtype == torch.bfloat16 else WIDE
+    rows, columns = choose_tile(tokens, experts, workgroups, by)
+    row_tiles = -(-tokens // rows)
+    num_tiles = row_tiles * -(-experts // columns)
+    return RouterProduct(
+        hidden=map_tensor(memory, "hidden_states", hidden, writable=False),
+        weight=map_tensor(memory, "router_weight", weight, writable=False),
+        bias=0 if bias is None else map_tensor(memory, "router_bias", bias, writable=False),
+        hidden_stride=_bytes_between_rows(hidden),
+        weight_stride=_bytes_between_rows(weight),
+        width=hidden.shape[1],
+        num_experts=experts,
+        hidden_kind=KINDS.index(hidden.dtype),
+        weight_kind=KINDS.index(weight.dtype),
+        bias_kind=KINDS.index(None if bias is None else bias.dtype),
+        by=by,
+        tile_rows=rows,
+        tile_experts=columns,
+        row_tiles=row_tiles,
+        num_tiles=num_tiles,
+        tiles_per_block=-(-num_tiles // workgroups),
+    )
+
+
+def op_of(device: Device) -> partial[None]:
+    """The op on `device`."""
+    return partial(fused_router_sorting_fwd, device)

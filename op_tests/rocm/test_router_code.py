@@ -1,0 +1,61 @@
+"""Does the machine code of the launch from hidden states make the contract's logits, and route by them?
+
+Executed instruction by instruction, workgroups by turns; judged as every target's, and equal to the
+CPU target's bits.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import _checkout  # noqa: F401
+import pytest
+
+pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
+
+import torch  # noqa: E402
+from buffers import require  # noqa: E402
+from cases import Case  # noqa: E402
+from launches import Device  # noqa: E402
+from router_calls import run_router  # noqa: E402
+from router_launches import choose_tile, op_of  # noqa: E402
+from targets import Target  # noqa: E402
+
+from aiter.jit.device_kernels import ARCHS  # noqa: E402
+
+# NOTE: gfx1250's code has v_fma_mix_f32_bf16, which the executor does not know.
+EXECUTED = [arch for arch in ARCHS if arch != "gfx1250"]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# The case, D' and the number of workgroups: every tile and every way to read rows.
+CASES = {
+    "one token, 1 x 1": (Case(1, 8, 2, BF16, block_size=4), 1040, 3),
+    "4 x 1": (Case(3, 8, 2, BF16, block_size=4, mask="random"), 264, 9),
+    "4 x 4": (Case(9, 8, 2, BF16, block_size=4, num_local=7), 136, 8),
+    "8 x 4": (Case(16, 8, 2, BF16, block_size=4), 1048, 2),
+    "f16, 4 x 1": (Case(4, 8, 2, F16, block_size=4), 136, 5),
+    "f32, 1 x 1": (Case(2, 8, 2, F32, block_size=4), 140, 20),
+    "item by item": (Case(2, 5, 2, BF16, block_size=4, layout="padded"), 43, 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("arch", EXECUTED)
+def test_machine_code(arch: str, name: str) -> None:
+    case, width, workgroups = CASES[name]
+    seed = zlib.crc32(repr((case, width)).encode())
+    device = Device(arch, seed, seed % 3 - 1, preloads=seed % 2 == 0, takes_turns=seed % 4 != 0)
+    cpu = Target("cpu", device.wave_size)
+    got = run_router(case, cpu, workgroups, width, op_of(device))
+    require(bool(device.statistics), f"{arch}: expected a launch, got none")
+    expected = run_router(case, cpu, workgroups, width)
+    for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        same = torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        require(same, f"output {index}: expected the bits of the CPU target, got others")
+
+
+def test_tiles_are_those_of_the_names() -> None:
+    """By choose_tile() of the launcher, which this mirrors."""
+    bf16, wide = 0, 1
+    assert [choose_tile(1, 8, 3, bf16), choose_tile(3, 8, 9, bf16)] == [(1, 1), (4, 1)]
+    assert [choose_tile(9, 8, 8, bf16), choose_tile(16, 8, 2, bf16)] == [(4, 4), (8, 4)]
+    assert [choose_tile(4, 8, 5, wide), choose_tile(2, 8, 20, wide)] == [(4, 1), (1, 1)]
