@@ -253,10 +253,8 @@ def _import() -> ModuleType:
         )
     try:
         module = importlib.import_module(f"{NAME}.fused_moe")
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # NOTE: a module that it cannot build ends in sys.exit.
+    # NOTE: a module that it cannot build ends in sys.exit.
+    except (Exception, SystemExit) as error:
         raise ImportError(
             f"{NAME}: expected ROCm's package ({DISTRIBUTION}), got {type(error).__name__}: {error}"
         ) from error

@@ -39,9 +39,8 @@ Rule = Literal["policy", "override", "measured", "modelled", "estimated", "capac
 Logits = Literal["f32", "f16", "bf16"]
 
 AUTOMATIC, ONESHOT, MULTIPHASE = 0, 1, 2
-MOST_ROUTER_TOKENS = (
-    64  # of the launch from hidden states; its bits are kept up to there, whatever runs
-)
+# Of the launch from hidden states; its bits are kept up to there, whatever runs.
+MOST_ROUTER_TOKENS = 64
 POLICIES = (AUTOMATIC, ONESHOT, MULTIPHASE)
 POLICY_OF_CHAIN: dict[Path, int] = {"oneshot": ONESHOT, "multiphase": MULTIPHASE}
 

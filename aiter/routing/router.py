@@ -102,8 +102,7 @@ def router_topk_sorting(
         hidden_states = checked(
             hidden_states, hidden_states=hidden_states, router_weight=router_weight,
             router_bias=router_bias, correction_bias=correction_bias, logits_out=logits_out,
-            **named_outputs(topk_out, TOPK_NAMES),
-            **named_outputs(out, BUFFER_NAMES),
+            **named_outputs(topk_out, TOPK_NAMES), **named_outputs(out, BUFFER_NAMES),
         )  # fmt: skip
     read = (router_bias, correction_bias, expert_mask, num_local_tokens)
     if traced(hidden_states):
