@@ -107,12 +107,12 @@ def use_aiter(model: nn.Module, *, router: bool = False) -> Patched:
     """
     if not isinstance(router, bool):
         raise TypeError(f"router: expected a bool, got {type(router).__name__}")
-    found: list[tuple[str, nn.Module, Block]] = []
+    found: list[tuple[str, nn.Module, Block, tuple[int, int] | None]] = []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in BLOCKS:
-            _check_block(name, module, BLOCKS[kind])
-            found.append((name, module, BLOCKS[kind]))
+            returned = _check_block(name, module, BLOCKS[kind])
+            found.append((name, module, BLOCKS[kind], returned))
         elif kind in REFUSED and (kind not in _MAY_HAVE_EXPERTS or _has_experts(module)):
             raise ValueError(
                 f"{name or 'model'}: expected a MoE block whose router a RoutingRule can express, got"
@@ -127,14 +127,15 @@ def use_aiter(model: nn.Module, *, router: bool = False) -> Patched:
         raise ValueError(
             f"model: expected MoE blocks, {', '.join(BLOCKS)}, got none in {type(model).__name__}"
         )
-    if router and not any(_has_linear_router(block, known) for _, block, known in found):
+    by_launch = [router and _has_linear_router(block, known) for _, block, known, _ in found]
+    if router and not any(by_launch):
         raise ValueError(
             "router: expected a block whose router is a plain linear layer, got none in"
             f" {type(model).__name__}"
         )
     patched = Patched()
-    for name, block, known in found:
-        _patch(name, block, known, patched, router and _has_linear_router(block, known))
+    for (name, block, known, returned), in_launch in zip(found, by_launch, strict=True):
+        _patch(name, block, known, patched, returned, in_launch)
     return patched
 
 
@@ -155,8 +156,12 @@ def _has_experts(module: nn.Module) -> bool:
     return isinstance(module._modules.get("experts"), nn.Module)
 
 
-def _check_block(name: str, block: Any, known: Block) -> None:
-    """Raises unless the block is built of the parts that its row names, with plain float weights."""
+def _check_block(name: str, block: Any, known: Block) -> tuple[int, int] | None:
+    """Raises unless the block is built of the parts that its row names, with plain float weights.
+
+    Returns:
+        What `returned_by` says of the router; None for one that keeps its own forward.
+    """
     router, experts = getattr(block, known.router), block.experts
     routers = (
         f"{known.router_class} or {known.ids_class}" if known.ids_class else known.router_class
@@ -188,12 +193,13 @@ def _check_block(name: str, block: Any, known: Block) -> None:
             f"{name}.experts: expected all experts on this rank, got a shard of transformers' own"
             " expert parallelism"
         )
-    if type(router).__name__ == known.router_class:
-        try:
-            rule_of(known.spec, router)
-            returned_by(router)
-        except ValueError as error:
-            raise ValueError(f"{name}.{known.router}: {error}") from error
+    if type(router).__name__ != known.router_class:
+        return None
+    try:
+        rule_of(known.spec, router)
+        return returned_by(router)
+    except ValueError as error:
+        raise ValueError(f"{name}.{known.router}: {error}") from error
 
 
 def _check_weight(name: str, weight: Tensor) -> None:
@@ -203,11 +209,15 @@ def _check_weight(name: str, weight: Tensor) -> None:
             f"{name}: expected float32, float16 or bfloat16 (quantised experts are not supported),"
             f" got {weight.dtype}"
         )
-    if type(weight) not in (Tensor, nn.Parameter):
+    if not _is_plain(weight):
         raise ValueError(
             f"{name}: expected a plain parameter (sharded and quantised ones are not supported),"
             f" got {type(weight).__name__}"
         )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def _has_linear_router(block: Any, known: Block) -> bool:
@@ -218,15 +228,22 @@ def _has_linear_router(block: Any, known: Block) -> bool:
     if rule_of(known.spec, router).num_zero_experts:
         return False  # what they add goes by ids
     weight = weight_of(known.spec, router)
-    return weight.dtype in DTYPES and type(weight) in (Tensor, nn.Parameter)
+    return weight.dtype in DTYPES and _is_plain(weight)
 
 
-def _patch(name: str, block: Any, known: Block, patched: Patched, by_launch: bool) -> None:
+def _patch(
+    name: str,
+    block: Any,
+    known: Block,
+    patched: Patched,
+    returned: tuple[int, int] | None,
+    in_launch: bool,
+) -> None:
     router, experts = getattr(block, known.router), block.experts
-    if type(router).__name__ == known.router_class:
-        role = "hidden" if by_launch else "router"
-        patched._marks.append((router, put_mark(router, role, returned_by(router))))
-    if by_launch:
+    if returned is not None:
+        role = "hidden" if in_launch else "router"
+        patched._marks.append((router, put_mark(router, role, returned)))
+    if in_launch:
         patched.routers.append(name)
     mark = put_mark(experts, "experts")
     patched._marks.append((experts, mark))
