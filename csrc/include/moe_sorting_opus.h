@@ -200,8 +200,8 @@ __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_loca
                                                const OpusLds& lds) {
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
                               is_local<true>(p.shape, p.sort, threadIdx.x);
-  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort,
-                      p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), blockDim.x,
+                      lds.sort, p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
   write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }

@@ -51,7 +51,7 @@ __global__ void AITER_LAUNCH_BOUNDS(kRoutingWaves* kMaxWaveSize)
   const bool valid = first + Rows::row_in_wave() < p.num_tokens;
   const int64_t row = valid ? first + Rows::row_in_wave() : p.num_tokens - 1;
   Rows logits;
-  logits.follow(p.rule);
+  logits.follow(p.rule, offsetof(TopkRoutingParams, rule));
   if constexpr (kUsesLds<Rows>) {
     logits.use(lds_base + uniform_wave_idx() * best_keys_lds_bytes(kWaveSize));
   } else {
