@@ -77,8 +77,15 @@ class RuleRows {
     rule_ = &rule;
     offset_ = offset;
   }
-  // NOTE: loaded where it is asked for: its thirty scalars, kept for all rows, spill on AMD GPUs.
-  __device__ __forceinline__ decltype(auto) rule() const { return loaded_anew(*rule_, offset_); }
+  // NOTE: loaded where it is asked for: its thirty scalars, kept for all rows, spill on AMD GPUs. Not so where a wave
+  // has one row of 32 registers, as clang then keeps loads in scratch (8 spilled vector registers and 349 on gfx1100).
+  __device__ __forceinline__ decltype(auto) rule() const {
+    if constexpr (kValues > 16 && kRowsPerWave == 1) {
+      return static_cast<const RowRule&>(*rule_);
+    } else {
+      return loaded_anew(*rule_, offset_);
+    }
+  }
   // The wave's part of the LDS.
   __device__ __forceinline__ void use(void* lds) { lds_ = lds; }
 
@@ -357,12 +364,12 @@ class RuleRows {
       best_keys_lds_bytes(kRuleLanes) / static_cast<int>(sizeof(uint32_t));
   static_assert(kMaxRulePlaces / kKeysPerChunk <= kWordsOfRow, "a word for each group");
 
-  // What places are, which the rule says.
+  // What places are, which the rule says, for one row: kept for all, the masks of lanes that follow would be.
   struct Places {
     int group_width, log2_of_group, num_groups;
   };
   static __device__ __forceinline__ Places places_of(const RowRule& r) {
-    return {r.group_width, r.log2_group_places, r.rule.num_expert_group};
+    return {anew(r.group_width), anew(r.log2_group_places), anew(r.rule.num_expert_group)};
   }
 
   const RowRule* rule_ = nullptr;
