@@ -95,11 +95,11 @@ BUDGETS = (
 # from hidden states, which have the product's scalars as well. The worst of the six architectures,
 # 2026-11-26.
 ALLOWANCES = (
-    ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 45, "sgpr_spills": 528}),
+    ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 81, "sgpr_spills": 120}),
     ("topk_routing", "RuleRow", {"sgpr_spills": 18}),
-    ("fused_", "KeyRows", {"sgpr_spills": 49}),
+    ("fused_router", "KeyRows", {"sgpr_spills": 49}),
     ("fused_", "GroupRows<f32", {"sgpr_spills": 4}),
-    ("fused_router", "RuleRow", {"scratch_bytes": 200, "vgpr_spills": 49, "sgpr_spills": 591}),
+    ("fused_router", "RuleRow", {"scratch_bytes": 200, "vgpr_spills": 100, "sgpr_spills": 591}),
     ("fused_router", "GroupRows<f32", {"sgpr_spills": 6}),
     ("router_product", "", {"sgpr_spills": 2}),
 )
