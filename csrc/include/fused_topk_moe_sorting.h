@@ -41,8 +41,8 @@
 // 2.38 (4), 2.44 (16), 4.34 (64); the number of threads from an argument too, which blockDim.x is not (485 cycles
 // behind top-k), and loops that are not interleaved 1.62, 2.14, 2.20, 3.94. The first load is issued in cycle 196
 // there instead of 1272 to 1617. Rejected: padding of all slots that may come to be used, by waves without rows
-// while others select (2.11, 2.14, 3.92 us for M = 4, 16, 64 when it was tried, 0.07 less for M = 16): it writes behind
-// num_valid_ids[0], which nothing else does there.
+// while others select (2.11, 2.14, 3.92 us for M = 4, 16, 64, beside 2.18, 2.24 and 4.12 without it in the same
+// state of the rest): it writes behind num_valid_ids[0]. docs/rocm.md has the cycles of every phase.
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
