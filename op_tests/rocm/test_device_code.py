@@ -36,7 +36,7 @@ MODULES = (
     "module_fused_router_sorting", "module_moe_sorting_opus",
 )  # fmt: skip
 INSTANCES = {"module_topk_softmax": 36, "module_topk_routing": 9,
-             "module_fused_topk_moe_sorting": 45, "module_fused_router_sorting": 17,
+             "module_fused_topk_moe_sorting": 45, "module_fused_router_sorting": 27,
              "module_moe_sorting_opus": 4}  # fmt: skip
 
 
