@@ -140,6 +140,9 @@ class RuleRows {
     return i - chunk - num_in_chunk(Keys::expert_of_register(chunk));
   }
 
+  // Where there is no candidate: NaN of any kind.
+  static constexpr uint32_t kNoHalf = 0xffffu, kNoItem = 0xffffffffu;
+
   __device__ __forceinline__ void load_items(const void* items, FloatKind kind, bool wide,
                                              FourWords (&words)[kValues / 4]) const {
     AITER_UNROLL
@@ -149,7 +152,7 @@ class RuleRows {
       const int first = candidate_of(place);
       FourWords& low = words[2 * c];
       FourWords& high = words[2 * c + 1];
-      low = high = FourWords{};
+      low = high = FourWords{{kNoItem, kNoItem, kNoItem, kNoItem}};
       if (kind == FloatKind::f32) {
         const uint32_t* const from = static_cast<const uint32_t*>(items) + first;
         if (wide && count > 0) {
@@ -169,8 +172,8 @@ class RuleRows {
         } else if (!wide) {
           AITER_UNROLL
           for (int w = 0; w < 4; ++w) {
-            const uint32_t even = 2 * w < count ? from[2 * w] : 0;
-            const uint32_t odd = 2 * w + 1 < count ? from[2 * w + 1] : 0;
+            const uint32_t even = 2 * w < count ? from[2 * w] : kNoHalf;
+            const uint32_t odd = 2 * w + 1 < count ? from[2 * w + 1] : kNoHalf;
             low.word[w] = odd << 16 | even;
           }
         }
@@ -200,24 +203,34 @@ class RuleRows {
     }
   }
 
-  // `scores`: x where logits are chosen by.
+  __device__ __forceinline__ void add_bias(float (&keys)[kValues]) const {
+    if (rule_->bias_kind == FloatKind::none) return;
+    float bias[kValues];
+    convert(bias_, rule_->bias_kind, bias);
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) keys[i] += bias[i];
+  }
+
+  // `scores`: x where logits are chosen by. A key is NaN, or -inf, where a candidate is not eligible.
   __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues],
                                             float (&scores)[kValues]) const {
     const RowRule& r = *rule_;
     convert(logits_, r.logit_kind, keys);
+    if constexpr (kIsSigmoid) {
+      sigmoids(keys);
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) scores[i] = keys[i];
+      add_bias(keys);
+      return;
+    }
     uint32_t ruled_out[kValues];  // all ones where there is no candidate, or its logit is NaN
     AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      ruled_out[i] =
-          ~all_ones_if_negative(static_cast<uint32_t>(none_from(i))) | all_ones_if_nan(keys[i]);
-    }
-    if (!kIsSigmoid && (r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f)) {
+    for (int i = 0; i < kValues; ++i) ruled_out[i] = all_ones_if_nan(keys[i]);
+    if ((r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f)) {
       AITER_UNROLL
       for (int i = 0; i < kValues; ++i) keys[i] = scaled_logit(r.rule, keys[i]);
     }
-    if (kIsSigmoid) {
-      sigmoids(keys);
-    } else if (r.rule.scoring_func == kSoftmax) {
+    if (r.rule.scoring_func == kSoftmax) {
       softmax_scores(softmax, keys, !r.key_is_logit);
     } else if (!r.key_is_logit && r.rule.scoring_func == kSigmoid) {
       sigmoids(keys);
@@ -227,12 +240,7 @@ class RuleRows {
     }
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) scores[i] = keys[i];
-    if (r.bias_kind != FloatKind::none) {
-      float bias[kValues];
-      convert(bias_, r.bias_kind, bias);
-      AITER_UNROLL
-      for (int i = 0; i < kValues; ++i) keys[i] += bias[i];
-    }
+    add_bias(keys);
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       keys[i] = bit_cast<float>(bit_cast<uint32_t>(eligible_key(0.0f, keys[i])) | ruled_out[i]);
@@ -303,7 +311,7 @@ class RuleRows {
   // Rules out the keys of all groups but the `topk_group` best.
   __device__ __forceinline__ void keep_best_groups(float (&keys)[kValues]) const {
     const RowRule& r = *rule_;
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
     const int lanes = 1 << r.log2_group_places >> log2_ceil(kKeysPerChunk);  // of a group
     uint32_t* const values = static_cast<uint32_t*>(lds_) + lane_idx() / kRuleLanes * kWordsOfRow;
     uint32_t own[kChunks];
@@ -328,7 +336,8 @@ class RuleRows {
     wave_sync();
     AITER_LOOP
     for (int first = 0; first < r.rule.num_expert_group; first += kAtOnce) {
-      const FourWords four = *reinterpret_cast<const FourWords*>(values + first);
+      const FourWords four[] = {*reinterpret_cast<const FourWords*>(values + first),
+                                *reinterpret_cast<const FourWords*>(values + first + 4)};
       AITER_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         const int group = group_of(Keys::expert_of_register(c * kKeysPerChunk));
@@ -337,7 +346,7 @@ class RuleRows {
           // Of equal values the lower group's is better.
           const uint32_t mine = own[c] + (first + i < group ? 0 : 1);
           const bool exists = first + i < r.rule.num_expert_group;
-          num_better[c] += exists && four.word[i] >= mine ? 1 : 0;
+          num_better[c] += exists && four[i / 4].word[i % 4] >= mine ? 1 : 0;
         }
       }
     }
