@@ -23,6 +23,11 @@
 
 namespace aiter {
 
+// How many of four are set. Added to each other first, so that a count does not wait for each of them.
+__device__ __forceinline__ int num_set(bool a, bool b, bool c, bool d) {
+  return ((a ? 1 : 0) + (b ? 1 : 0)) + ((c ? 1 : 0) + (d ? 1 : 0));
+}
+
 template <int kValues, int kBest>
 class KeptKeys {
  public:
@@ -56,7 +61,7 @@ class KeptKeys {
     const bool fails = count > kRoom || count < topk;
     wave_sync();
     order(found, fails ? 0 : count, topk);
-    if (wave_ballot(fails) != 0) select_by_steps(keys, exists, topk, fails, found);
+    if (AITER_UNLIKELY(wave_ballot(fails) != 0)) select_by_steps(keys, exists, topk, fails, found);
     wave_sync();
     const int k = lane_in_row() < topk ? lane_in_row() : 0;
     const Candidate mine = found[k];
@@ -118,9 +123,9 @@ class KeptKeys {
     for (int first = 0; first < kMaximaPerLane * kLanes; first += 4) {
       const FourWords four = *reinterpret_cast<const FourWords*>(maxima + first);
       AITER_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        AITER_UNROLL
-        for (int m = 0; m < kMaximaPerLane; ++m) larger[m] += four.word[i] > own[m] ? 1 : 0;
+      for (int m = 0; m < kMaximaPerLane; ++m) {
+        larger[m] += num_set(four.word[0] > own[m], four.word[1] > own[m], four.word[2] > own[m],
+                             four.word[3] > own[m]);
       }
     }
     uint32_t least = 0;
@@ -185,12 +190,17 @@ class KeptKeys {
         Candidate other[kAtOnce];
         AITER_UNROLL
         for (int i = 0; i < kAtOnce; ++i) other[i] = found[first + i];
+        bool is_better[kAtOnce];
         AITER_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           // NOTE: & and |, of which compilers make no branches.
-          const bool wins_tie = static_cast<int>(other[i].key == own[c].key) &
-                                static_cast<int>(other[i].expert_idx < own[c].expert_idx);
-          better += static_cast<int>(other[i].key > own[c].key) | static_cast<int>(wins_tie);
+          const int wins_tie = static_cast<int>(other[i].key == own[c].key) &
+                               static_cast<int>(other[i].expert_idx < own[c].expert_idx);
+          is_better[i] = (static_cast<int>(other[i].key > own[c].key) | wins_tie) != 0;
+        }
+        AITER_UNROLL
+        for (int i = 0; i < kAtOnce; i += 4) {
+          better += num_set(is_better[i], is_better[i + 1], is_better[i + 2], is_better[i + 3]);
         }
       }
       slot[c] = better;

@@ -23,7 +23,7 @@ struct RowRule {
   uint32_t top2;           // a group is worth the sum of its two largest keys
   uint32_t key_is_logit;   // else s, and the bias
   uint32_t shares_chosen;  // softmax over the chosen alone: section 2
-  uint32_t is_sigmoid;     // chosen by the sigmoid of logits as they are
+  uint32_t is_common;      // for the instances of most models' rules, see rule_rows.h
   uint32_t shares_none;    // softmax that gives all the same where none is above -inf: section 2
 };
 

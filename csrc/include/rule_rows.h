@@ -12,7 +12,7 @@
 // The sum of a softmax over all candidates is that of row_topk.h, in the same order of indices (of places, with
 // groups), so that a plain softmax has the same bits here.
 //
-// Dtypes of logits and bias and most of the rule are asked for at run time. kIsSigmoid is for the rules of most
+// Dtypes of logits and bias and most of the rule are asked for at run time. kIsCommon is for the rules of most
 // models, a sigmoid of the logits as they are, of which the code that a row passes is a third as long.
 //
 // Measured on an H100 (2026-11-26), us per call that overlaps with nothing, by the rule of DeepSeek-V3 (E=256, K=8,
@@ -60,7 +60,7 @@ __host__ __device__ constexpr RuleRowShape rule_row_shape(int num_places, int gr
 }
 
 // Calls: follow, use; load; when the logits are there, wave_topk.
-template <int kValues, int kBest, bool kIsSigmoid>
+template <int kValues, int kBest, bool kIsCommon>
 class RuleRows {
  public:
   using Item = unsigned char;  // rows are bytes apart
@@ -81,8 +81,13 @@ class RuleRows {
   __device__ __forceinline__ void load(const Item* row, int, RowFormat) {
     const RowRule& r = *rule_;
     row_ = row;
-    load_items(row, r.logit_kind, r.wide_logits, logits_);
-    if (r.bias_kind != FloatKind::none) load_items(r.bias, r.bias_kind, r.wide_bias, bias_);
+    if constexpr (kIsCommon) {
+      if (r.bias_kind != FloatKind::none) load_whole(r.bias, false, bias_);
+      load_whole(row, r.logit_kind == FloatKind::bf16, logits_);
+    } else {
+      load_items(row, r.logit_kind, r.wide_logits, logits_);
+      if (r.bias_kind != FloatKind::none) load_items(r.bias, r.bias_kind, r.wide_bias, bias_);
+    }
   }
 
   // Lane k of the row's gets winner k, with the candidate's index; `softmax` is set.
@@ -142,6 +147,23 @@ class RuleRows {
 
   // Where there is no candidate: NaN of any kind.
   static constexpr uint32_t kNoHalf = 0xffffu, kNoItem = 0xffffffffu;
+
+  // Chunks on 16-byte boundaries, of bf16 or of f32.
+  __device__ __forceinline__ void load_whole(const void* items, bool is_bf16,
+                                             FourWords (&words)[kValues / 4]) const {
+    AITER_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      const int place = Keys::expert_of_register(c * kKeysPerChunk);
+      FourWords& low = words[2 * c];
+      FourWords& high = words[2 * c + 1];
+      low = high = FourWords{{kNoItem, kNoItem, kNoItem, kNoItem}};
+      if (num_in_chunk(place) <= 0) continue;
+      const int first = candidate_of(place);
+      const char* const from = static_cast<const char*>(items) + (is_bf16 ? 2 : 4) * first;
+      low = *reinterpret_cast<const FourWords*>(from);
+      if (!is_bf16) high = *reinterpret_cast<const FourWords*>(from + sizeof(FourWords));
+    }
+  }
 
   __device__ __forceinline__ void load_items(const void* items, FloatKind kind, bool wide,
                                              FourWords (&words)[kValues / 4]) const {
@@ -203,26 +225,32 @@ class RuleRows {
     }
   }
 
-  __device__ __forceinline__ void add_bias(float (&keys)[kValues]) const {
-    if (rule_->bias_kind == FloatKind::none) return;
-    float bias[kValues];
-    convert(bias_, rule_->bias_kind, bias);
+  __device__ __forceinline__ void make_common_keys(float (&keys)[kValues],
+                                                   float (&scores)[kValues]) const {
+    const bool is_bf16 = rule_->logit_kind == FloatKind::bf16;
+    const bool has_bias = rule_->bias_kind != FloatKind::none;
     AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) keys[i] += bias[i];
+    for (int i = 0; i < kValues; ++i) scores[i] = item(logits_, FloatKind::f32, i);
+    if (is_bf16) {
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) scores[i] = item(logits_, FloatKind::bf16, i);
+    }
+    sigmoids(scores);
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      keys[i] = scores[i] + (has_bias ? item(bias_, FloatKind::f32, i) : 0.0f);
+    }
   }
 
   // `scores`: x where logits are chosen by. A key is NaN, or -inf, where a candidate is not eligible.
   __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues],
                                             float (&scores)[kValues]) const {
     const RowRule& r = *rule_;
-    convert(logits_, r.logit_kind, keys);
-    if constexpr (kIsSigmoid) {
-      sigmoids(keys);
-      AITER_UNROLL
-      for (int i = 0; i < kValues; ++i) scores[i] = keys[i];
-      add_bias(keys);
+    if constexpr (kIsCommon) {
+      make_common_keys(keys, scores);
       return;
     }
+    convert(logits_, r.logit_kind, keys);
     uint32_t ruled_out[kValues];  // all ones where there is no candidate, or its logit is NaN
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) ruled_out[i] = all_ones_if_nan(keys[i]);
@@ -240,7 +268,12 @@ class RuleRows {
     }
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) scores[i] = keys[i];
-    add_bias(keys);
+    if (r.bias_kind != FloatKind::none) {
+      float bias[kValues];
+      convert(bias_, r.bias_kind, bias);
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) keys[i] += bias[i];
+    }
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) {
       keys[i] = bit_cast<float>(bit_cast<uint32_t>(eligible_key(0.0f, keys[i])) | ruled_out[i]);
@@ -325,9 +358,11 @@ class RuleRows {
                          .with(BestTwo::of(of[4], of[5]).with(BestTwo::of(of[6], of[7])));
       if (lanes > 1) best.template merge<1>();
       if (lanes > 2) best.template merge<3>();
-      if (lanes > 4) best.template merge<7>();
-      if (lanes > 8) best.template merge<15>();
-      if (lanes > 16) best.template merge<31>();
+      if (AITER_UNLIKELY(lanes > 4)) {
+        best.template merge<7>();
+        if (lanes > 8) best.template merge<15>();
+        if (lanes > 16) best.template merge<31>();
+      }
       own[c] = ordered_float(best.value(r));
       num_better[c] = 0;
       const int place = Keys::expert_of_register(c * kKeysPerChunk);
@@ -341,12 +376,18 @@ class RuleRows {
       AITER_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         const int group = group_of(Keys::expert_of_register(c * kKeysPerChunk));
+        bool is_better[kAtOnce];
         AITER_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           // Of equal values the lower group's is better.
           const uint32_t mine = own[c] + (first + i < group ? 0 : 1);
           const bool exists = first + i < r.rule.num_expert_group;
-          num_better[c] += exists && four[i / 4].word[i % 4] >= mine ? 1 : 0;
+          is_better[i] = exists && four[i / 4].word[i % 4] >= mine;
+        }
+        AITER_UNROLL
+        for (int i = 0; i < kAtOnce; i += 4) {
+          num_better[c] +=
+              num_set(is_better[i], is_better[i + 1], is_better[i + 2], is_better[i + 3]);
         }
       }
     }
@@ -367,11 +408,11 @@ class RuleRows {
   FourWords logits_[kValues / 4], bias_[kValues / 4];
 };
 
-template <int kValues, int kBest, bool kIsSigmoid>
-constexpr bool kUsesLds<RuleRows<kValues, kBest, kIsSigmoid>> = true;
+template <int kValues, int kBest, bool kIsCommon>
+constexpr bool kUsesLds<RuleRows<kValues, kBest, kIsCommon>> = true;
 
-template <int kValues, int kBest, bool kIsSigmoid>
-__device__ __forceinline__ void drop(RuleRows<kValues, kBest, kIsSigmoid>& rows) {
+template <int kValues, int kBest, bool kIsCommon>
+__device__ __forceinline__ void drop(RuleRows<kValues, kBest, kIsCommon>& rows) {
   rows.forget();
 }
 

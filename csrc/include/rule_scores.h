@@ -65,9 +65,7 @@ __device__ __forceinline__ float sqrt_of(float y) {
 }
 
 __device__ __forceinline__ float sigmoid(float x) {
-  float one[] = {x};
-  sigmoids(one);
-  return one[0];
+  return sigmoid_of_any(x);
 }
 
 __device__ __forceinline__ float sqrtsoftplus(float x) {
