@@ -64,9 +64,7 @@ __device__ __forceinline__ float sqrt_of(float y) {
   return tiny ? root * 0x1p-50f : root;
 }
 
-__device__ __forceinline__ float sigmoid(float x) {
-  return sigmoid_of_any(x);
-}
+__device__ __forceinline__ float sigmoid(float x) { return sigmoid_of_any(x); }
 
 __device__ __forceinline__ float sqrtsoftplus(float x) {
   constexpr float kLargest = 0x1.fffffep127f;

@@ -49,8 +49,8 @@ __device__ __forceinline__ void put_shared(const Rows& row, int lane, int num_la
 // Runs the selection for the loaded rows, as row_topk.h does; sink and `valid` are the lane's row's. Sink:
 // put(k, id, weight) is called once per slot, each by one lane.
 template <int kValues, int kBest, bool kIsCommon, typename Sink>
-__device__ __forceinline__ void wave_topk(RuleRows<kValues, kBest, kIsCommon>& rows, int, int,
-                                          bool, bool valid, Sink& sink) {
+__device__ __forceinline__ void wave_topk(RuleRows<kValues, kBest, kIsCommon>& rows, int, int, bool,
+                                          bool valid, Sink& sink) {
   const RowRule& r = rows.rule();
   RowSoftmax softmax;
   const auto mine = rows.select(softmax);
