@@ -43,8 +43,10 @@ __host__ __device__ constexpr int log2_ceil(int x) {
   return exponent;
 }
 
-// Threads of a workgroup: a row takes three registers of a lane per value.
-__host__ __device__ constexpr int max_rule_threads(int values) { return values > 16 ? 256 : 512; }
+// Threads of a workgroup: a row takes three registers of a lane per value, and two of the common instances.
+__host__ __device__ constexpr int max_rule_threads(int values, bool is_common) {
+  return values > 16 && !is_common ? 256 : 512;
+}
 
 // Registers of a lane for a row in RuleRows, and the winners looked for; 0 for MemoryRuleRow.
 struct RuleRowShape {
@@ -66,7 +68,7 @@ class RuleRows {
   using Item = unsigned char;  // rows are bytes apart
   using Keys = KeptKeys<kValues, kBest>;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_rule_threads(kValues);
+  static constexpr int kMaxThreads = max_rule_threads(kValues, kIsCommon);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
 
   // Which of the wave's rows this lane works on.
