@@ -84,8 +84,8 @@ class RuleRows {
     const RowRule& r = *rule_;
     row_ = row;
     if constexpr (kIsCommon) {
-      if (r.bias_kind != FloatKind::none) load_whole(r.bias, false, bias_);
       load_whole(row, r.logit_kind == FloatKind::bf16, logits_);
+      if (r.bias_kind != FloatKind::none) load_whole(r.bias, false, bias_);
     } else {
       load_items(row, r.logit_kind, r.wide_logits, logits_);
       if (r.bias_kind != FloatKind::none) load_items(r.bias, r.bias_kind, r.wide_bias, bias_);
