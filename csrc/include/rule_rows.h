@@ -4,6 +4,8 @@
 // which the last may be empty. So the 8 neighbouring places of a lane's chunk are of one group, a group is an
 // aligned set of lanes, and places order like candidates.
 //
+// Long because of what was measured, and as all steps are about the registers of one row.
+//
 //   1 key    of every register, once the row's softmax is known where it is one
 //   2 groups a lane's two largest keys of a chunk, then those of the group's lanes by swaps; the groups' values
 //            meet in LDS, where each counts those that are better; groups that do not stay are not eligible
@@ -13,13 +15,33 @@
 // groups), so that a plain softmax has the same bits here.
 //
 // Dtypes of logits and bias and most of the rule are asked for at run time. kIsCommon is for the rules of most
-// models, a sigmoid of the logits as they are, of which the code that a row passes is a third as long.
+// models: a sigmoid of the logits as they are, which are f32 or bf16 in whole chunks on 16-byte boundaries, as is
+// the bias, f32, if there is one. These instances have nothing of what the others ask for.
+//
+// What counts is how many instructions a row passes, and how many it jumps over: nearly all of them once in a
+// launch, at 3.5 cycles each whether one wave or two of a SIMD do it (clock64() between the steps, H100, 2026-11-26).
+// Cycles of M = 1, DeepSeek-V3, before and now: up to the loads 1160 and 1060, until the logits are there 410 and
+// 480, scores 960 and 400, groups 770 and 630, threshold 450 and 410, candidates 330 and 590, their order 1160 and
+// 480, weights and their places 950 and 900, the sort of one token 620 and 510; 6,860 and 5,480 in all.
+// From M = 16 on as much again comes behind top-k, as without a rule: 3,200 cycles with 256 experts, 8,200
+// with 896, of which counting blocks is 4,700, four rounds by 256 threads.
 //
 // Measured on an H100 (2026-11-26), us per call that overlaps with nothing, by the rule of DeepSeek-V3 (E=256, K=8,
 // D=7168, `python op_tests/bench_fused_topk_moe_sorting.py --rule deepseek-v3`):
 //                                                                M = 1     64    256
 //   keys of candidates, and s of winners, made again from memory    4.87   6.93   8.42
 //   kept beside each other; maxima counted; instances for sigmoids  4.22   6.37   7.97
+// and in graphs of launches made by C++, where the second line is the first one here, bf16 (f32 within 0.06):
+//                                  DeepSeek-V3                Kimi-K2                    Kimi-K3
+//                                  M = 1    64    256         1     64    256            1     64     256
+//   as above                        3.83  5.91   7.63      4.27   6.72   9.11         6.43  11.33   18.91
+//   sigmoids in half of the instructions (numeric.h), candidates in order without a branch for each
+//                                   3.35  5.38   6.97      3.77   6.09   7.98         5.40  10.20   16.35
+//   common instances without code that they jump over
+//                                   3.11  5.13   6.63      3.28   5.72   7.67         4.46   9.35   14.78
+// Rejected: 512 threads for more than 512 places, which leave 128 registers, with 556 bytes of spills: 4.46 -> 5.84,
+// 9.35 -> 10.68 and 14.78 -> 15.66 us for Kimi-K3. Rejected: asking for the bias before waiting for the launch
+// before, as that one may have written it.
 // Rejected: key - bias for s, which loses bits when the bias is large. Rejected: a step per winner over keys in
 // registers, with groups as sets of lanes in which members are strided, so that a wave64 and a wave32 would sum
 // a softmax in another order. Rejected: the operator / for the scores of a row, which is a branch for each
@@ -43,10 +65,8 @@ __host__ __device__ constexpr int log2_ceil(int x) {
   return exponent;
 }
 
-// Threads of a workgroup: a row takes three registers of a lane per value, and two of the common instances.
-__host__ __device__ constexpr int max_rule_threads(int values, bool is_common) {
-  return values > 16 && !is_common ? 256 : 512;
-}
+// Threads of a workgroup: a row takes three registers of a lane per value.
+__host__ __device__ constexpr int max_rule_threads(int values) { return values > 16 ? 256 : 512; }
 
 // Registers of a lane for a row in RuleRows, and the winners looked for; 0 for MemoryRuleRow.
 struct RuleRowShape {
@@ -68,7 +88,7 @@ class RuleRows {
   using Item = unsigned char;  // rows are bytes apart
   using Keys = KeptKeys<kValues, kBest>;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_rule_threads(kValues, kIsCommon);
+  static constexpr int kMaxThreads = max_rule_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
 
   // Which of the wave's rows this lane works on.

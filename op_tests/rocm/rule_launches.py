@@ -215,5 +215,5 @@ def _choose_rows(row: RowRule, wave_size: int) -> RowChoice:
         wave_size // LANES_PER_ROW,
         item_bytes=1,
         lds_bytes=wave_size * LDS_BYTES_PER_LANE,
-        max_threads=256 if values > 16 and not row.is_common else 512,
+        max_threads=256 if values > 16 else 512,
     )
