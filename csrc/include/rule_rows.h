@@ -31,7 +31,7 @@
 //                                                                M = 1     64    256
 //   keys of candidates, and s of winners, made again from memory    4.87   6.93   8.42
 //   kept beside each other; maxima counted; instances for sigmoids  4.22   6.37   7.97
-// and in graphs of launches made by C++, where the second line is the first one here, bf16 (f32 within 0.06):
+// and in graphs of launches made by C++, where the second line is the first one here, bf16 (f32 within 0.2):
 //                                  DeepSeek-V3                Kimi-K2                    Kimi-K3
 //                                  M = 1    64    256         1     64    256            1     64     256
 //   as above                        3.83  5.91   7.63      4.27   6.72   9.11         6.43  11.33   18.91
