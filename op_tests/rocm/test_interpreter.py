@@ -2,6 +2,8 @@
 
 Faults are planted in kernels (`planted.cu`) and in assembly text; each must be reported with the
 instruction and the place. The float arithmetic is compared with rational numbers.
+
+Long because every kind of instruction that took thought has a test.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from targets import Target  # noqa: E402
 
 from aiter.jit.device_kernels import ARCHS  # noqa: E402
 
-# NOTE: gfx1250's code has v_fma_mix_f32_bf16, which the executor does not know.
+# NOTE: gfx1250's code, which the executor can decode, has not been executed so far.
 EXECUTED = [arch for arch in ARCHS if arch != "gfx1250"]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # The case, D' and the number of workgroups: every tile and every way to read rows.
