@@ -1,6 +1,6 @@
 """The launch from hidden states on the interpreter: mirrors csrc/kernels/fused_router_sorting.cu.
 
-Plain softmax by lists alone, which is what few f32 logits are selected by.
+Plain softmax by lists and by keys, without a rule.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ BF16, WIDE, ITEMS = range(3)  # ChunksBy
 # Rows, experts and the slowest way to read, as kTiles.
 TILES = ((8, 4, BF16), (4, 4, BF16), (4, 1, WIDE), (1, 1, ITEMS))
 PARTIAL_SUMS, MOST_TEAMS, LDS_BYTES_PER_TEAM = 128, 4, 512
+MOST_THREADS = 512  # kMaxRouterThreads
 
 
 class RouterProduct(ctypes.Structure):
@@ -91,8 +92,14 @@ def fused_router_sorting_fwd(
     local_expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
     num_workgroups: int = 1,
+    arrived: int = 0,
 ) -> None:
-    """The op of that name, for tensors on the CPU, by `num_workgroups` of `device`."""
+    """The op of that name, for tensors on the CPU, by `num_workgroups` of `device`.
+
+    Args:
+        arrived: how many of them are done with their share, of those that `device` does not run:
+            `logits_out` holds what these have made.
+    """
     memory = GlobalMemory()
     outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
     sort = sort_params(memory, outputs, local_expert_mask, num_local_tokens)
@@ -105,13 +112,17 @@ def fused_router_sorting_fwd(
     leaves_out = sort.expert_mask != 0
     one_token = is_one_token(tokens, topk, leaves_out)
     sizes = shape.num_tokens, shape.num_experts, shape.topk, shape.block_size
+    most = rows.max_threads or MOST_THREADS
+    most = min(
+        most, MOST_THREADS // 2 if rows.name.startswith("KeyRows") and rows.values > 16 else most
+    )
     threads = max(
         fused_threads(sizes, tokens, rows, device.wave_size, one_token, bool(shape.wide_stores)),
         PARTIAL_SUMS * min(max(product.tiles_per_block, 1), MOST_TEAMS),
     )
-    assert threads <= 512, "more rows than these tests have"
+    threads = min(threads, most)
     lds, lds_bytes = plan_fused_lds(*sizes[:3], threads // device.wave_size * rows.lds_bytes)
-    ticket = np.zeros(1, np.uint32)
+    ticket = np.full(1, arrived, np.uint32)
     params = FusedParams(shape, sort, lds, memory.add("ticket", ticket))
     first = FusedFirst(
         gating=product.logits,
@@ -132,6 +143,29 @@ def fused_router_sorting_fwd(
     )  # fmt: skip
     if ticket[0] != 0:
         raise AssertionError(f"ticket: expected 0 behind a launch, got {ticket[0]}")
+
+
+def router_product(
+    device: Device,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    logits_out: Tensor,
+    *,
+    router_bias: Tensor | None = None,
+    compute_units: int,
+) -> None:
+    """The op of that name, for tensors on the CPU, on `device` with so many compute units."""
+    memory = GlobalMemory()
+    product = _product(memory, hidden_states, router_weight, router_bias, compute_units)
+    product.logits = map_tensor(memory, "logits_out", logits_out)
+    product.logits_stride = logits_out.stride(0)
+    teams = min(max(product.tiles_per_block, 1), MOST_TEAMS)
+    product.tiles_per_block = teams
+    arguments = bytes(product) + bytes(_i32(len(hidden_states)))
+    device.launch(
+        "module_fused_router_sorting", "router_product", memory, arguments,
+        -(-product.num_tiles // teams), teams * PARTIAL_SUMS, teams * LDS_BYTES_PER_TEAM,
+    )  # fmt: skip
 
 
 def _product(
