@@ -308,6 +308,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removing", [False, True], ids=["export", "remove"])
 def test_interrupted_anywhere_it_can_be_removed(
     root: Path, monkeypatch: pytest.MonkeyPatch, removing: bool

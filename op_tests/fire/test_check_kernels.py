@@ -14,6 +14,7 @@ PROGRAM = Path(__file__).resolve().parent / "check_kernels.py"
 TIMEOUT_SECONDS = 900  # most of it is for building six modules
 
 
+@pytest.mark.slow
 def test_kernels_are_clean() -> None:
     done = subprocess.run(
         python(str(PROGRAM), "--quick"),

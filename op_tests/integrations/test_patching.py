@@ -207,6 +207,7 @@ def test_what_are_no_ids_is_refused() -> None:
     assert not any(mark_of(module) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_pickles_use_aiter_as_well(tmp_path: Path) -> None:
     model = tiny.make_model("deepseek_v3")
     use_aiter(model)

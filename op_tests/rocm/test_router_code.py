@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
 import torch  # noqa: E402
+from archs import parameters  # noqa: E402
 from buffers import require  # noqa: E402
 from cases import Case  # noqa: E402
 from launches import Device  # noqa: E402
@@ -37,7 +38,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_machine_code(arch: str, name: str) -> None:
     case, width, workgroups = CASES[name]
     seed = zlib.crc32(repr((case, width)).encode())

@@ -22,6 +22,7 @@ from aiter.routing.buffers import Buffers
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
+from archs import parameters  # noqa: E402
 from launches import Device, kernels  # noqa: E402
 from rule_launches import fused_topk_moe_sorting_fwd, rows_of, topk_routing  # noqa: E402
 
@@ -60,7 +61,7 @@ def inputs_of(name: str) -> tuple[RoutingRule, int, torch.Tensor, torch.Tensor |
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_rules(arch: str, name: str) -> None:
     rule, slots, gating, bias = inputs_of(name)
     place = list(RULES).index(name)
@@ -88,7 +89,7 @@ FUSED = (
 
 
 @pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize("arch", WAVE64)
+@pytest.mark.parametrize("arch", parameters(WAVE64))
 def test_fused(arch: str, name: str) -> None:
     """With a mask, rows that do not count, both id formats, a hand-over, one token, by turns."""
     rule, slots, gating, bias = inputs_of(name)
