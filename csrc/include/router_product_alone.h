@@ -99,8 +99,7 @@ struct Round {
 // last round multiplies zeros.
 template <int kRows, int kExperts, int kAhead, typename Hidden, typename Weight>
 __device__ __forceinline__ void add_rounds(const RouterProduct& p, const Hidden& hidden,
-                                           const Weight& weight, const TileRows& rows,
-                                           const TileRows& experts,
+                                           const Weight& weight, TileRows rows, TileRows experts,
                                            float (&sums)[kRows * kExperts]) {
   constexpr int kSlots = kAhead == 0 ? 1 : kAhead;
   const int partial = static_cast<int>(threadIdx.x);
@@ -119,6 +118,8 @@ __device__ __forceinline__ void add_rounds(const RouterProduct& p, const Hidden&
   }
   AITER_LOOP
   for (int first = 0; first < num_rounds; first += kSlots) {
+    rows = rows.with_new_offsets();
+    experts = experts.with_new_offsets();
     AITER_UNROLL
     for (int u = 0; u < kSlots; ++u) {
       const int round = first + u;
