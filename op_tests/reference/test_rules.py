@@ -371,7 +371,6 @@ def test_routers_of_transformers_agree(name: str, rounded: bool) -> None:
             arguments = (bias,)
     with torch.no_grad():
         found = router(logits, *arguments)
-    # With the logits in front, or, in versions of transformers before, in any order.
     want, want_ids = sorted(found[-2:], key=lambda tensor: not tensor.is_floating_point())
     got, ids = reference.topk_routing(logits, K, rule=rule, correction_bias=bias)
     if rounded and rule.num_expert_group > 1:  # equal groups: any of them
