@@ -18,9 +18,9 @@ import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import GuardedBuffer
-from cases import GATING_DTYPES, INF, MASKS, NAN, Case
+from cases import GATING_DTYPES, INF, LAYOUTS, MASKS, NAN, Case
 from checks import check_same_bits
-from router_calls import check_logits, drawn, run_router
+from router_calls import check_logits, drawn, make_router, run_router
 from rule_cases import MODELS, check_routing, num_logits, random_bias
 from script import parse_options, run_script
 from targets import Target
@@ -68,6 +68,15 @@ def route(target: Target, hidden: Tensor, weight: Tensor, **options: Any) -> tup
 def test_cases(target: Target, workgroups: int | None) -> None:
     for case in CASES:
         run_router(case, target, workgroups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_those_asked_for_on_every_device(layout: str) -> None:
+    """Without a GPU, "meta" shows what a copy to one does to strides."""
+    case = replace(BASE, layout=layout, num_tokens=9)
+    strides = {make_router(case, device).hidden_states.stride() for device in ("cpu", "meta")}
+    assert strides == {{"dense": (136, 1), "padded": (139, 1), "broadcast": (0, 1),
+                        "sliding": (1, 1)}[layout]}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", GATING_DTYPES)
