@@ -108,13 +108,13 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 # beginning of the architecture's name. bf16 hidden states and weight.
 ROUTER_TIMES: dict[str, dict[tuple[int, int, int], dict[int, tuple[float, float]]]] = {
     "sm_9": {
-        (2880, 128, 4): {1: (4.82, 3.65), 4: (5.52, 4.13), 16: (6.04, 4.62), 64: (10.63, 7.05)},
-        (7168, 256, 8): {1: (6.51, 4.98), 4: (7.71, 6.04), 16: (10.36, 8.55), 64: (21.9, 14.6)},
-        (4096, 512, 10): {1: (6.77, 4.98), 4: (7.47, 6.02), 16: (11.36, 9.66), 64: (28.4, 18.3)},
+        (2880, 128, 4): {1: (4.97, 3.44), 4: (5.88, 4.21), 16: (6.18, 4.73), 64: (10.57, 6.95)},
+        (7168, 256, 8): {1: (6.77, 4.84), 4: (7.90, 6.14), 16: (10.38, 7.63), 64: (21.28, 13.93)},
+        (4096, 512, 10): {1: (7.00, 5.14), 4: (7.60, 6.46), 16: (11.42, 9.69), 64: (27.59, 17.44)},
     },
 }
 _ROUTER_H100 = (
-    "NVIDIA H100 80GB HBM3", "2026-11-26", "python op_tests/bench_fused_router_sorting.py",
+    "NVIDIA H100 80GB HBM3", "2026-11-26", "python op_tests/bench_fused_router_sorting.py --bias",
 )  # fmt: skip
 
 

@@ -26,21 +26,21 @@
 // From M = 16 on as much again comes behind top-k, as without a rule: 3,200 cycles with 256 experts, 8,200
 // with 896, of which counting blocks is 4,700, four rounds by 256 threads.
 //
-// Measured on an H100 (2026-11-26), us per call that overlaps with nothing, by the rule of DeepSeek-V3 (E=256, K=8,
-// D=7168, `python op_tests/bench_fused_topk_moe_sorting.py --rule deepseek-v3`):
-//                                                                M = 1     64    256
-//   keys of candidates, and s of winners, made again from memory    4.87   6.93   8.42
-//   kept beside each other; maxima counted; instances for sigmoids  4.22   6.37   7.97
-// and in graphs of launches made by C++, where the second line is the first one here, bf16 (f32 within 0.2):
+// Measured on an H100 (2026-11-26), us per call that overlaps with nothing, bf16, by the rule of DeepSeek-V3 (E=256, K=8,
+// D=7168, `python op_tests/bench_fused_topk_moe_sorting.py --rule deepseek-v3`) and those of Kimi-K2 and -K3:
 //                                  DeepSeek-V3                Kimi-K2                    Kimi-K3
 //                                  M = 1    64    256         1     64    256            1     64     256
-//   as above                        3.83  5.91   7.63      4.27   6.72   9.11         6.43  11.33   18.91
-//   sigmoids in half of the instructions (numeric.h), candidates in order without a branch for each
-//                                   3.35  5.38   6.97      3.77   6.09   7.98         5.40  10.20   16.35
-//   common instances without code that they jump over
-//                                   3.11  5.13   6.63      3.28   5.72   7.67         4.46   9.35   14.78
+//   keys of candidates, and s of winners, made again from memory
+//                                   4.87  6.93   8.42
+//   kept beside each other; maxima counted; instances for sigmoids
+//                                   4.18  6.29   8.01      4.59   6.97   9.39         6.80  11.90   19.51
+//   sigmoids in half of the instructions (numeric.h), candidates in order without a branch for each, common
+//   instances without code that they jump over
+//                                   3.52  5.50   6.98      3.64   6.01   7.96         4.89   9.85   15.44
+// The steps of the last line one by one: 3.83, 3.35, 3.11 us for DeepSeek-V3, M = 1, in
+// graphs of launches made by C++, and 6.43, 5.40, 4.46 for Kimi-K3.
 // Rejected: 512 threads for more than 512 places, which leave 128 registers, with 556 bytes of spills: 4.46 -> 5.84,
-// 9.35 -> 10.68 and 14.78 -> 15.66 us for Kimi-K3. Rejected: asking for the bias before waiting for the launch
+// 9.35 -> 10.68 and 14.78 -> 15.66 us for Kimi-K3 by that clock. Rejected: asking for the bias before waiting for the launch
 // before, as that one may have written it.
 // Rejected: key - bias for s, which loses bits when the bias is large. Rejected: a step per winner over keys in
 // registers, with groups as sets of lanes in which members are strided, so that a wave64 and a wave32 would sum

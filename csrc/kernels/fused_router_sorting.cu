@@ -11,21 +11,17 @@
 namespace aiter {
 
 // The product alone, for any M, a tile for every workgroup.
-template <int kRows, int kExperts, int kAhead, ChunksBy kBy>
+template <int kRows, int kExperts, int kAhead, typename Chunks>
 __global__ void AITER_LAUNCH_BOUNDS(kPartialSums)
     router_product_kernel(RouterProduct p, int num_tokens) {
   AITER_DYNAMIC_LDS(lds_base);
   float* const lds = reinterpret_cast<float*>(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
-  if constexpr (kBy == ChunksBy::bf16) {
-    const Bf16Chunks chunks;
-    product_alone<kRows, kExperts, kAhead>(p, chunks, chunks, num_tokens, lds);
-  } else if constexpr (kBy == ChunksBy::wide) {
-    const WideChunks hidden{p.hidden_kind}, weight{p.weight_kind};
-    product_alone<kRows, kExperts, kAhead>(p, hidden, weight, num_tokens, lds);
+  if constexpr (std::is_same<Chunks, Bf16Chunks>::value) {
+    product_alone<kRows, kExperts, kAhead>(p, Chunks{}, Chunks{}, num_tokens, lds);
   } else {
-    const Items hidden{p.hidden_kind}, weight{p.weight_kind};
+    const Chunks hidden{p.hidden_kind}, weight{p.weight_kind};
     product_alone<kRows, kExperts, kAhead>(p, hidden, weight, num_tokens, lds);
   }
 }
@@ -348,21 +344,20 @@ void dispatch_product(const RouterProduct& p, F f) {
     return p.tile.rows == rows && p.tile.experts == experts;
   };
   if (p.by == ChunksBy::bf16) {
-    constexpr ChunksBy kBy = ChunksBy::bf16;
-    if (is(8, 8)) return f(router_product_kernel<8, 8, 0, kBy>);
-    if (is(8, 4)) return f(router_product_kernel<8, 4, 2, kBy>);
-    if (is(4, 4)) return f(router_product_kernel<4, 4, 3, kBy>);
-    if (is(4, 2)) return f(router_product_kernel<4, 2, 4, kBy>);
-    if (is(4, 1)) return f(router_product_kernel<4, 1, 5, kBy>);
-    if (is(1, 4)) return f(router_product_kernel<1, 4, 5, kBy>);
-    if (is(1, 2)) return f(router_product_kernel<1, 2, 7, kBy>);
-    return f(router_product_kernel<1, 1, 7, kBy>);
+    if (is(8, 8)) return f(router_product_kernel<8, 8, 0, Bf16Chunks>);
+    if (is(8, 4)) return f(router_product_kernel<8, 4, 2, Bf16Chunks>);
+    if (is(4, 4)) return f(router_product_kernel<4, 4, 3, Bf16Chunks>);
+    if (is(4, 2)) return f(router_product_kernel<4, 2, 4, Bf16Chunks>);
+    if (is(4, 1)) return f(router_product_kernel<4, 1, 5, Bf16Chunks>);
+    if (is(1, 4)) return f(router_product_kernel<1, 4, 5, Bf16Chunks>);
+    if (is(1, 2)) return f(router_product_kernel<1, 2, 7, Bf16Chunks>);
+    return f(router_product_kernel<1, 1, 7, Bf16Chunks>);
   }
   if (p.by == ChunksBy::wide) {
-    if (is(4, 1)) return f(router_product_kernel<4, 1, 1, ChunksBy::wide>);
-    return f(router_product_kernel<1, 1, 3, ChunksBy::wide>);
+    if (is(4, 1)) return f(router_product_kernel<4, 1, 1, WideChunks>);
+    return f(router_product_kernel<1, 1, 3, WideChunks>);
   }
-  f(router_product_kernel<1, 1, 0, ChunksBy::items>);
+  f(router_product_kernel<1, 1, 0, Items>);
 }
 
 }  // namespace

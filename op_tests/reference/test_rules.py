@@ -2,6 +2,8 @@
 
 The routers are those of transformers, with the identity for a weight, so that the hidden states are
 the logits. On ties torch.topk takes any expert, so there the weights are compared and not the ids.
+
+Long because the contract's cases and the routers of a dozen models are tables.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Plain softmax by lists and by keys, without a rule.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -32,7 +33,14 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16, None)  # FloatKind
 BF16, WIDE, ITEMS = range(3)  # ChunksBy
 # Rows, experts and the slowest way to read, as kTiles.
 TILES = ((8, 4, BF16), (4, 4, BF16), (4, 1, WIDE), (1, 1, ITEMS))
-PARTIAL_SUMS, MOST_TEAMS, LDS_BYTES_PER_TEAM = 128, 4, 512
+# The same as kTilesAlone, for the product in a launch of its own, and the rounds ahead by way to read.
+TILES_ALONE = {
+    (8, 8, BF16): (0,), (8, 4, BF16): (2,), (4, 4, BF16): (3,), (4, 2, BF16): (4,),
+    (4, 1, WIDE): (5, 1), (1, 4, BF16): (5,), (1, 2, BF16): (7,), (1, 1, ITEMS): (7, 3, 0),
+}  # fmt: skip
+CHUNKS = ("Bf16Chunks", "WideChunks", "Items")
+Tiles = Iterable[tuple[int, int, int]]
+PARTIAL_SUMS, MOST_TEAMS, LDS_BYTES_PER_TEAM, SUMS_OF_TEAM = 128, 4, 512, 4
 MOST_THREADS = 512  # kMaxRouterThreads
 
 
@@ -59,10 +67,12 @@ def _lies_wide(matrix: Tensor) -> bool:
     )
 
 
-def choose_tile(tokens: int, experts: int, workgroups: int, by: int) -> tuple[int, int]:
+def choose_tile(
+    tokens: int, experts: int, workgroups: int, by: int, tiles: Tiles = TILES
+) -> tuple[int, int]:
     """choose_tile() there."""
     chosen = (1, 1)
-    for rows, columns, slowest in TILES:
+    for rows, columns, slowest in tiles:
         if by > slowest:
             continue
         chosen = (rows, columns)
@@ -156,27 +166,35 @@ def router_product(
 ) -> None:
     """The op of that name, for tensors on the CPU, on `device` with so many compute units."""
     memory = GlobalMemory()
-    product = _product(memory, hidden_states, router_weight, router_bias, compute_units)
+    product = _product(
+        memory, hidden_states, router_weight, router_bias, compute_units, TILES_ALONE
+    )
     product.logits = map_tensor(memory, "logits_out", logits_out)
     product.logits_stride = logits_out.stride(0)
-    teams = min(max(product.tiles_per_block, 1), MOST_TEAMS)
-    product.tiles_per_block = teams
-    arguments = bytes(product) + bytes(_i32(len(hidden_states)))
+    tile = product.tile_rows, product.tile_experts
+    ahead = next(of[product.by] for (*shape, _), of in TILES_ALONE.items() if tuple(shape) == tile)
     device.launch(
-        "module_fused_router_sorting", "router_product", memory, arguments,
-        -(-product.num_tiles // teams), teams * PARTIAL_SUMS, teams * LDS_BYTES_PER_TEAM,
+        "module_fused_router_sorting",
+        f"router_product<{tile[0]}, {tile[1]}, {ahead}, {CHUNKS[product.by]}>", memory,
+        bytes(product) + bytes(_i32(len(hidden_states))), product.num_tiles, PARTIAL_SUMS,
+        SUMS_OF_TEAM * tile[0] * tile[1] * 4,
     )  # fmt: skip
 
 
 def _product(
-    memory: GlobalMemory, hidden: Tensor, weight: Tensor, bias: Tensor | None, workgroups: int
+    memory: GlobalMemory,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    workgroups: int,
+    tiles: Tiles = TILES,
 ) -> RouterProduct:
     """product_of() there, but for the logits."""
     tokens, experts = len(hidden), len(weight)
     by = ITEMS
     if _lies_wide(hidden) and _lies_wide(weight):
         by = BF16 if hidden.dtype == weight.dtype == torch.bfloat16 else WIDE
-    rows, columns = choose_tile(tokens, experts, workgroups, by)
+    rows, columns = choose_tile(tokens, experts, workgroups, by, tiles)
     row_tiles = -(-tokens // rows)
     num_tiles = row_tiles * -(-experts // columns)
     return RouterProduct(

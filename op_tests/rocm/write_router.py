@@ -98,7 +98,7 @@ def times(arch: str, width: int, routed: Routed, kept: Table) -> Times:
     hidden = torch.randn(routed.tokens, width, generator=generator).bfloat16()
     weight = (torch.randn(routed.num_experts, width, generator=generator) / width**0.5).bfloat16()
     logits = reference.router_logits(hidden, weight)
-    product = Device(arch, traced=True, workgroups={"router_product": (0,)})
+    product = Device(arch, traced=True, workgroups=_OnlyTheFirst())
     router_product(product, hidden, weight, logits.clone(), compute_units=gpu.compute_units)
     num_bytes = (hidden.numel() + weight.numel()) * hidden.element_size()
     return Times(
