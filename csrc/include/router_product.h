@@ -172,6 +172,27 @@ __device__ __forceinline__ void add_item(const float (&of_row)[kRows],
   }
 }
 
+// Item by item, the chunks `chunk`, chunk + kPartialSums, ...
+template <int kRows, int kExperts, typename Hidden, typename Weight>
+__device__ __forceinline__ void add_items(const RouterProduct& p, const Hidden& hidden,
+                                          const Weight& weight, const TileRows& rows,
+                                          const TileRows& experts, int chunk,
+                                          float (&sums)[kRows * kExperts]) {
+  AITER_LOOP
+  for (; chunk < (p.width + kProductItems - 1) / kProductItems; chunk += kPartialSums) {
+    const int behind = kProductItems * (chunk + 1);
+    AITER_LOOP
+    for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
+      float of_row[kRows], of_expert[kExperts];
+      AITER_UNROLL
+      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows.at(r), d);
+      AITER_UNROLL
+      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts.at(x), d);
+      add_item<kRows, kExperts>(of_row, of_expert, sums);
+    }
+  }
+}
+
 // Adds to sums[kExperts * r + x] what lane `partial` of a team adds up for row r and expert x of the tile. kAtOnce
 // chunks of every row are on their way at once.
 template <int kRows, int kExperts, int kAtOnce, typename Hidden, typename Weight>
@@ -214,19 +235,7 @@ __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidde
     }
     chunk = partial == num_whole % kPartialSums ? num_whole : p.width;
   }
-  AITER_LOOP
-  for (; chunk < (p.width + kProductItems - 1) / kProductItems; chunk += kPartialSums) {
-    const int behind = kProductItems * (chunk + 1);
-    AITER_LOOP
-    for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
-      float of_row[kRows], of_expert[kExperts];
-      AITER_UNROLL
-      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows.at(r), d);
-      AITER_UNROLL
-      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts.at(x), d);
-      add_item<kRows, kExperts>(of_row, of_expert, sums);
-    }
-  }
+  add_items<kRows, kExperts>(p, hidden, weight, rows, experts, chunk, sums);
 }
 
 // Adds the sums of kSumNeighbours neighbouring lanes, those kDistance lanes apart first. A lane that has more than one

@@ -137,27 +137,6 @@ __device__ __forceinline__ void add_rounds(const RouterProduct& p, const Hidden&
   }
 }
 
-// Item by item, the chunks `chunk`, chunk + kPartialSums, ...
-template <int kRows, int kExperts, typename Hidden, typename Weight>
-__device__ __forceinline__ void add_items(const RouterProduct& p, const Hidden& hidden,
-                                          const Weight& weight, const TileRows& rows,
-                                          const TileRows& experts, int chunk,
-                                          float (&sums)[kRows * kExperts]) {
-  AITER_LOOP
-  for (; chunk < (p.width + kProductItems - 1) / kProductItems; chunk += kPartialSums) {
-    const int behind = kProductItems * (chunk + 1);
-    AITER_LOOP
-    for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
-      float of_row[kRows], of_expert[kExperts];
-      AITER_UNROLL
-      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows.at(r), d);
-      AITER_UNROLL
-      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts.at(x), d);
-      add_item<kRows, kExperts>(of_row, of_expert, sums);
-    }
-  }
-}
-
 // The tile of the workgroup. `lds_sums`: [kSumsOfTeam][kRows * kExperts].
 template <int kRows, int kExperts, int kAhead, typename Hidden, typename Weight>
 __device__ __forceinline__ void product_alone(const RouterProduct& p, const Hidden& hidden,

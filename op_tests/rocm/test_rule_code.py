@@ -40,6 +40,9 @@ RULES = {
     "softplus of many": (RoutingRule("sqrtsoftplus"), 500, 20, False),
     "softplus": (RoutingRule("sqrtsoftplus"), 400, 8, True),
     "plain, K above 16": (RoutingRule(), 40, 17, False),
+    "sigmoid of many, f16": (RoutingRule("sigmoid"), 800, 8, True),
+    "sigmoid of many": (RoutingRule("sigmoid"), 800, 8, True),
+    "sigmoid of many, K above 16": (RoutingRule("sigmoid"), 800, 20, True),
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,6 +88,7 @@ def test_rules(arch: str, name: str) -> None:
 FUSED = (
     "deepseek-v3", "kimi-k2", "kimi-k3", "nemotron-3", "deepseek-v2", "deepseek-v4", "longcat",
     "qwen2+shared", "glm+shared", "softplus of many", "softplus", "many experts",
+    "sigmoid of many", "sigmoid of many, K above 16",
 )  # fmt: skip
 
 
