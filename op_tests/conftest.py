@@ -62,7 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--wave", type=int, choices=CPU_WAVES, help="one wave width of the CPU target")
 
 
-# What `-m quick` leaves out: builds and processes of their own, GPU tools, whole models.
+# What `-m quick` leaves out: builds and processes of their own, GPU tools, whole models. The mark slow
+# leaves out the CPU target's second wave width as well, whose builds would take a quarter of its time.
 NOT_QUICK = (
     "fire",
     "integrations",

@@ -110,6 +110,7 @@ def test_models(target: Target, model: str, dtype: torch.dtype) -> None:
         check_exact(route(target, logits, topk, rule, bias), logits, rule, bias)
 
 
+@pytest.mark.slow  # builds for both
 @settings(max_examples=60, deadline=None)
 @given(problem=problems())
 def test_random_rules(problem: Problem) -> None:
