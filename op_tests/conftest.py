@@ -62,7 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--wave", type=int, choices=CPU_WAVES, help="one wave width of the CPU target")
 
 
-# What `-m quick` leaves out: builds and processes of their own, GPU tools, whole models.
+# What `-m quick` leaves out: builds and processes of their own, GPU tools, whole models. The mark slow
+# leaves out the CPU target's second wave width as well, whose builds would take a quarter of its time.
 NOT_QUICK = (
     "fire",
     "integrations",
@@ -75,8 +76,17 @@ NOT_QUICK = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the first case of every test function as quick, where one case is no build of its own."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the first case of every test function as quick, where one case is no build of its own.
+
+    What is marked thorough is left out, unless `-m` speaks of it. What is marked slow begins, so that no
+    core waits for it at the end.
+    """
+    if "thorough" not in config.option.markexpr:
+        left_out = [item for item in items if "thorough" in item.keywords]
+        items[:] = [item for item in items if "thorough" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+    items.sort(key=lambda item: "slow" not in item.keywords)
     seen = set()
     for item in items:
         parts = item.path.relative_to(Path(__file__).parent).parts

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import _checkout  # noqa: F401
 import pytest
 import torch
-from buffers import POISON
+from buffers import POISON, storage_bytes
 from checks import check_sorted
 from targets import Target
 from torch import Tensor
@@ -116,7 +116,8 @@ def outcome(target: Target, call: Arguments) -> Outcome:
     if not error:
         assert out is None or outputs is out
         check_against_reference(call, outputs)
-    memory = [bytes(tensor.untyped_storage().cpu().tolist()) for tensor in given]
+    # NOTE: of a copy, since memory that numpy has seen cannot be resized.
+    memory = [storage_bytes(tensor).clone().cpu().numpy().tobytes() for tensor in given]
     for tensor in outputs if out is None else ():
         tensor.untyped_storage().fill_(POISON)
     return Outcome(answers == [True], error, path, memory, tuple(outputs))

@@ -43,11 +43,12 @@ def make_router(case: Case, device: str, width: int = 136, with_bias: bool = Tru
     hidden[case.local_tokens :] = float("nan")
     weight = (torch.randn(case.num_experts, width, generator=generator) / width**0.5).to(case.dtype)
     bias = torch.randn(case.num_experts, generator=generator) if with_bias else None
-    # NOTE: the layout first, which may say what the rows are.
-    hidden = LAYOUTS[case.layout](hidden, "cpu")
-    logits = reference.router_logits(hidden, weight, bias)
+    # NOTE: laid out on each device from what was drawn: a layout may say what the rows are, and copies
+    # of rows that overlap get strides of their own.
+    layout = LAYOUTS[case.layout]
+    logits = reference.router_logits(layout(hidden, "cpu"), weight, bias)
     return Router(
-        LAYOUTS[case.layout](hidden, device) if case.layout != "sliding" else hidden.to(device),
+        layout(hidden, device),
         weight.to(device),
         None if bias is None else bias.to(device),
         replace(inputs, gating=logits),

@@ -23,6 +23,7 @@ SECONDS = 600
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks(), ids=str)
 def test_block(block: Block) -> None:
     page, marks, text = block.page, block.marks, block.text

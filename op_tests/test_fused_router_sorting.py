@@ -2,6 +2,8 @@
 
 `reference.router_logits` is judged first: against float64, and its fused multiply-add against exact
 fractions. Everything else is then compared with it.
+
+Long because the kernel, the call and its dispatch are judged by the same logits.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import GuardedBuffer
-from cases import GATING_DTYPES, INF, MASKS, NAN, Case
+from cases import GATING_DTYPES, INF, LAYOUTS, MASKS, NAN, Case
 from checks import check_same_bits
-from router_calls import check_logits, drawn, run_router
+from router_calls import check_logits, drawn, make_router, run_router
 from rule_cases import MODELS, check_routing, num_logits, random_bias
 from script import parse_options, run_script
 from targets import Target
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from aiter import fused_moe, reference
 from aiter.ops.fused_router_sorting import router_product
-from aiter.routing import dispatch
+from aiter.routing import basis, dispatch, known
 
 BASE = Case(5, 24, 4, torch.bfloat16, block_size=8)
 CASES = (
@@ -66,6 +68,15 @@ def route(target: Target, hidden: Tensor, weight: Tensor, **options: Any) -> tup
 def test_cases(target: Target, workgroups: int | None) -> None:
     for case in CASES:
         run_router(case, target, workgroups)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_those_asked_for_on_every_device(layout: str) -> None:
+    """Without a GPU, "meta" shows what a copy to one does to strides."""
+    case = replace(BASE, layout=layout, num_tokens=9)
+    strides = {make_router(case, device).hidden_states.stride() for device in ("cpu", "meta")}
+    assert strides == {{"dense": (136, 1), "padded": (139, 1), "broadcast": (0, 1),
+                        "sliding": (1, 1)}[layout]}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", GATING_DTYPES)
@@ -222,15 +233,68 @@ def test_the_outputs_given_are_returned(target: Target) -> None:
     assert [tensor._version for tensor in (*out, logits)] == [v + 1 for v in versions]
 
 
+def chosen(
+    tokens: int, max_tokens: int, *options: Any, policy: int = 0, invariant: bool = False
+) -> str:
+    problem = dispatch.Problem(tokens, 128, 4, 2880, policy, "f32")
+    return dispatch.choose_router(problem, max_tokens, *options, batch_invariant=invariant).path
+
+
+def row(fused_tokens: int, experts: int = 128, width: int = 2880) -> dispatch.RouterCrossover:
+    return dispatch.RouterCrossover(width, experts, 4, fused_tokens, "a test", "2026-11-26", "none")
+
+
 def test_dispatch() -> None:
-    choose, automatic = dispatch.choose_router, dispatch.AUTOMATIC
     most = dispatch.MOST_ROUTER_TOKENS
-    assert choose(most, automatic, 1000) and not choose(most + 1, automatic, 1000)
-    assert choose(10, automatic, 10) and not choose(11, automatic, 10)
-    assert not choose(1, dispatch.ONESHOT, 10) and not choose(1, dispatch.MULTIPHASE, 10)
-    assert not choose(0, automatic, 0)
-    assert choose(5, automatic, 10, 5) and not choose(6, automatic, 10, 5)
-    assert choose(10, automatic, 10, dispatch.CAPACITY)
+    assert chosen(most, 1000) == "fused" and chosen(most + 1, 1000) == "linear"
+    assert chosen(most + 1, 1000, invariant=True) == "product"
+    assert chosen(10, 10) == "fused" and chosen(11, 10) == "product"
+    for policy in (dispatch.ONESHOT, dispatch.MULTIPHASE):
+        assert chosen(1, 10, policy=policy) == "product"
+        assert chosen(most + 1, 10, policy=policy) == "linear"
+    assert chosen(0, 0) == "product"
+    assert chosen(5, 10, (), 5) == "fused" and chosen(6, 10, (), 5) == "product"
+    assert chosen(10, 10, (), dispatch.CAPACITY) == "fused"
+
+
+def test_dispatch_goes_by_rows() -> None:
+    """Measured ones that are close before the model's nearest; an override before both."""
+    assert chosen(4, 99, [row(4)]) == "fused" and chosen(5, 99, [row(4)]) == "product"
+    assert chosen(1, 99, [row(0)]) == "product" and chosen(1, 99, [row(0)], 8) == "fused"
+    assert chosen(1, 99, [row(0)], dispatch.CAPACITY) == "fused"
+    assert chosen(64, 20, [row(64)]) == "product", "more than LDS can hold"
+    assert chosen(65, 99, [row(128)]) == "linear"
+    assert chosen(9, 99, [row(4), row(16, width=3000)]) == "product", "the closest D'"
+    far = row(0, experts=512)
+    assert chosen(9, 99, [far]) == "fused", "too far to speak for it"
+    assert chosen(9, 99, [far], None, [row(4)]) == "product"
+    assert chosen(9, 99, (), None, [far]) == "product", "the model's nearest always speaks"
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942", "gfx950", "gfx1201", "cpu"])
+def test_rows_of_architectures(arch: str) -> None:
+    measured, modelled = dispatch.router_rows_of(arch), dispatch.router_modelled_of(arch)
+    assert bool(measured) == arch.startswith("sm_9") and bool(modelled) == arch.startswith("gfx9")
+    for each in (*measured, *modelled):
+        assert 0 <= each.fused_tokens <= dispatch.MOST_ROUTER_TOKENS, each
+
+
+def test_both_products_have_the_same_bits(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dispatch goes by changes the path, and not a bit of any output."""
+    for tokens in (1, 7, 64):
+        hidden, weight = drawn(tokens, 128, 328)
+        got = []
+        for fused_tokens, path in ((64, "router"), (0, "fused")):
+            rows = (row(fused_tokens, width=328),)
+            there = basis.Basis((), None, None, "a test", {}, rows)
+            monkeypatch.setattr(basis, "basis_of", lambda device, there=there: there)
+            known.forget()
+            got.append(route(target, hidden, weight))
+            assert fused_moe.last_path() == path
+        known.forget()
+        (*one, one_logits), (*other, other_logits) = got
+        assert torch.equal(one_logits, other_logits)
+        check_same_bits(one, other, 8)
 
 
 def test_threads_at_the_same_time(target: Target) -> None:

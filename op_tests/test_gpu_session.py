@@ -151,9 +151,10 @@ def test_the_verdict_on_a_tool(status: int, output: str, expected: str) -> None:
 
 def test_the_sanitizers_grid_is_right_and_takes_every_path() -> None:
     paths = sanitize_gpu.run_grid(torch.device("cpu"))
-    assert sum(paths.values()) == 3 * len(sanitize_gpu.CALLS)
-    assert all(paths[path] >= len(sanitize_gpu.CALLS) for path in ("oneshot", "multiphase"))
-    assert paths["fused"] > 0
+    calls = (*sanitize_gpu.CALLS, *sanitize_gpu.RULED, *sanitize_gpu.HIDDEN)
+    assert sum(paths.values()) == 3 * len(calls)
+    assert all(paths[path] >= len(calls) for path in ("oneshot", "multiphase"))
+    assert paths["fused"] > 0 and paths["router"] > 0
 
 
 def test_the_grid_notices_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import _checkout  # noqa: F401  (makes a checkout importable)
+import pytest
 import torch
 
 import aiter
 from aiter.jit import cpu_wave, module_for
+
+pytestmark = pytest.mark.slow  # builds for both
 
 
 def test_two_targets_in_one_process_are_two_modules() -> None:

@@ -1,6 +1,7 @@
 """Which path does a shape take, and why? And what do the sorted buffers look like?
 
 explain --tokens 64 --experts 128 --topk 4     the choice, its reason, the sizes
+explain ... --hidden 2880                      the same from hidden states of that width
 explain --draw                                 a small example, slot by slot
 explain --table                                what was measured, and where
 """
@@ -16,10 +17,11 @@ import torch
 from .. import fused_moe
 from ..jit import envs
 from ..ops.device import current_device
+from ..ops.fused_router_sorting import fused_router_sorting_max_tokens
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from ..routing import dispatch
-from ..routing.basis import basis_of, choose
+from ..routing.basis import basis_of, choose, choose_router
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, check_size, sorted_sizes
 from .options import (
     MOST_TOKENS,
@@ -78,6 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-dim", type=whole(0), default=4096, help="width of moe_buf (D); 4096"
     )
+    parser.add_argument(
+        "--hidden", type=whole(1), help="width of hidden states (D'), to start from these"
+    )
     parser.add_argument("--block-size", type=whole(1), help="slots per block (B); 32")
     parser.add_argument(
         "--dtype", choices=("bf16", "f16", "f32"), default="bf16", help="of the logits"
@@ -105,8 +110,14 @@ def _explain(options: argparse.Namespace) -> str:
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
     check_size("tokens", m, low=0)
     check_size("model_dim", options.model_dim, low=0)
+    head = (f"M={m} E={e} K={k} B={b}", f"policy {options.policy}")
+    router = [] if options.hidden is None else _router_rows(options, device)
+    if router and router[0][1] == "router":
+        slots, blocks = sorted_sizes(m, k, e, b)
+        return format_table(head, [*router, ("device", str(device)), *_sizes(slots, blocks)])
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
-    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy, options.dtype)
+    dtype: dispatch.Logits = options.dtype if options.hidden is None else "f32"
+    problem = dispatch.Problem(m, e, k, options.model_dim, options.policy, dtype)
     choice = choose(problem, most, device)
     workspace = 0
     if choice.path != "fused":
@@ -114,6 +125,7 @@ def _explain(options: argparse.Namespace) -> str:
         workspace = moe_sorting_opus_get_workspace_size(m, e, k, sort_policy, device=device)
     slots, blocks = sorted_sizes(m, k, e, b)
     rows = [
+        *router,
         ("path", choice.path),
         ("why", dispatch.explain(problem, choice, most)),
         ("rule", choice.rule),
@@ -121,18 +133,44 @@ def _explain(options: argparse.Namespace) -> str:
         ("device", str(device)),
         ("largest M of the fused launch", str(most)),
         ("workspace", f"{workspace} bytes"),
-        ("sorted_ids, sorted_weights", f"{slots} slots"),
-        ("sorted_expert_ids", f"{blocks} blocks"),
+        *_sizes(slots, blocks),
     ]
-    return format_table((f"M={m} E={e} K={k} B={b}", f"policy {options.policy}"), rows)
+    return format_table(head, rows)
 
 
-def _origin(choice: dispatch.Choice, device: torch.device) -> str:
+def _sizes(slots: int, blocks: int) -> list[tuple[str, str]]:
+    return [
+        ("sorted_ids, sorted_weights", f"{slots} slots"), ("sorted_expert_ids", f"{blocks} blocks")
+    ]  # fmt: skip
+
+
+def _router_rows(options: argparse.Namespace, device: torch.device) -> list[tuple[str, str]]:
+    """How the router's product is made, and why: the path "router", or a launch of its own."""
+    m, e, k = options.tokens, options.experts, options.topk
+    most = 0
+    if options.policy == dispatch.AUTOMATIC:  # NOTE: as in a call, which builds no module unasked.
+        most = fused_router_sorting_max_tokens(e, k, device=device)
+    problem = dispatch.Problem(m, e, k, options.hidden, options.policy, "f32")
+    choice = choose_router(problem, most, device)
+    why = [
+        ("why", dispatch.explain_router(problem, choice, most)),
+        ("rule", choice.rule),
+        ("decided by", _origin(choice, device)),
+    ]
+    if choice.path == "fused":
+        return [("path", "router"), *why]
+    by = "our own" if choice.path == "product" else "PyTorch's"
+    return [("product", f"{choice.path}: {by}, before the path below"), *why]
+
+
+def _origin(choice: dispatch.Choice | dispatch.RouterChoice, device: torch.device) -> str:
     """Where a choice comes from: the caller, the environment, a file or the built-in table."""
     if choice.rule == "policy":
         return "the caller's dispatch_policy"
     row = choice.row
-    origin = basis_of(device).origin
+    # NOTE: `tune` measures nothing from hidden states.
+    is_router = isinstance(choice, dispatch.RouterChoice)
+    origin = "the built-in table" if is_router and row else basis_of(device).origin
     return f"{origin}: {row.source}, {row.date}, `{row.command}`" if row else origin
 
 
@@ -165,8 +203,21 @@ def _table(device: torch.device) -> str:
         for name, family in dispatch.MEASURED.items()
         if not family
     ]
+    router = [
+        (where, row.width, row.num_experts, row.topk, row.fused_tokens, row.source, row.date,
+         row.command)
+        for where, family in (
+            (str(device), (*basis.router_rows, *basis.router_modelled)),
+            *((name, dispatch.router_rows_of(name)) for name in dispatch.ROUTER_TIMES),
+        )
+        for row in family
+    ]  # fmt: skip
+    router_headers = ("where", "D'", "E", "K", "one launch up to", "source", "date", "command")
     headers = ("where", "E", "K", "D", "fused up to", "oneshot up to", "source", "date", "command")
-    return f"{device}: decided by {basis.origin}\n\n{format_table(headers, rows)}"
+    return (
+        f"{device}: decided by {basis.origin}\n\n{format_table(headers, rows)}"
+        f"\n\nfrom hidden states\n\n{format_table(router_headers, router)}"
+    )
 
 
 def _draw(options: argparse.Namespace) -> str:

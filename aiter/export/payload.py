@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -90,16 +91,21 @@ def check_names(layout: Layout, payload: Payload) -> None:
             raise ExportError(f"{place}: expected no {found[1]}, got one that no export wrote")
 
 
-def _render(template: str, layout: Layout) -> str:
-    environment = jinja2.Environment(
+@cache
+def _environment() -> jinja2.Environment:
+    """The templates, each compiled once."""
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
+
+
+def _render(template: str, layout: Layout) -> str:
     rows = {
         _DTYPES[logits]: tuple(row[:3] for row in table)
         for logits, table in modelled.ROWS[_MODELLED_ARCH].items()
     }
-    return environment.get_template(template).render(
+    return _environment().get_template(template).render(
         tensors=layout.tensors, module=MODULE, folder=sources.FOLDER, kernels=sources.KERNELS,
         origin=sources.ORIGIN, modelled=rows, modelled_arch=_MODELLED_ARCH,
     )  # fmt: skip

@@ -4,9 +4,10 @@ Every builder has a private folder inside the cache. Beside it lies a file that 
 builder lives, so that the next builder can remove the folders of those that died: a lock ends with
 its process, however that ends, whereas a process id may be another's by then, or another machine's.
 
-The lock per plan saves double work and nothing else. It is waited for with a line in the log, and
-not for ever; where the filesystem has no locks, the build goes on without. In a cache that a group
-shares, whatever one member cannot open or remove of another's is left to those who can.
+The lock per plan, and per text of device code, saves double work and nothing else. It is waited for
+with a line in the log, and not for ever; where the filesystem has no locks, the build goes on without.
+In a cache that a group shares, whatever one member cannot open or remove of another's is left to those
+who can.
 """
 
 from __future__ import annotations
@@ -130,10 +131,18 @@ def _try_flock(file: IO[str]) -> bool:
 @contextmanager
 def plan_lock(cache: Cache, plan: Plan) -> Iterator[None]:
     """Holds the plan's lock, or goes on without it where it cannot be had."""
+    name = f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}"
+    with build_lock(cache, name, plan.module):
+        yield
+
+
+@contextmanager
+def build_lock(cache: Cache, name: str, what: str) -> Iterator[None]:
+    """Holds the lock `name` for building `what`, or goes on without it where it cannot be had."""
     import filelock
 
     logger = get_logger()
-    name = f"{plan.module}-{plan.place.parent.name}-{plan.key[:16]}.lock"
+    name = f"{name}.lock"
     mode = 0o660 if envs.AITER_SHARED_CACHE.get() else 0o600
     path = cache.make_folder(LOCK_DIR) / name
     _make_lock_file(path, mode)
@@ -148,16 +157,16 @@ def plan_lock(cache: Cache, plan: Plan) -> Iterator[None]:
         except filelock.Timeout:
             logger.info(
                 "waiting for another process that builds %s, for %.0f s now (builders: %s)",
-                plan.module,
+                what,
                 time.monotonic() - started,
                 _living_builders(cache),
             )
         except (OSError, NotImplementedError) as error:
-            logger.warning("building %s without a lock: %s", plan.module, error)
+            logger.warning("building %s without a lock: %s", what, error)
             break
     else:
         waited = time.monotonic() - started
-        logger.warning("building %s without the lock after %.0f s", plan.module, waited)
+        logger.warning("building %s without the lock after %.0f s", what, waited)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ headers of HIP are replaced by `csrc/cross`. `device_kernels` reads the numbers 
 
 The text is kept in the cache folder under a hash of the command, the compiler's version and every
 header that could be included. Hashing all headers instead of the included ones can only rebuild too
-often; a file takes 2 to 13 s to compile.
+often; a file takes 1 to 25 s to compile, and one process compiles it while others that want it wait.
 
 Rejected: hipcc for this, since the distributions' hipcc is too old for gfx950 and later, and the
 table should not depend on which ROCm is installed; linked code objects, as the text says the same.
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import envs
+from .builders import build_lock
 from .cache import DEVICE_CODE_DIR, FAILED_DIR, TOOL_DIR
 from .device_kernels import KernelCode, arch_of, parse_kernels
 from .driver import Job, JobFailed, first_error, run_jobs
@@ -95,13 +96,13 @@ BUDGETS = (
 # from hidden states, which have the product's scalars as well. The worst of the six architectures,
 # 2026-11-26.
 ALLOWANCES = (
-    ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 81, "sgpr_spills": 120}),
-    ("topk_routing", "RuleRow", {"sgpr_spills": 18}),
-    ("fused_router", "KeyRows", {"sgpr_spills": 49}),
+    ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 45, "sgpr_spills": 528}),
+    ("topk_routing", "RuleRow", {"sgpr_spills": 83}),
+    ("fused_", "KeyRows", {"sgpr_spills": 49}),
     ("fused_", "GroupRows<f32", {"sgpr_spills": 4}),
-    ("fused_router", "RuleRow", {"scratch_bytes": 200, "vgpr_spills": 100, "sgpr_spills": 591}),
+    ("fused_router", "RuleRow", {"scratch_bytes": 72, "vgpr_spills": 17, "sgpr_spills": 451}),
     ("fused_router", "GroupRows<f32", {"sgpr_spills": 6}),
-    ("router_product", "", {"sgpr_spills": 2}),
+    ("router_product", "<8, 8", {"sgpr_spills": 26}),
 )
 
 
@@ -211,8 +212,12 @@ def compile_source(
         )
     try:
         folder = loader.cache.make_folder(place.parent)
-        text = _compile(words, label, arch, folder, loader)
-        write_atomically(kept, text)
+        what = f"the device code of {label} for {arch}"
+        with build_lock(loader.cache, f"{source.stem}-{arch}-{key}", what):
+            if kept.exists():
+                return Assembly(source, arch, kept, kept.read_text(encoding="utf-8"))
+            text = _compile(words, label, arch, folder, loader)
+            write_atomically(kept, text)
     except OSError as error:
         raise CacheError(
             f"cache folder {loader.cache.root}: expected to keep device code in it, got"

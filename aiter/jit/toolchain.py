@@ -6,13 +6,16 @@ one command template in the config file, since quoting and the spelling per comp
 text processing.
 
 Measured on two cores with g++ 12: a pybind11 binding file takes 8.0 s at -O3 and 4.7 s at -O1, and
-it only unpacks arguments, hence the lower level for host code that is not a kernel.
+it only unpacks arguments, hence the lower level for host code that is not a kernel. Kernels for the
+CPU would compile in half the time at -O1 (`fused_topk_moe_sorting.cu`: 8.1 of 16.3 s) and run 8 to 28 %
+longer there (-O2: 13.1 s, 2 to 18 %), so they stay at -O3. (User time, cores shared, 2026-11-26.)
 
 A checked build (AITER_CPU_CHECK) is the cpu target with other flags and one more source: `race`
 compiles the kernels with the accesses instrumented and links `cpu/race_check.cpp` in place of the
 compiler's own runtime, which knows threads but neither lanes nor workgroups; `address` compiles the
 kernels and the execution layer with the compiler's address and undefined-behaviour sanitizers. The
-bindings stay as they are: sanitized, they take 20 s of a build's 23 s.
+bindings stay as they are: sanitized, they take 20 s of a build's 23 s. Kernels are at -Og there, at
+which that file takes 19 s with the sanitizers and 5 s with the race check; at -O1 it takes 42 and 10.
 
 Flags that only some versions of hipcc know are a table of their own, `rocm_flags`.
 
@@ -37,8 +40,8 @@ from .target import Target
 _EXACT_MATH = ("-ffp-contract=off",)
 _HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden")
 _DEVICE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden")
+_CHECKED = ("-Og", "-g1")
 _ADDRESS_FLAGS = (
-    "-g1",
     "-fsanitize=address,undefined",
     "-fno-sanitize=vptr",  # NOTE: it wants RTTI of pybind11's hidden types.
     "-fno-sanitize-recover=undefined",
@@ -156,7 +159,7 @@ def _cpu(
     link: tuple[str, ...] = ("-shared", "-pthread")
     link_tail = spec.extra_ldflags
     if target.cpu_check == "race":
-        device = (*_HOST_FLAGS, "-g1", "-fsanitize=thread")
+        device = (*_HOST_FLAGS, *_CHECKED, "-fsanitize=thread")
         extra = (*_HOST_FLAGS, "-O2")
         layer.append(csrc_dir / "cpu" / "race_check.cpp")
         link_tail = (*link_tail, "-ldl")
@@ -166,7 +169,7 @@ def _cpu(
                 "AITER_CPU_CHECK=address: expected g++ or clang++, which come with the sanitizers'"
                 f" runtime, got {' '.join(compiler.command)} ({compiler.found_by})"
             )
-        device = extra = (*_HOST_FLAGS, *_ADDRESS_FLAGS)
+        device = extra = (*_HOST_FLAGS, *_CHECKED, *_ADDRESS_FLAGS)
         link = (*link, *_ADDRESS_FLAGS)
     return Profile(
         device=(*device, *shared),

@@ -29,6 +29,8 @@ Three backends for the products; `expert_backend` says which one a pair of weigh
   32, a step of 8 tokens over 128 experts would gather and activate up to 1024 rows instead of 64.
   float32 on the CPU has blocks of four: MKL sums the product of one row, and of rows that fill no
   four, in another order, so that a token's bits would depend on which other tokens take its experts.
+  That is as much as can be done here and no promise: the order is the library's, and on another EPYC,
+  with PyTorch 2.11, bits differed even so.
   That costs a tenth of the time with a few tokens and nothing with 64 (M = 8: 13.7 -> 14.9 ms for E =
   32, K = 4, D = inter = 720; one core of an AMD EPYC, PyTorch 2.13, 2026-11-26).
 - "block_bmm": one batched product over the sort's blocks, each with a copy of its expert's weights.

@@ -13,18 +13,23 @@ import torch
 
 from ..jit import envs
 from . import dispatch
-from .dispatch import Crossover
+from .dispatch import Crossover, RouterCrossover
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What `dispatch` goes by on a device, and where that comes from, in words."""
+    """What `dispatch` goes by on a device, and where that comes from, in words.
+
+    `router_rows` and `router_modelled` are those from hidden states; `tune` measures none of them.
+    """
 
     rows: tuple[Crossover, ...]
     override: int | None
     estimate: int | None
     origin: str
     modelled: Mapping[dispatch.Logits, tuple[Crossover, ...]] = field(default_factory=dict)
+    router_rows: tuple[RouterCrossover, ...] = ()
+    router_modelled: tuple[RouterCrossover, ...] = ()
 
 
 @cache
@@ -46,19 +51,16 @@ def basis_of(device: torch.device) -> Basis:
         return Basis((), override, None, f"AITER_DISPATCH={envs.AITER_DISPATCH.text()}")
     arch = "cpu" if device.type == "cpu" else device_arch(device)
     found = tuned.find(device)
+    router = dispatch.router_rows_of(arch), dispatch.router_modelled_of(arch)
     if found.rows:
         estimate, modelled = dispatch.estimate_of(arch), dispatch.modelled_of(arch)
-        return Basis(found.rows, None, estimate, f"{found.path}", modelled)
+        return Basis(found.rows, None, estimate, f"{found.path}", modelled, *router)
     name, rows = dispatch.rows_of(arch)
     family = f"the built-in table, {name or arch}"
     tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
     origin = family + ("" if rows else ": not measured") + tuned_reason
-    return Basis(rows, None, dispatch.estimate_of(arch), origin, dispatch.modelled_of(arch))
-
-
-def override_of(device: torch.device) -> int | None:
-    """What AITER_DISPATCH says, for a device that there is a target for; raises as `basis_of`."""
-    return basis_of(device).override
+    estimate, modelled = dispatch.estimate_of(arch), dispatch.modelled_of(arch)
+    return Basis(rows, None, estimate, origin, modelled, *router)
 
 
 def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> dispatch.Choice:
@@ -70,3 +72,14 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
     return dispatch.choose(
         problem, max_tokens, basis.rows, basis.override, basis.estimate, modelled
     )
+
+
+def choose_router(
+    problem: dispatch.Problem, max_tokens: int, device: torch.device, batch_invariant: bool = False
+) -> dispatch.RouterChoice:
+    """How the product is made on a device; arguments as of `dispatch.choose_router`."""
+    basis = basis_of(device)
+    return dispatch.choose_router(
+        problem, max_tokens, basis.router_rows, basis.override, basis.router_modelled,
+        batch_invariant,
+    )  # fmt: skip

@@ -5,9 +5,8 @@ it, so that it can be printed (`python -m aiter explain`), tested without a GPU,
 launch anything.
 
 Paths: "fused" is the single launch; "oneshot" and "multiphase" are the separate chain, top-k in
-one launch and the sort in one or three more; "router" is the single launch from hidden states, which
-`choose_router` has for few tokens. Under `dispatch_policy` 0 the first rule that applies
-decides between them:
+one launch and the sort in one or three more; "router" is the single launch from hidden states.
+Under `dispatch_policy` 0 the first rule that applies decides between them:
 
 1. override   AITER_DISPATCH names the largest M of the fused launch, or asks for capacity alone;
 2. measured   a `Crossover` of this device (`aiter.routing.tuned`) or of its architecture (`MEASURED`) is
@@ -19,12 +18,20 @@ decides between them:
 
 Under the last two the chain sorts oneshot up to `MOST_ONESHOT_ENTRIES`.
 
-Where the fused launch does not fit, the chain runs, whatever a row says. Rejected: a formula for the
-kernels' costs, which has more parameters than there are measurements (the timing model replays machine
-code instead, and only its crossovers are kept here); one number per family of architectures, which is
-wrong by up to 10 times, as crossovers go by E, K and dtype; a rule in C++, where a measurement could
-change it only by a rebuild. A direct call of `moe_sorting_opus_fwd` under policy 0
-keeps its kernel's own rule, which is that of capacity; results do not differ.
+Where the fused launch does not fit, the chain runs, whatever a row says.
+
+From hidden states `choose_router` decides before that, by the same rules but for "estimated" and by
+rows of its own (`ROUTER_TIMES`, `modelled_router`), how the router's product is made: "fused", in the
+launch that routes (the path "router"); "product", by our product kernel, with the same bits, whose
+logits are then routed as anybody's; or "linear", by PyTorch, beyond the M up to which bits are promised.
+
+Rejected: a formula for the kernels' costs, which has more parameters than there are measurements (the
+timing model replays machine code instead, and only its crossovers are kept here); one number per family
+of architectures, which is wrong by up to 10 times, as crossovers go by E, K and dtype; a rule in C++,
+where a measurement could change it only by a rebuild. A direct call of `moe_sorting_opus_fwd` under
+policy 0 keeps its kernel's own rule, which is that of capacity; results do not differ.
+
+Long because it is the whole rule, from logits and from hidden states, with what was measured.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Path = Literal["router", "fused", "oneshot", "multiphase"]
+RouterPath = Literal["fused", "product", "linear"]
 Rule = Literal["policy", "override", "measured", "modelled", "estimated", "capacity"]
 Logits = Literal["f32", "f16", "bf16"]
 
@@ -94,6 +102,20 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
     "sm_10": (),
     "sm_12": (),
 }
+
+
+# From hidden states: times of the paths "fused" and "product" in us by M, of D', E and K, by the
+# beginning of the architecture's name. bf16 hidden states and weight.
+ROUTER_TIMES: dict[str, dict[tuple[int, int, int], dict[int, tuple[float, float]]]] = {
+    "sm_9": {
+        (2880, 128, 4): {1: (4.97, 3.44), 4: (5.88, 4.21), 16: (6.18, 4.73), 64: (10.57, 6.95)},
+        (7168, 256, 8): {1: (6.77, 4.84), 4: (7.90, 6.14), 16: (10.38, 7.63), 64: (21.28, 13.93)},
+        (4096, 512, 10): {1: (7.00, 5.14), 4: (7.60, 6.46), 16: (11.42, 9.69), 64: (27.59, 17.44)},
+    },
+}
+_ROUTER_H100 = (
+    "NVIDIA H100 80GB HBM3", "2026-11-26", "python op_tests/bench_fused_router_sorting.py --bias",
+)  # fmt: skip
 
 
 # Whose rows of the timing model (`modelled`) speak for an architecture, by the beginning of its name.
@@ -182,21 +204,91 @@ def choose(
     return Choice(path, rule, row)
 
 
-def choose_router(
-    tokens: int, dispatch_policy: int, max_tokens: int, override: int | None = None
-) -> bool:
-    """Whether the product of the router is made in the launch that routes.
+@dataclass(frozen=True)
+class RouterCrossover:
+    """Up to how many tokens the product is best made in the launch that routes, for one D', E and K.
 
-    NOTE: nothing is measured so far, so it is up to the number of tokens that the launch was made for.
+    Attributes:
+        width: D', of hidden states and of the router's weight.
+        fused_tokens: the largest M of the path "fused"; 0 for never.
+        source, date, command: as of `Crossover`.
+    """
+
+    width: int
+    num_experts: int
+    topk: int
+    fused_tokens: int
+    source: str
+    date: str
+    command: str
+
+
+@dataclass(frozen=True)
+class RouterChoice:
+    """How the product is made, the rule that led to it, and the row behind it if there is one."""
+
+    path: RouterPath
+    rule: Rule
+    row: RouterCrossover | None = None
+
+
+def choose_router(
+    problem: Problem,
+    max_tokens: int,
+    rows: Sequence[RouterCrossover] = (),
+    override: int | None = None,
+    modelled: Sequence[RouterCrossover] = (),
+    batch_invariant: bool = False,
+) -> RouterChoice:
+    """How the product of a router is made.
 
     Args:
+        problem: of the routing; its `model_dim` is D', the width of the hidden states.
         max_tokens: what `fused_router_sorting_max_tokens` says for E and K.
-        override: as in `choose`.
+        rows: what was measured on this device, or on ones like it.
+        override: as in `choose`; up to as many tokens the launch that routes makes the product.
+        modelled: what the timing model says for the architecture.
+        batch_invariant: whether bits are promised for every M.
     """
+    alone: RouterPath = "product"
+    if problem.tokens > MOST_ROUTER_TOKENS and not batch_invariant:
+        alone = "linear"
+    if problem.dispatch_policy != AUTOMATIC:
+        return RouterChoice(alone, "policy")
+    row: RouterCrossover | None = None
+    rule: Rule = "override"
     most = min(max_tokens, MOST_ROUTER_TOKENS)
-    if override is not None and override != CAPACITY:
+    if override is None:
+        row, rule = nearest_router(rows, problem), "measured"
+        if row is None:
+            row, rule = nearest_router(modelled, problem, math.inf), "modelled"
+        if row is None:
+            rule = "capacity"
+        else:
+            most = min(most, row.fused_tokens)
+    elif override != CAPACITY:
         most = min(most, override)
-    return dispatch_policy == AUTOMATIC and max_tokens > 0 and tokens <= most
+    fuses = max_tokens > 0 and problem.tokens <= most
+    return RouterChoice("fused" if fuses else alone, rule, row)
+
+
+def nearest_router(
+    rows: Sequence[RouterCrossover], problem: Problem, farthest: float = FARTHEST
+) -> RouterCrossover | None:
+    """As `nearest`, for rows of the router; the closest E and K, then the closest D'."""
+
+    def distances(row: RouterCrossover) -> tuple[float, float]:
+        width = abs(math.log2(row.width / max(1, problem.model_dim)))
+        return _experts_apart(row, problem), width
+
+    best = min(rows, key=distances, default=None)
+    return best if best is not None and distances(best)[0] <= farthest else None
+
+
+def _experts_apart(row: Crossover | RouterCrossover, problem: Problem) -> float:
+    """Powers of two between E and K of both."""
+    experts = abs(math.log2(row.num_experts / problem.num_experts))
+    return experts + abs(math.log2(row.topk / problem.topk))
 
 
 def nearest(
@@ -208,9 +300,8 @@ def nearest(
     """
 
     def distances(row: Crossover) -> tuple[float, float]:
-        experts = abs(math.log2(row.num_experts / problem.num_experts))
-        slots = abs(math.log2(row.topk / problem.topk))
-        return experts + slots, abs(math.log2((row.model_dim + 1) / (problem.model_dim + 1)))
+        width = abs(math.log2((row.model_dim + 1) / (problem.model_dim + 1)))
+        return _experts_apart(row, problem), width
 
     best = min(rows, key=distances, default=None)
     return best if best is not None and distances(best)[0] <= farthest else None
@@ -237,6 +328,27 @@ def modelled_of(arch: str) -> dict[Logits, tuple[Crossover, ...]]:
         )
         for logits, rows in modelled.ROWS[name].items()
     }
+
+
+def router_rows_of(arch: str) -> tuple[RouterCrossover, ...]:
+    """What was measured from hidden states on an architecture, by `threshold` of `ROUTER_TIMES`."""
+    measured = ROUTER_TIMES.get(_longest_prefix(arch, ROUTER_TIMES), {})
+    return tuple(
+        RouterCrossover(*shape, threshold(times), *_ROUTER_H100)
+        for shape, times in measured.items()
+    )
+
+
+def router_modelled_of(arch: str) -> tuple[RouterCrossover, ...]:
+    """What the timing model says from hidden states for an architecture; () if nothing."""
+    name = MODELLED.get(_longest_prefix(arch, MODELLED))
+    if name is None:
+        return ()
+    # NOTE: imported late, as only AMD's GPUs need it.
+    from . import modelled_router
+
+    provenance = (f"the timing model, {name}", modelled_router.DATE, modelled_router.COMMAND)
+    return tuple(RouterCrossover(*row, *provenance) for row in modelled_router.ROWS.get(name, ()))
 
 
 def estimate_of(arch: str) -> int | None:
@@ -290,6 +402,28 @@ def explain(problem: Problem, choice: Choice, max_tokens: int) -> str:
     else:
         why = "ready ids, or a shape of which not one token fits: there is nothing to fuse"
     return why
+
+
+def explain_router(problem: Problem, choice: RouterChoice, max_tokens: int) -> str:
+    """The reason for a choice from hidden states; arguments as of `choose_router`, and its result."""
+    tokens = problem.tokens
+    if choice.rule == "policy":
+        return f"dispatch_policy {problem.dispatch_policy} forces launches of their own"
+    if tokens > MOST_ROUTER_TOKENS:
+        return (
+            f"M = {tokens} is more than the {MOST_ROUTER_TOKENS} that the one launch is there for"
+        )
+    if tokens > max_tokens:
+        return f"M = {tokens} is more than the {max_tokens} rows that one workgroup's LDS can hold"
+    if choice.row is not None:
+        row = choice.row
+        return (
+            f"{choice.rule} for D'={row.width} E={row.num_experts} K={row.topk}: the one launch up to"
+            f" M = {row.fused_tokens}"
+        )
+    if choice.path == "fused":
+        return f"M = {tokens} fits, and nothing is known of its speed here"
+    return "AITER_DISPATCH keeps the one launch to fewer tokens"
 
 
 def check_policy(dispatch_policy: int) -> None:

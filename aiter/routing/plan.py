@@ -22,7 +22,7 @@ from ..ops.fused_topk_moe_sorting import (
 )
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from . import dispatch
-from .basis import choose, override_of
+from .basis import choose, choose_router
 from .buffers import (
     Buffers,
     Layouts,
@@ -136,11 +136,12 @@ def plan_routing(
 def plan_router(
     device: torch.device,
     tokens: int,
+    width: int,
     experts: int,
     batch_invariant: bool,
     *fields: Any,
 ) -> Plan:
-    """The plan of a routing of `tokens` hidden states by a weight of `experts` rows; raises as above."""
+    """The plan of a routing of hidden states [tokens, width] by `experts` rows; raises as above."""
     request = Request(*fields)
     dispatch.check_policy(request.dispatch_policy)
     if not isinstance(batch_invariant, bool):
@@ -156,15 +157,13 @@ def plan_router(
     if request.dispatch_policy == dispatch.AUTOMATIC and tokens <= dispatch.MOST_ROUTER_TOKENS:
         all_experts = request.num_experts + request.full_rule.num_zero_experts
         max_tokens = fused_router_sorting_max_tokens(all_experts, slots, device=device)
-    in_one = dispatch.choose_router(
-        tokens, request.dispatch_policy, max_tokens, override_of(device)
+    problem = dispatch.Problem(
+        tokens, request.num_sorted_experts, slots, width, request.dispatch_policy, "f32"
     )
-    router = Router(
-        batch_invariant or tokens <= dispatch.MOST_ROUTER_TOKENS,
-        logits_layouts(tokens, experts, device),
-    )
+    choice = choose_router(problem, max_tokens, device, batch_invariant)
+    router = Router(choice.path != "linear", logits_layouts(tokens, experts, device))
     # NOTE: "fused" stands for whatever the routing of the logits takes.
-    path: dispatch.Path = "router" if in_one else "fused"
+    path: dispatch.Path = "router" if choice.path == "fused" else "fused"
     return Plan(path, 0, buffers, sorted_layouts(buffers, device), router=router)
 
 

@@ -1,9 +1,9 @@
 """From hidden states to the buffers that the expert GEMMs read.
 
 Up to `dispatch.MOST_ROUTER_TOKENS` tokens one launch makes the router's product and routes by it
-(`ops.fused_router_sorting`). Beyond, or where dispatch forces the chain, the product is a launch of its
-own, whose logits `calls.topk_routing_sorting` routes: ours, in the same order of additions, where the
-bits are promised, and else PyTorch's, which is the faster for many rows.
+(`ops.fused_router_sorting`), where `dispatch.choose_router` takes that for the fastest. Else the product
+is a launch of its own, whose logits `calls.topk_routing_sorting` routes: ours, in the same order of
+additions, where the bits are promised, and else PyTorch's, which is the faster for many rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def router_topk_sorting(
     Logits are float32 and are not rounded to another type. Up to M = 64, and for every M with
     `batch_invariant`, they are added up in the order of docs/contract.md, so that the bits of a row's
     logits do not depend on M, on other rows, on the device or on what else is asked for; up to there
-    one launch does everything (`last_path()` is "router"). Beyond, PyTorch makes the product, with a
+    one launch does everything (`last_path()` is "router") where dispatch finds that the fastest, and
+    else our own product is launched first. Beyond, PyTorch makes the product, with a
     float32 result, whose bits may differ: they follow its own choice of kernel and its settings.
 
     Args:
@@ -114,7 +115,7 @@ def router_topk_sorting(
     if not isinstance(router_weight, Tensor) or router_weight.dim() != 2:
         refuse_matrix("router_weight", router_weight)
     device = hidden_states.device
-    sizes = (device, hidden_states.shape[0], router_weight.shape[0], batch_invariant, *request)
+    sizes = (device, *hidden_states.shape, router_weight.shape[0], batch_invariant, *request)
     plan = known.plan_of("plan_router", sizes)
     buffers = five(allocate(plan.layouts, device)) if out is None else given(out, plan.buffers)
     _launch(request, plan, hidden_states, router_weight, read, (topk_out, buffers, logits_out))

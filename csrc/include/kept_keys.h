@@ -10,11 +10,13 @@
 //   2 threshold  each lane counts the maxima that are larger than its own, and the one that finds K - 1 knows the
 //                threshold: at least K keys are as large. Where so many lanes have no eligible key, it is the
 //                lowest of all
-//   3 candidates (key, expert) and score of every key that is not below it, in LDS; ballots over the number of a
+//   3 candidates key, score and expert of every key that is not below it, in LDS; ballots over the number of a
 //                lane's candidates tell it where
 //   4 order      each lane counts the candidates that are better than its own: that is the slot
 //
-// Rows with less than K candidates or more than there is room for are selected by a step per winner.
+// Rows with less than K candidates or more than there is room for, 48, are selected by a step per winner.
+//
+// Rejected: a branch for equal keys in step 4, which takes 1,160 instead of 480 cycles (H100, 2026-11-26, K=8).
 //
 // LDS: that of best_keys.h, 24 bytes a lane.
 #pragma once
@@ -22,6 +24,11 @@
 #include "best_keys.h"
 
 namespace aiter {
+
+// How many of four are set. Added to each other first, so that a count does not wait for each of them.
+__device__ __forceinline__ int num_set(bool a, bool b, bool c, bool d) {
+  return ((a ? 1 : 0) + (b ? 1 : 0)) + ((c ? 1 : 0) + (d ? 1 : 0));
+}
 
 template <int kValues, int kBest>
 class KeptKeys {
@@ -47,34 +54,35 @@ class KeptKeys {
                                                   int topk, void* lds) {
     Candidate* const found =
         reinterpret_cast<Candidate*>(static_cast<char*>(lds) + lane_idx() / kLanes * kBytesOfRow);
-    float* const kept = reinterpret_cast<float*>(found + kRoom);
-    const float least = threshold(keys, topk, reinterpret_cast<uint32_t*>(kept));
+    const float least = threshold(keys, topk, reinterpret_cast<uint32_t*>(found));
     uint32_t own = 0;  // bit i: keys[i] is a candidate
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) own |= keys[i] >= least ? 1u << i : 0u;
     wave_sync();
-    const int count = collect(own, keys, scores, found, kept);
+    const int count = collect(own, keys, scores, found);
     const bool fails = count > kRoom || count < topk;
     wave_sync();
-    order(found, kept, fails ? 0 : count, topk);
-    if (wave_ballot(fails) != 0) select_by_steps(keys, exists, topk, fails, found);
+    order(found, fails ? 0 : count, topk);
+    if (AITER_UNLIKELY(wave_ballot(fails) != 0)) select_by_steps(keys, exists, topk, fails, found);
     wave_sync();
     const int k = lane_in_row() < topk ? lane_in_row() : 0;
     const Candidate mine = found[k];
     const uint32_t stored =
         fails ? bit_cast<uint32_t>(mine.key) : ordered_key(bit_cast<uint32_t>(mine.key + 0.0f));
-    return {{stored, mine.expert_idx}, kept[k], !fails};
+    return {{stored, mine.expert_idx}, mine.score, !fails};
   }
 
  private:
-  struct alignas(8) Candidate {
-    float key;
-    uint32_t expert_idx;
+  struct alignas(16) Candidate {
+    float key, score;
+    uint32_t expert_idx, unused;
   };
   static constexpr int kCandidatesOfLane = 2;
-  static constexpr int kRoom = kCandidatesOfLane * kLanes;
+  static constexpr int kAtOnce = 8;  // candidates that one is compared with
   static constexpr int kBytesOfRow = best_keys_lds_bytes(kLanes);
-  static_assert(kRoom * (sizeof(Candidate) + sizeof(float)) <= kBytesOfRow, "LDS of a row");
+  static constexpr int kRoom = kBytesOfRow / static_cast<int>(sizeof(Candidate));
+  static_assert(kRoom % kAtOnce == 0 && kRoom > kMinWaveSize && kRoom <= kCandidatesOfLane * kLanes,
+                "candidates of a row");
   static constexpr int kMaximaPerLane = kBest > 16 ? 2 : 1;
   static constexpr uint32_t kLowBits = kMaximaPerLane * kLanes - 1;
   static constexpr uint32_t kNone = 0x007fffffu;  // the key of -inf, as which NaN counts
@@ -117,9 +125,9 @@ class KeptKeys {
     for (int first = 0; first < kMaximaPerLane * kLanes; first += 4) {
       const FourWords four = *reinterpret_cast<const FourWords*>(maxima + first);
       AITER_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        AITER_UNROLL
-        for (int m = 0; m < kMaximaPerLane; ++m) larger[m] += four.word[i] > own[m] ? 1 : 0;
+      for (int m = 0; m < kMaximaPerLane; ++m) {
+        larger[m] += num_set(four.word[0] > own[m], four.word[1] > own[m], four.word[2] > own[m],
+                             four.word[3] > own[m]);
       }
     }
     uint32_t least = 0;
@@ -135,8 +143,7 @@ class KeptKeys {
   // Puts the candidates of the bits `own` of the row's lanes in found[0], found[1], ..., in any order; returns how
   // many they are, or more than there is room for.
   static __device__ __forceinline__ int collect(uint32_t own, const float (&keys)[kValues],
-                                                const float (&scores)[kValues], Candidate* found,
-                                                float* kept) {
+                                                const float (&scores)[kValues], Candidate* found) {
     constexpr int kDigits = 3;  // of a lane's number, of which a ballot tells one of all lanes
     const uint32_t count = __popc(own);
     const uint32_t lanes_below = (1u << lane_in_row()) - 1;
@@ -149,23 +156,32 @@ class KeptKeys {
     }
     if (of_row(wave_ballot(count >> kDigits != 0)) != 0) total = kRoom + 1;
     if (total > kRoom) return total;
+    Candidate* next = found + place;
     AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) {
+    for (int i = kValues - 1; i >= 0; --i) {
       if ((own >> i & 1) == 0) continue;
-      found[place] = {keys[i], static_cast<uint32_t>(expert_of_register(i))};
-      kept[place] = scores[i];
-      ++place;
+      next->key = keys[i];
+      next->score = scores[i];
+      ++next;
     }
-    // What order() reads behind the last one, as it reads four at a time: a key that is no better than any.
+    AITER_LOOP
+    for (next = found + place; own != 0; ++next) {  // registers are indexed by constants only
+      const int i = highest_bit(own);
+      own ^= 1u << i;
+      next->expert_idx = static_cast<uint32_t>(expert_of_register(i));
+      next->unused = 0;  // as candidates are read whole
+    }
+    // What order() reads behind the last one: a key that is no better than any.
     const int behind = total + lane_in_row();
-    if (lane_in_row() < 3 && behind < kRoom) found[behind] = {__builtin_nanf(""), 0};
+    if (lane_in_row() < kAtOnce - 1 && behind < kRoom) {
+      found[behind] = {__builtin_nanf(""), 0.0f, 0, 0};
+    }
     return total;
   }
 
-  // Puts the candidates in found[0 ... count - 1] in order, those of the first `topk` places, and their scores.
-  static __device__ __forceinline__ void order(Candidate* found, float* kept, int count, int topk) {
+  // Puts the candidates in found[0 ... count - 1] in order, those of the first `topk` places.
+  static __device__ __forceinline__ void order(Candidate* found, int count, int topk) {
     Candidate own[kCandidatesOfLane];
-    float score[kCandidatesOfLane];
     int slot[kCandidatesOfLane];
     AITER_UNROLL
     for (int c = 0; c < kCandidatesOfLane; ++c) {
@@ -173,22 +189,23 @@ class KeptKeys {
       slot[c] = topk;
       if (place >= count) continue;
       own[c] = found[place];
-      score[c] = kept[place];
       int better = 0;
       AITER_LOOP
-      for (int first = 0; first < count; first += 4) {
-        FourWords pairs[2];
+      for (int first = 0; first < count; first += kAtOnce) {
+        Candidate other[kAtOnce];
         AITER_UNROLL
-        for (int p = 0; p < 2; ++p) {
-          pairs[p] = *reinterpret_cast<const FourWords*>(found + first + 2 * p);
+        for (int i = 0; i < kAtOnce; ++i) other[i] = found[first + i];
+        bool is_better[kAtOnce];
+        AITER_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          // NOTE: & and |, of which compilers make no branches.
+          const int wins_tie = static_cast<int>(other[i].key == own[c].key) &
+                               static_cast<int>(other[i].expert_idx < own[c].expert_idx);
+          is_better[i] = (static_cast<int>(other[i].key > own[c].key) | wins_tie) != 0;
         }
         AITER_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float key = bit_cast<float>(pairs[i / 2].word[i % 2 * 2]);
-          const uint32_t expert_idx = pairs[i / 2].word[i % 2 * 2 + 1];
-          const bool is_better =
-              key > own[c].key || (key == own[c].key && expert_idx < own[c].expert_idx);
-          better += is_better ? 1 : 0;
+        for (int i = 0; i < kAtOnce; i += 4) {
+          better += num_set(is_better[i], is_better[i + 1], is_better[i + 2], is_better[i + 3]);
         }
       }
       slot[c] = better;
@@ -198,7 +215,6 @@ class KeptKeys {
     for (int c = 0; c < kCandidatesOfLane; ++c) {
       if (slot[c] >= topk) continue;
       found[slot[c]] = own[c];
-      kept[slot[c]] = score[c];
     }
   }
 
@@ -238,7 +254,7 @@ class KeptKeys {
       for (int i = 0; i < kValues; ++i) {
         if (~static_cast<uint32_t>(expert_of_register(i)) == complement) left[i] = 0;
       }
-      if (fails && lane_in_row() == 0) found[k] = {bit_cast<float>(best), ~complement};
+      if (fails && lane_in_row() == 0) found[k] = {bit_cast<float>(best), 0.0f, ~complement, 0};
     }
   }
 };

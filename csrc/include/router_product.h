@@ -24,7 +24,7 @@
 // boundaries share two, which ask for the kind at every chunk; and rows anywhere are read item by item, slowly.
 //
 // NOTE: dot-product instructions are not taken (v_dot2_f32_bf16, tensor cores): how they round between the products of
-// an instruction is not the same on all of them. Nothing here was measured on a GPU so far.
+// an instruction is not the same on all of them.
 #pragma once
 
 #include "row_rule.h"
@@ -34,7 +34,7 @@ namespace aiter {
 constexpr int kProductItems = 8;     // of a chunk
 constexpr int kPartialSums = 128;    // lanes of a team
 constexpr int kSumNeighbours = 32;   // partial sums that are added first
-constexpr int kMaxTileLogits = 32;   // of the tiles below
+constexpr int kMaxTileLogits = 32;   // of the tiles of a launch that routes as well
 constexpr int kMaxProductTeams = 4;  // of a workgroup
 constexpr int kSumsOfTeam = kPartialSums / kSumNeighbours;
 
@@ -50,7 +50,8 @@ struct TileShape {
 // How rows are read, of which each takes less time than the next.
 enum class ChunksBy : uint32_t { bf16, wide, items };
 
-// The instances, large ones first, and the slowest way to read that each is there for.
+// The instances of a launch that routes as well, large ones first, and the slowest way to read that each is there
+// for; router_product_alone.h has the others.
 struct TileInstance {
   TileShape shape;
   ChunksBy slowest;
@@ -171,6 +172,27 @@ __device__ __forceinline__ void add_item(const float (&of_row)[kRows],
   }
 }
 
+// Item by item, the chunks `chunk`, chunk + kPartialSums, ...
+template <int kRows, int kExperts, typename Hidden, typename Weight>
+__device__ __forceinline__ void add_items(const RouterProduct& p, const Hidden& hidden,
+                                          const Weight& weight, const TileRows& rows,
+                                          const TileRows& experts, int chunk,
+                                          float (&sums)[kRows * kExperts]) {
+  AITER_LOOP
+  for (; chunk < (p.width + kProductItems - 1) / kProductItems; chunk += kPartialSums) {
+    const int behind = kProductItems * (chunk + 1);
+    AITER_LOOP
+    for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
+      float of_row[kRows], of_expert[kExperts];
+      AITER_UNROLL
+      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows.at(r), d);
+      AITER_UNROLL
+      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts.at(x), d);
+      add_item<kRows, kExperts>(of_row, of_expert, sums);
+    }
+  }
+}
+
 // Adds to sums[kExperts * r + x] what lane `partial` of a team adds up for row r and expert x of the tile. kAtOnce
 // chunks of every row are on their way at once.
 template <int kRows, int kExperts, int kAtOnce, typename Hidden, typename Weight>
@@ -213,27 +235,15 @@ __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidde
     }
     chunk = partial == num_whole % kPartialSums ? num_whole : p.width;
   }
-  AITER_LOOP
-  for (; chunk < (p.width + kProductItems - 1) / kProductItems; chunk += kPartialSums) {
-    const int behind = kProductItems * (chunk + 1);
-    AITER_LOOP
-    for (int d = kProductItems * chunk; d < (behind < p.width ? behind : p.width); ++d) {
-      float of_row[kRows], of_expert[kExperts];
-      AITER_UNROLL
-      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.single(rows.at(r), d);
-      AITER_UNROLL
-      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.single(experts.at(x), d);
-      add_item<kRows, kExperts>(of_row, of_expert, sums);
-    }
-  }
+  add_items<kRows, kExperts>(p, hidden, weight, rows, experts, chunk, sums);
 }
 
 // Adds the sums of kSumNeighbours neighbouring lanes, those kDistance lanes apart first. A lane that has more than one
-// gives half of them to the other, and keeps the rest: what remains is sums[0], of the logit that is returned.
+// gives half of them to the other, and keeps the rest: what remains is sums[0] of the logit that is returned, and
+// sums[1] of the next where there are two logits for every lane.
 template <int kDistance, int kCount, int kAll>
 __device__ __forceinline__ int add_neighbours(float (&sums)[kAll]) {
   if constexpr (kDistance == 0) {
-    static_assert(kCount == 1, "one logit for a lane");
     return 0;
   } else if constexpr (kCount == 1) {
     sums[0] += bit_cast<float>(wave_exchange<kDistance>(bit_cast<uint32_t>(sums[0])));

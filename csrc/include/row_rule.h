@@ -23,7 +23,7 @@ struct RowRule {
   uint32_t top2;           // a group is worth the sum of its two largest keys
   uint32_t key_is_logit;   // else s, and the bias
   uint32_t shares_chosen;  // softmax over the chosen alone: section 2
-  uint32_t is_sigmoid;     // chosen by the sigmoid of logits as they are
+  uint32_t is_common;      // for the instances of most models' rules, see rule_rows.h
   uint32_t shares_none;    // softmax that gives all the same where none is above -inf: section 2
 };
 
@@ -89,13 +89,11 @@ struct BestTwo {
   static __device__ __forceinline__ BestTwo of(float x, float y) {
     x = without_nan(x);
     y = without_nan(y);
-    return {x > y ? x : y, x > y ? y : x};
+    return {max_but_nan(x, y), smaller_of(x, y)};
   }
   __device__ __forceinline__ BestTwo with(const BestTwo& other) const {
-    const bool mine = first > other.first;
-    const float lower = mine ? other.first : first;
-    const float upper_second = second > other.second ? second : other.second;
-    return {mine ? first : other.first, lower > upper_second ? lower : upper_second};
+    const float lower = smaller_of(first, other.first);
+    return {max_but_nan(first, other.first), max_but_nan(lower, max_but_nan(second, other.second))};
   }
   // With those of the lanes that differ in the bits kMask, each half of which agree.
   template <int kMask>

@@ -39,8 +39,9 @@ inline RowRule row_rule(const RoutingRule& rule, const std::optional<TensorView>
   row.in_memory = false;
   row.top2 = rule.group_score == kByBias ? has_bias : rule.group_score == kTop2;
   row.key_is_logit = is_plain || rule.select_on == kLogit;
-  row.is_sigmoid = rule.scoring_func == kSigmoid && !row.key_is_logit && rule.logit_scale == 1.0f &&
-                   rule.softcap == 0.0f;
+  row.is_common = rule.scoring_func == kSigmoid && !row.key_is_logit && rule.logit_scale == 1.0f &&
+                  rule.softcap == 0.0f && row.wide_logits && row.logit_kind != FloatKind::f16 &&
+                  (!has_bias || (row.wide_bias && row.bias_kind == FloatKind::f32));
   row.shares_chosen = is_plain && rule.need_renorm && rule.renorm_eps <= kNegligibleEps &&
                       rule.renorm_min <= kNegligibleMin;
   row.shares_none = is_plain;
@@ -59,14 +60,14 @@ template <typename F>
 void dispatch_rule_rows(const RowRule& row, F f) {
   const RuleRowShape shape = rule_row_shape(row);
   if (shape.values == 0) return f(RowsTag<MemoryRuleRow>{});
-  const auto by = [&](auto is_sigmoid) {
-    constexpr bool kIsSigmoid = decltype(is_sigmoid)::value;
-    if (shape.best == 32) return f(RowsTag<RuleRows<32, 32, kIsSigmoid>>{});
-    if (shape.values == 8) return f(RowsTag<RuleRows<8, 16, kIsSigmoid>>{});
-    if (shape.values == 16) return f(RowsTag<RuleRows<16, 16, kIsSigmoid>>{});
-    return f(RowsTag<RuleRows<32, 16, kIsSigmoid>>{});
+  const auto by = [&](auto is_common) {
+    constexpr bool kIsCommon = decltype(is_common)::value;
+    if (shape.best == 32) return f(RowsTag<RuleRows<32, 32, kIsCommon>>{});
+    if (shape.values == 8) return f(RowsTag<RuleRows<8, 16, kIsCommon>>{});
+    if (shape.values == 16) return f(RowsTag<RuleRows<16, 16, kIsCommon>>{});
+    return f(RowsTag<RuleRows<32, 16, kIsCommon>>{});
   };
-  return row.is_sigmoid ? by(std::true_type{}) : by(std::false_type{});
+  return row.is_common ? by(std::true_type{}) : by(std::false_type{});
 }
 
 // The same as launchers choose among rows without a rule.

@@ -4,6 +4,8 @@
 // which the last may be empty. So the 8 neighbouring places of a lane's chunk are of one group, a group is an
 // aligned set of lanes, and places order like candidates.
 //
+// Long because of what was measured, and as all steps are about the registers of one row.
+//
 //   1 key    of every register, once the row's softmax is known where it is one
 //   2 groups a lane's two largest keys of a chunk, then those of the group's lanes by swaps; the groups' values
 //            meet in LDS, where each counts those that are better; groups that do not stay are not eligible
@@ -12,14 +14,34 @@
 // The sum of a softmax over all candidates is that of row_topk.h, in the same order of indices (of places, with
 // groups), so that a plain softmax has the same bits here.
 //
-// Dtypes of logits and bias and most of the rule are asked for at run time. kIsSigmoid is for the rules of most
-// models, a sigmoid of the logits as they are, of which the code that a row passes is a third as long.
+// Dtypes of logits and bias and most of the rule are asked for at run time. kIsCommon is for the rules of most
+// models: a sigmoid of the logits as they are, which are f32 or bf16 in whole chunks on 16-byte boundaries, as is
+// the bias, f32, if there is one. These instances have nothing of what the others ask for.
 //
-// Measured on an H100 (2026-11-26), us per call that overlaps with nothing, by the rule of DeepSeek-V3 (E=256, K=8,
-// D=7168, `python op_tests/bench_fused_topk_moe_sorting.py --rule deepseek-v3`):
-//                                                                M = 1     64    256
-//   keys of candidates, and s of winners, made again from memory    4.87   6.93   8.42
-//   kept beside each other; maxima counted; instances for sigmoids  4.22   6.37   7.97
+// What counts is how many instructions a row passes, and how many it jumps over: nearly all of them once in a
+// launch, at 3.5 cycles each whether one wave or two of a SIMD do it (clock64() between the steps, H100, 2026-11-26).
+// Cycles of M = 1, DeepSeek-V3, before and now: up to the loads 1160 and 1060, until the logits are there 410 and
+// 480, scores 960 and 400, groups 770 and 630, threshold 450 and 410, candidates 330 and 590, their order 1160 and
+// 480, weights and their places 950 and 900, the sort of one token 620 and 510; 6,860 and 5,480 in all.
+// From M = 16 on as much again comes behind top-k, as without a rule: 3,200 cycles with 256 experts, 8,200
+// with 896, of which counting blocks is 4,700, four rounds by 256 threads.
+//
+// Measured on an H100 (2026-11-26), us per call that overlaps with nothing, bf16, by the rule of DeepSeek-V3 (E=256, K=8,
+// D=7168, `python op_tests/bench_fused_topk_moe_sorting.py --rule deepseek-v3`) and those of Kimi-K2 and -K3:
+//                                  DeepSeek-V3                Kimi-K2                    Kimi-K3
+//                                  M = 1    64    256         1     64    256            1     64     256
+//   keys of candidates, and s of winners, made again from memory
+//                                   4.87  6.93   8.42
+//   kept beside each other; maxima counted; instances for sigmoids
+//                                   4.18  6.29   8.01      4.59   6.97   9.39         6.80  11.90   19.51
+//   sigmoids in half of the instructions (numeric.h), candidates in order without a branch for each, common
+//   instances without code that they jump over
+//                                   3.52  5.50   6.98      3.64   6.01   7.96         4.89   9.85   15.44
+// The steps of the last line one by one: 3.83, 3.35, 3.11 us for DeepSeek-V3, M = 1, in
+// graphs of launches made by C++, and 6.43, 5.40, 4.46 for Kimi-K3.
+// Rejected: 512 threads for more than 512 places, which leave 128 registers, with 556 bytes of spills: 4.46 -> 5.84,
+// 9.35 -> 10.68 and 14.78 -> 15.66 us for Kimi-K3 by that clock. Rejected: asking for the bias before waiting for the launch
+// before, as that one may have written it.
 // Rejected: key - bias for s, which loses bits when the bias is large. Rejected: a step per winner over keys in
 // registers, with groups as sets of lanes in which members are strided, so that a wave64 and a wave32 would sum
 // a softmax in another order. Rejected: the operator / for the scores of a row, which is a branch for each
@@ -60,7 +82,7 @@ __host__ __device__ constexpr RuleRowShape rule_row_shape(int num_places, int gr
 }
 
 // Calls: follow, use; load; when the logits are there, wave_topk.
-template <int kValues, int kBest, bool kIsSigmoid>
+template <int kValues, int kBest, bool kIsCommon>
 class RuleRows {
  public:
   using Item = unsigned char;  // rows are bytes apart
@@ -94,8 +116,13 @@ class RuleRows {
     const RowRule& r = rule();
     places_ = places_of(r);
     row_ = row;
-    load_items(row, r.logit_kind, r.wide_logits, logits_);
-    if (r.bias_kind != FloatKind::none) load_items(r.bias, r.bias_kind, r.wide_bias, bias_);
+    if constexpr (kIsCommon) {
+      load_whole(row, r.logit_kind == FloatKind::bf16, logits_);
+      if (r.bias_kind != FloatKind::none) load_whole(r.bias, false, bias_);
+    } else {
+      load_items(row, r.logit_kind, r.wide_logits, logits_);
+      if (r.bias_kind != FloatKind::none) load_items(r.bias, r.bias_kind, r.wide_bias, bias_);
+    }
   }
 
   // Lane k of the row's gets winner k, with the candidate's index; `softmax` is set.
@@ -153,6 +180,26 @@ class RuleRows {
     return i - chunk - num_in_chunk(Keys::expert_of_register(chunk));
   }
 
+  // Where there is no candidate: NaN of any kind.
+  static constexpr uint32_t kNoHalf = 0xffffu, kNoItem = 0xffffffffu;
+
+  // Chunks on 16-byte boundaries, of bf16 or of f32.
+  __device__ __forceinline__ void load_whole(const void* items, bool is_bf16,
+                                             FourWords (&words)[kValues / 4]) const {
+    AITER_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      const int place = Keys::expert_of_register(c * kKeysPerChunk);
+      FourWords& low = words[2 * c];
+      FourWords& high = words[2 * c + 1];
+      low = high = FourWords{{kNoItem, kNoItem, kNoItem, kNoItem}};
+      if (num_in_chunk(place) <= 0) continue;
+      const int first = candidate_of(place);
+      const char* const from = static_cast<const char*>(items) + (is_bf16 ? 2 : 4) * first;
+      low = *reinterpret_cast<const FourWords*>(from);
+      if (!is_bf16) high = *reinterpret_cast<const FourWords*>(from + sizeof(FourWords));
+    }
+  }
+
   __device__ __forceinline__ void load_items(const void* items, FloatKind kind, bool wide,
                                              FourWords (&words)[kValues / 4]) const {
     AITER_UNROLL
@@ -162,7 +209,7 @@ class RuleRows {
       const int first = candidate_of(place);
       FourWords& low = words[2 * c];
       FourWords& high = words[2 * c + 1];
-      low = high = FourWords{};
+      low = high = FourWords{{kNoItem, kNoItem, kNoItem, kNoItem}};
       if (kind == FloatKind::f32) {
         const uint32_t* const from = static_cast<const uint32_t*>(items) + first;
         if (wide && count > 0) {
@@ -182,8 +229,8 @@ class RuleRows {
         } else if (!wide) {
           AITER_UNROLL
           for (int w = 0; w < 4; ++w) {
-            const uint32_t even = 2 * w < count ? from[2 * w] : 0;
-            const uint32_t odd = 2 * w + 1 < count ? from[2 * w + 1] : 0;
+            const uint32_t even = 2 * w < count ? from[2 * w] : kNoHalf;
+            const uint32_t odd = 2 * w + 1 < count ? from[2 * w + 1] : kNoHalf;
             low.word[w] = odd << 16 | even;
           }
         }
@@ -213,24 +260,40 @@ class RuleRows {
     }
   }
 
-  // `scores`: x where logits are chosen by.
+  __device__ __forceinline__ void make_common_keys(const RowRule& r, float (&keys)[kValues],
+                                                   float (&scores)[kValues]) const {
+    const bool is_bf16 = r.logit_kind == FloatKind::bf16;
+    const bool has_bias = r.bias_kind != FloatKind::none;
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) scores[i] = item(logits_, FloatKind::f32, i);
+    if (is_bf16) {
+      AITER_UNROLL
+      for (int i = 0; i < kValues; ++i) scores[i] = item(logits_, FloatKind::bf16, i);
+    }
+    sigmoids(scores);
+    AITER_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      keys[i] = scores[i] + (has_bias ? item(bias_, FloatKind::f32, i) : 0.0f);
+    }
+  }
+
+  // `scores`: x where logits are chosen by. A key is NaN, or -inf, where a candidate is not eligible.
   __device__ __forceinline__ void make_keys(const RowRule& r, RowSoftmax& softmax,
                                             float (&keys)[kValues],
                                             float (&scores)[kValues]) const {
+    if constexpr (kIsCommon) {
+      make_common_keys(r, keys, scores);
+      return;
+    }
     convert(logits_, r.logit_kind, keys);
     uint32_t ruled_out[kValues];  // all ones where there is no candidate, or its logit is NaN
     AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      ruled_out[i] =
-          ~all_ones_if_negative(static_cast<uint32_t>(none_from(i))) | all_ones_if_nan(keys[i]);
-    }
-    if (!kIsSigmoid && (r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f)) {
+    for (int i = 0; i < kValues; ++i) ruled_out[i] = all_ones_if_nan(keys[i]);
+    if ((r.rule.logit_scale != 1.0f || r.rule.softcap != 0.0f)) {
       AITER_UNROLL
       for (int i = 0; i < kValues; ++i) keys[i] = scaled_logit(r.rule, keys[i]);
     }
-    if (kIsSigmoid) {
-      sigmoids(keys);
-    } else if (r.rule.scoring_func == kSoftmax) {
+    if (r.rule.scoring_func == kSoftmax) {
       softmax_scores(r, softmax, keys, !r.key_is_logit);
     } else if (!r.key_is_logit && r.rule.scoring_func == kSigmoid) {
       sigmoids(keys);
@@ -315,7 +378,7 @@ class RuleRows {
 
   // Rules out the keys of all groups but the `topk_group` best.
   __device__ __forceinline__ void keep_best_groups(const RowRule& r, float (&keys)[kValues]) const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
     const int lanes = 1 << r.log2_group_places >> log2_ceil(kKeysPerChunk);  // of a group
     uint32_t* const values = static_cast<uint32_t*>(lds_) + lane_idx() / kRuleLanes * kWordsOfRow;
     uint32_t own[kChunks];
@@ -329,9 +392,11 @@ class RuleRows {
                          .with(BestTwo::of(of[4], of[5]).with(BestTwo::of(of[6], of[7])));
       if (lanes > 1) best.template merge<1>();
       if (lanes > 2) best.template merge<3>();
-      if (lanes > 4) best.template merge<7>();
-      if (lanes > 8) best.template merge<15>();
-      if (lanes > 16) best.template merge<31>();
+      if (AITER_UNLIKELY(lanes > 4)) {
+        best.template merge<7>();
+        if (lanes > 8) best.template merge<15>();
+        if (lanes > 16) best.template merge<31>();
+      }
       own[c] = ordered_float(best.value(r));
       num_better[c] = 0;
       const int place = Keys::expert_of_register(c * kKeysPerChunk);
@@ -340,16 +405,23 @@ class RuleRows {
     wave_sync();
     AITER_LOOP
     for (int first = 0; first < r.rule.num_expert_group; first += kAtOnce) {
-      const FourWords four = *reinterpret_cast<const FourWords*>(values + first);
+      const FourWords four[] = {*reinterpret_cast<const FourWords*>(values + first),
+                                *reinterpret_cast<const FourWords*>(values + first + 4)};
       AITER_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         const int group = group_of(Keys::expert_of_register(c * kKeysPerChunk));
+        bool is_better[kAtOnce];
         AITER_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
           // Of equal values the lower group's is better.
           const uint32_t mine = own[c] + (first + i < group ? 0 : 1);
           const bool exists = first + i < r.rule.num_expert_group;
-          num_better[c] += exists && four.word[i] >= mine ? 1 : 0;
+          is_better[i] = exists && four[i / 4].word[i % 4] >= mine;
+        }
+        AITER_UNROLL
+        for (int i = 0; i < kAtOnce; i += 4) {
+          num_better[c] +=
+              num_set(is_better[i], is_better[i + 1], is_better[i + 2], is_better[i + 3]);
         }
       }
     }
@@ -380,11 +452,11 @@ class RuleRows {
   FourWords logits_[kValues / 4], bias_[kValues / 4];
 };
 
-template <int kValues, int kBest, bool kIsSigmoid>
-constexpr bool kUsesLds<RuleRows<kValues, kBest, kIsSigmoid>> = true;
+template <int kValues, int kBest, bool kIsCommon>
+constexpr bool kUsesLds<RuleRows<kValues, kBest, kIsCommon>> = true;
 
-template <int kValues, int kBest, bool kIsSigmoid>
-__device__ __forceinline__ void drop(RuleRows<kValues, kBest, kIsSigmoid>& rows) {
+template <int kValues, int kBest, bool kIsCommon>
+__device__ __forceinline__ void drop(RuleRows<kValues, kBest, kIsCommon>& rows) {
   rows.forget();
 }
 

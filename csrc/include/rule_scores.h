@@ -64,19 +64,7 @@ __device__ __forceinline__ float sqrt_of(float y) {
   return tiny ? root * 0x1p-50f : root;
 }
 
-// Replaces every x by its sigmoid.
-template <int kCount>
-__device__ __forceinline__ void sigmoids(float (&x)[kCount]) {
-  AITER_UNROLL
-  for (int i = 0; i < kCount; ++i) x[i] = 1.0f + exp_of(-x[i]);
-  invert(x);
-}
-
-__device__ __forceinline__ float sigmoid(float x) {
-  float one[] = {x};
-  sigmoids(one);
-  return one[0];
-}
+__device__ __forceinline__ float sigmoid(float x) { return sigmoid_of_any(x); }
 
 __device__ __forceinline__ float sqrtsoftplus(float x) {
   constexpr float kLargest = 0x1.fffffep127f;

@@ -33,7 +33,7 @@ template <typename Rows, typename Sink>
 __device__ __forceinline__ void put_shared(const Rows& row, int lane, int num_lanes, bool valid,
                                            Sink& sink) {
   const RowRule& r = row.rule();
-  if (r.rule.num_shared_experts == 0) return;
+  if (!AITER_UNLIKELY(r.rule.num_shared_experts != 0)) return;
   AITER_LOOP
   for (int k = lane; k < r.topk + r.rule.num_shared_experts; k += num_lanes) {
     if (k < r.topk) continue;
@@ -48,16 +48,21 @@ __device__ __forceinline__ void put_shared(const Rows& row, int lane, int num_la
 
 // Runs the selection for the loaded rows, as row_topk.h does; sink and `valid` are the lane's row's. Sink:
 // put(k, id, weight) is called once per slot, each by one lane.
-template <int kValues, int kBest, bool kIsSigmoid, typename Sink>
-__device__ __forceinline__ void wave_topk(RuleRows<kValues, kBest, kIsSigmoid>& rows, int, int,
-                                          bool, bool valid, Sink& sink) {
+template <int kValues, int kBest, bool kIsCommon, typename Sink>
+__device__ __forceinline__ void wave_topk(RuleRows<kValues, kBest, kIsCommon>& rows, int, int, bool,
+                                          bool valid, Sink& sink) {
   const RowRule& r = rows.rule();
   RowSoftmax softmax;
   const auto mine = rows.select(softmax);
   float weight = mine.score;
-  if (!mine.has_score) {
-    weight = weight_of(rows, softmax, mine.winner);
-  } else if (!kIsSigmoid && r.key_is_logit) {
+  if (AITER_UNLIKELY(!mine.has_score)) {
+    if constexpr (kIsCommon) {
+      const bool chosen = mine.winner.stored != kNotEligible;
+      weight = chosen ? sigmoid(rows.logit(static_cast<int>(mine.winner.expert_idx))) : 0.0f;
+    } else {
+      weight = weight_of(rows, softmax, mine.winner);
+    }
+  } else if (!kIsCommon && r.key_is_logit) {
     weight = weight_of_x(r, softmax, mine.score);
   }
   float sum = 0.0f;

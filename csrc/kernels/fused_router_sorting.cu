@@ -6,16 +6,24 @@
 #include "fused_launch.h"
 #include "fused_router_sorting.h"
 #include "fused_router_sorting_api.h"
+#include "router_product_alone.h"
 
 namespace aiter {
 
-// The product alone, for any M.
-__global__ void AITER_LAUNCH_BOUNDS(kMaxRouterThreads)
-    router_product_kernel(RouterProduct product, int num_tokens) {
+// The product alone, for any M, a tile for every workgroup.
+template <int kRows, int kExperts, int kAhead, typename Chunks>
+__global__ void AITER_LAUNCH_BOUNDS(kPartialSums)
+    router_product_kernel(RouterProduct p, int num_tokens) {
   AITER_DYNAMIC_LDS(lds_base);
+  float* const lds = reinterpret_cast<float*>(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
-  multiply(product, num_tokens, reinterpret_cast<float*>(lds_base));
+  if constexpr (std::is_same<Chunks, Bf16Chunks>::value) {
+    product_alone<kRows, kExperts, kAhead>(p, Chunks{}, Chunks{}, num_tokens, lds);
+  } else {
+    const Chunks hidden{p.hidden_kind}, weight{p.weight_kind};
+    product_alone<kRows, kExperts, kAhead>(p, hidden, weight, num_tokens, lds);
+  }
 }
 
 namespace {
@@ -35,10 +43,12 @@ bool lies_wide(const TensorView& rows) {
 }
 
 // The largest tile of which there is one for most of the workgroups; a row alone for one token.
-TileShape choose_tile(int64_t num_tokens, int64_t num_experts, int num_workgroups, ChunksBy by) {
+template <size_t kCount>
+TileShape choose_tile(const TileInstance (&tiles)[kCount], int64_t num_tokens, int64_t num_experts,
+                      int num_workgroups, ChunksBy by) {
   const auto is_too_large = [](int tile, int64_t size) { return tile > 1 && tile >= 2 * size; };
   TileShape chosen{};
-  for (const TileInstance& instance : kTiles) {
+  for (const TileInstance& instance : tiles) {
     const auto [rows, experts] = instance.shape;
     if (by > instance.slowest) continue;
     chosen = instance.shape;
@@ -51,8 +61,9 @@ TileShape choose_tile(int64_t num_tokens, int64_t num_experts, int num_workgroup
 }
 
 // `num_workgroups`: how many there are to share the tiles.
-RouterProduct product_of(const RouterTensors& router, const TensorView& logits,
-                         int num_workgroups) {
+template <size_t kCount>
+RouterProduct product_of(const TileInstance (&tiles)[kCount], const RouterTensors& router,
+                         const TensorView& logits, int num_workgroups) {
   const TensorView& hidden = router.hidden_states;
   const TensorView& weight = router.router_weight;
   RouterProduct p;
@@ -74,8 +85,8 @@ RouterProduct product_of(const RouterTensors& router, const TensorView& logits,
   const int64_t num_tokens = hidden.shape[0];
   constexpr int64_t kMostBytes = std::numeric_limits<uint32_t>::max();
   const bool is_near = kMostTileRows * std::max(p.hidden_stride, p.weight_stride) <= kMostBytes;
-  p.tile =
-      is_near ? choose_tile(num_tokens, weight.shape[0], num_workgroups, p.by) : TileShape{1, 1};
+  p.tile = is_near ? choose_tile(tiles, num_tokens, weight.shape[0], num_workgroups, p.by)
+                   : TileShape{1, 1};
   p.row_tiles = static_cast<int>(divided_up<int64_t>(num_tokens, p.tile.rows));
   p.num_tiles = p.row_tiles * divided_up(p.num_experts, p.tile.experts);
   p.tiles_per_block = divided_up(p.num_tiles, num_workgroups);
@@ -254,7 +265,7 @@ RouterLaunch checked_launch(const FusedRouterSortingArgs& args) {
   if (!fits(shape.num_tokens, shape.num_experts, shape.topk, 1, made.limits)) {
     fail_rows(shape, made.limits);
   }
-  made.product = product_of(args.router, logits, num_workgroups);
+  made.product = product_of(kTiles, args.router, logits, num_workgroups);
   made.params.shape = shape;
   made.params.sort = sort_params(routing.sort);
   made.rule = fused_rule(routing, problem);
@@ -323,25 +334,53 @@ void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream) 
   }
 }
 
+namespace {
+
+// Calls f(kernel) with the one for the product's tile. All rounds of 7,168 items are ahead where the tile leaves
+// registers for them.
+template <typename F>
+void dispatch_product(const RouterProduct& p, F f) {
+  const auto is = [&](int rows, int experts) {
+    return p.tile.rows == rows && p.tile.experts == experts;
+  };
+  if (p.by == ChunksBy::bf16) {
+    if (is(8, 8)) return f(router_product_kernel<8, 8, 0, Bf16Chunks>);
+    if (is(8, 4)) return f(router_product_kernel<8, 4, 2, Bf16Chunks>);
+    if (is(4, 4)) return f(router_product_kernel<4, 4, 3, Bf16Chunks>);
+    if (is(4, 2)) return f(router_product_kernel<4, 2, 4, Bf16Chunks>);
+    if (is(4, 1)) return f(router_product_kernel<4, 1, 5, Bf16Chunks>);
+    if (is(1, 4)) return f(router_product_kernel<1, 4, 5, Bf16Chunks>);
+    if (is(1, 2)) return f(router_product_kernel<1, 2, 7, Bf16Chunks>);
+    return f(router_product_kernel<1, 1, 7, Bf16Chunks>);
+  }
+  if (p.by == ChunksBy::wide) {
+    if (is(4, 1)) return f(router_product_kernel<4, 1, 1, WideChunks>);
+    return f(router_product_kernel<1, 1, 3, WideChunks>);
+  }
+  f(router_product_kernel<1, 1, 0, Items>);
+}
+
+}  // namespace
+
 void router_product(const RouterTensors& router, const TensorView& logits_out, void* stream) {
   check_router(router, logits_out);
   const int device_index = logits_out.device_index;
   const DeviceLimits limits = device_limits(device_index);
   const int64_t num_tokens = logits_out.shape[0];
   if (num_tokens == 0) return;
-  RouterProduct product = product_of(router, logits_out, limits.num_compute_units);
-  const int most_teams = std::min(kMaxProductTeams, limits.max_threads_per_block / kPartialSums);
-  const int num_teams = std::clamp(product.tiles_per_block, 1, most_teams);
-  product.tiles_per_block = num_teams;
+  const RouterProduct product =
+      product_of(kTilesAlone, router, logits_out, limits.num_compute_units);
   LaunchShape shape{};
-  shape.num_blocks = divided_up(product.num_tiles, num_teams);
-  shape.num_threads = num_teams * kPartialSums;
-  shape.lds_bytes = product_lds_bytes(num_teams);
+  shape.num_blocks = product.num_tiles;
+  shape.num_threads = kPartialSums;
+  shape.lds_bytes = lds_bytes_alone(product.tile);
   shape.cluster_size = 1;
   shape.waits_itself = true;
   const DeviceGuard guard(device_index);
-  launch(router_product_kernel, limits, shape, static_cast<hipStream_t>(stream), product,
-         static_cast<int>(num_tokens));
+  dispatch_product(product, [&](auto kernel) {
+    launch(kernel, limits, shape, static_cast<hipStream_t>(stream), product,
+           static_cast<int>(num_tokens));
+  });
 }
 
 }  // namespace aiter

@@ -160,6 +160,7 @@ def _stub_ops(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (explain, tune, demo):
         monkeypatch.setattr(module, "fused_topk_moe_sorting_max_tokens", lambda *a, **o: 64)
+    monkeypatch.setattr(explain, "fused_router_sorting_max_tokens", lambda *a, **o: 64)
     monkeypatch.setattr(explain, "moe_sorting_opus_get_workspace_size", lambda *a, **o: 0)
     monkeypatch.setattr(explain.fused_moe, "topk_softmax_sorting", route)
     monkeypatch.setattr(

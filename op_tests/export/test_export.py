@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 from trees import LAYOUTS, state_of, write_tree
 
 from aiter.cli.main import main
-from aiter.export import edits, note, payload, tree
+from aiter.export import edits, note, payload, sources, tree
+
+exported_sources = cache(sources.exported_sources)  # hundreds of exports have the same sources
 
 NOTE = {
     "checkout": "csrc/include/fused_topk_moe_sorting/export.json",
@@ -35,6 +38,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def root(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(payload, "formatted", dict)
+    monkeypatch.setattr(sources, "exported_sources", exported_sources)
     return write_tree(tmp_path / "tree", layout)
 
 
@@ -308,6 +312,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removing", [False, True], ids=["export", "remove"])
 def test_interrupted_anywhere_it_can_be_removed(
     root: Path, monkeypatch: pytest.MonkeyPatch, removing: bool

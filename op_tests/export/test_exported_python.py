@@ -24,6 +24,7 @@ PACKAGE = Path(_checkout.__file__).parents[1] / "aiter"
 HAS_TOOLS = all(importlib.util.find_spec(module) for module in ("black", "clang_format"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TOOLS, reason="black or clang-format is missing")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_a_tree(tmp_path: Path, layout: str) -> None:

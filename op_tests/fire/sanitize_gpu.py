@@ -3,7 +3,8 @@
     python op_tests/fire/sanitize_gpu.py [--tool memcheck|racecheck|synccheck|initcheck|all]
     python op_tests/fire/sanitize_gpu.py --dry-run
 
-Runs a small grid of routings (`CALLS`), each on every path, in a child process under each tool:
+Runs a small grid of routings (`CALLS`, by models' rules `RULED`, from hidden states `HIDDEN`), each on
+every path, in a child process under each tool:
 accesses out of bounds, races on shared memory, barriers that not all threads reach, reads of memory
 that nobody wrote. The modules are built before, without the tool. PyTorch's caching allocator is
 switched off, so that every tensor has its own bounds; only kernels with `aiter` in their name are
@@ -28,12 +29,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import _checkout  # noqa: E402, F401
 import torch  # noqa: E402
+from router_calls import check_logits, drawn  # noqa: E402
 
 from aiter import fused_moe, reference  # noqa: E402
 from aiter.cli.table import format_table  # noqa: E402
 from aiter.jit import module_for  # noqa: E402
 from aiter.jit.compilers import find_compiler  # noqa: E402
 from aiter.ops.device import current_device  # noqa: E402
+from aiter.ops.fused_router_sorting import router_product  # noqa: E402
+from aiter.ops.rule import RoutingRule  # noqa: E402
 from aiter.routing import dispatch  # noqa: E402
 from aiter.routing.tuned import MODULES  # noqa: E402
 
@@ -73,6 +77,27 @@ CALLS = (
     Call(0, 16, 2, 4),
 )
 
+# By rules, each with a bias: those of DeepSeek-V3 (twice), Kimi-K2, Kimi-K3, Nemotron-3 and LongCat;
+# tokens, experts, topk, and the dtype of the logits.
+GROUPS = RoutingRule("sigmoid", num_expert_group=8, topk_group=4, group_score="top2")
+RULED = (
+    (GROUPS, 5, 256, 8, torch.bfloat16), (GROUPS, 1, 256, 8, torch.float32),
+    (RoutingRule("sigmoid"), 33, 384, 8, torch.float32),
+    (RoutingRule("sigmoid"), 3, 896, 16, torch.bfloat16),
+    (RoutingRule("sigmoid"), 2, 512, 22, torch.float16),
+    (RoutingRule(need_renorm=False, num_zero_experts=256), 7, 512, 12, torch.float32),
+)  # fmt: skip
+
+# From hidden states: tokens, experts, topk, D', and the dtype; a kernel of the product each, and tails.
+HIDDEN = (
+    (1, 128, 4, 2880, torch.bfloat16), (1, 256, 8, 1032, torch.bfloat16),
+    (1, 512, 10, 520, torch.bfloat16), (4, 128, 4, 1100, torch.bfloat16),
+    (4, 256, 8, 264, torch.bfloat16), (16, 128, 4, 136, torch.bfloat16),
+    (16, 250, 8, 1048, torch.bfloat16), (64, 260, 8, 264, torch.bfloat16),
+    (6, 24, 4, 140, torch.float32), (2, 40, 8, 136, torch.float16), (3, 16, 2, 43, torch.bfloat16),
+)  # fmt: skip
+SANITIZED = (*MODULES, "module_topk_routing", "module_fused_router_sorting")
+
 
 def main() -> int:
     """Runs the command line; 1 if a tool reports something or a result is wrong."""
@@ -89,7 +114,7 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.version.hip is not None:
         print("error: expected an NVIDIA GPU, got none; --dry-run needs none", file=sys.stderr)
         return 1
-    for module in MODULES:
+    for module in SANITIZED:
         module_for(module, current_device())
     rows, reports = [], []
     for tool in TOOLS if options.tool == "all" else (options.tool,):
@@ -168,14 +193,62 @@ def run_grid(device: torch.device) -> Counter[str]:
             outputs = fused_moe.topk_softmax_sorting(
                 logits.to(device), *arguments, *on_device, dispatch_policy=policy
             )
-            check(f"{call}, policy {policy}", call, outputs, expected)
+            check(f"{call}, policy {policy}", call.block_size, outputs, expected)
+            paths[str(fused_moe.last_path())] += 1
+    return paths + run_rules(device) + run_hidden(device)
+
+
+def run_rules(device: torch.device) -> Counter[str]:
+    """The same by rules."""
+    paths: Counter[str] = Counter()
+    for seed, (rule, tokens, experts, topk, dtype) in enumerate(RULED):
+        generator = torch.Generator().manual_seed(seed)
+        width = experts + rule.num_zero_experts
+        logits = torch.randn(tokens, width, generator=generator).to(dtype)
+        bias = torch.randn(width, generator=generator) / 10
+        arguments = (topk, experts, 24, torch.bfloat16)
+        expected = reference.topk_routing_sorting(
+            logits, *arguments, rule=rule, correction_bias=bias
+        )
+        for policy in dispatch.POLICIES:
+            outputs = fused_moe.topk_routing_sorting(
+                logits.to(device), *arguments, rule=rule, dispatch_policy=policy,
+                correction_bias=bias.to(device),
+            )  # fmt: skip
+            check(f"{rule}, {tokens} tokens, policy {policy}", 32, outputs, expected)
+            paths[str(fused_moe.last_path())] += 1
+    return paths
+
+
+def run_hidden(device: torch.device) -> Counter[str]:
+    """The same from hidden states, and the product alone, whose logits have the reference's bits."""
+    paths: Counter[str] = Counter()
+    for seed, (tokens, experts, topk, width, dtype) in enumerate(HIDDEN):
+        hidden, weight = drawn(tokens, experts, width, dtype, seed)
+        bias = torch.randn(experts, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        wanted = reference.router_logits(hidden, weight, bias)
+        arguments = (topk, experts, 24, torch.bfloat16)
+        expected = reference.topk_routing_sorting(wanted, *arguments)
+        on_device = [tensor.to(device) for tensor in (hidden, weight, bias)]
+        name = f"{tokens} x {width}, {experts} experts, {dtype}"
+        logits = torch.empty(tokens, experts, device=device)
+        router_product(on_device[0], on_device[1], logits, router_bias=on_device[2])
+        check_logits(f"{name}, product", logits, wanted)
+        for policy in dispatch.POLICIES:
+            logits = torch.empty_like(logits)
+            outputs = fused_moe.router_topk_sorting(
+                on_device[0], on_device[1], *arguments, router_bias=on_device[2],
+                logits_out=logits, dispatch_policy=policy,
+            )  # fmt: skip
+            check_logits(f"{name}, policy {policy}", logits, wanted)
+            check(f"{name}, policy {policy}", 32, outputs, expected)
             paths[str(fused_moe.last_path())] += 1
     return paths
 
 
 def check(
     name: str,
-    call: Call,
+    block_size: int,
     outputs: tuple[torch.Tensor, ...],
     expected: tuple[torch.Tensor, ...],
 ) -> None:
@@ -183,9 +256,7 @@ def check(
     slots, rows = expected[3].tolist()
     got = [
         buffer[:size].cpu()
-        for buffer, size in zip(
-            outputs, (slots, slots, slots // call.block_size, 2, rows), strict=True
-        )
+        for buffer, size in zip(outputs, (slots, slots, slots // block_size, 2, rows), strict=True)
     ]
     for index in (3, 0, 2):
         if not torch.equal(got[index], expected[index][: len(got[index])]):

@@ -103,6 +103,7 @@ def check_report(bug: str, words: str, report: str) -> None:
         assert re.search(rf"\b{bug}\b", report), report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wave", [64, 32])
 def test_race_check(wave: int) -> None:
     sound = ("sound", "sound_cluster", "sound_handover")
@@ -116,6 +117,7 @@ def test_race_check(wave: int) -> None:
         check_report(bug, RACE[bug], report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wave", [64, 32])
 def test_layer_under_address_check(wave: int) -> None:
     """Lanes that are abandoned in mid-kernel leave nothing behind that the next launch trips over."""
@@ -128,6 +130,7 @@ def test_layer_under_address_check(wave: int) -> None:
         check_report(bug, ALWAYS[bug], report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", sorted(set(ADDRESS) - set(ALWAYS)))
 def test_address_check(bug: str) -> None:
     done = run("address", 64, ["sound", bug])

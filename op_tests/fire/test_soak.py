@@ -13,6 +13,7 @@ MINUTES = 1 / 6
 TIMEOUT_SECONDS = 900  # most of it is for building modules
 
 
+@pytest.mark.slow
 def test_a_short_soak_is_right_and_flat() -> None:
     """In a process of its own: this one's memory belongs to all tests."""
     done = subprocess.run(

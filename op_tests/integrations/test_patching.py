@@ -207,6 +207,7 @@ def test_what_are_no_ids_is_refused() -> None:
     assert not any(mark_of(module) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_pickles_use_aiter_as_well(tmp_path: Path) -> None:
     model = tiny.make_model("deepseek_v3")
     use_aiter(model)
@@ -289,8 +290,18 @@ def test_hooks_around_the_forwards_stay(order: str) -> None:
     assert order == "offload" or calls.count("MixtralTopKRouter") == 2 * 2
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("trained", ["gate", "experts", "embed_tokens", "lora on the gate"])
+TRAINED = ("gate", "experts", "embed_tokens", "lora on the gate")
+LONG = {
+    "gate": pytest.mark.slow,
+    "lora on the gate": pytest.mark.slow,
+}  # to trace; the others thorough
+WAYS = [
+    *(pytest.param(name, False) for name in TRAINED),
+    *(pytest.param(name, True, marks=LONG.get(name, pytest.mark.thorough)) for name in TRAINED),
+]
+
+
+@pytest.mark.parametrize(("trained", "compiled"), WAYS)
 def test_gradients_are_refused(trained: str, compiled: bool) -> None:
     model = tiny.make_model("mixtral").requires_grad_(False)
     use_aiter(model)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-from amdgcn.assembly import KernelText, parse
+from amdgcn.assembly import Kernels
 from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
@@ -124,12 +124,9 @@ class OpusParams(ctypes.Structure):
 
 
 @cache
-def kernels(module: str, arch: str) -> dict[str, KernelText]:
+def kernels(module: str, arch: str) -> Kernels:
     """The kernels of a module by readable name, compiled if need be."""
-    found: dict[str, KernelText] = {}
-    for assembly in compile_module(module, (arch,)):
-        found.update(parse(assembly.text, arch))
-    return found
+    return Kernels((assembly.text for assembly in compile_module(module, (arch,))), arch)
 
 
 def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from amdgcn.assembly import KernelText, parse
+from amdgcn.assembly import Kernels
 from amdgcn.machine import Launch, run
 from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
@@ -34,14 +34,12 @@ class Arguments(ctypes.Structure):
 
 
 @cache
-def primitives(arch: str) -> dict[str, KernelText]:
+def primitives(arch: str) -> Kernels:
     """The kernels by name, compiled if need be."""
     loader = default_loader()
-    found: dict[str, KernelText] = {}
-    for source in SOURCES:
-        assembly = compile_source(source, arch, loader, (loader.csrc_dir / "include",))
-        found.update(parse(assembly.text, arch))
-    return found
+    includes = (loader.csrc_dir / "include",)
+    texts = (compile_source(source, arch, loader, includes).text for source in SOURCES)
+    return Kernels(texts, arch)
 
 
 def execute(

@@ -1,11 +1,12 @@
 """The launch from hidden states on the interpreter: mirrors csrc/kernels/fused_router_sorting.cu.
 
-Plain softmax by lists alone, which is what few f32 logits are selected by.
+Plain softmax by lists and by keys, without a rule.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -32,7 +33,15 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16, None)  # FloatKind
 BF16, WIDE, ITEMS = range(3)  # ChunksBy
 # Rows, experts and the slowest way to read, as kTiles.
 TILES = ((8, 4, BF16), (4, 4, BF16), (4, 1, WIDE), (1, 1, ITEMS))
-PARTIAL_SUMS, MOST_TEAMS, LDS_BYTES_PER_TEAM = 128, 4, 512
+# The same as kTilesAlone, for the product in a launch of its own, and the rounds ahead by way to read.
+TILES_ALONE = {
+    (8, 8, BF16): (0,), (8, 4, BF16): (2,), (4, 4, BF16): (3,), (4, 2, BF16): (4,),
+    (4, 1, WIDE): (5, 1), (1, 4, BF16): (5,), (1, 2, BF16): (7,), (1, 1, ITEMS): (7, 3, 0),
+}  # fmt: skip
+CHUNKS = ("Bf16Chunks", "WideChunks", "Items")
+Tiles = Iterable[tuple[int, int, int]]
+PARTIAL_SUMS, MOST_TEAMS, LDS_BYTES_PER_TEAM, SUMS_OF_TEAM = 128, 4, 512, 4
+MOST_THREADS = 512  # kMaxRouterThreads
 
 
 class RouterProduct(ctypes.Structure):
@@ -58,10 +67,12 @@ def _lies_wide(matrix: Tensor) -> bool:
     )
 
 
-def choose_tile(tokens: int, experts: int, workgroups: int, by: int) -> tuple[int, int]:
+def choose_tile(
+    tokens: int, experts: int, workgroups: int, by: int, tiles: Tiles = TILES
+) -> tuple[int, int]:
     """choose_tile() there."""
     chosen = (1, 1)
-    for rows, columns, slowest in TILES:
+    for rows, columns, slowest in tiles:
         if by > slowest:
             continue
         chosen = (rows, columns)
@@ -91,8 +102,14 @@ def fused_router_sorting_fwd(
     local_expert_mask: Tensor | None = None,
     num_local_tokens: Tensor | None = None,
     num_workgroups: int = 1,
+    arrived: int = 0,
 ) -> None:
-    """The op of that name, for tensors on the CPU, by `num_workgroups` of `device`."""
+    """The op of that name, for tensors on the CPU, by `num_workgroups` of `device`.
+
+    Args:
+        arrived: how many of them are done with their share, of those that `device` does not run:
+            `logits_out` holds what these have made.
+    """
     memory = GlobalMemory()
     outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
     sort = sort_params(memory, outputs, local_expert_mask, num_local_tokens)
@@ -105,13 +122,17 @@ def fused_router_sorting_fwd(
     leaves_out = sort.expert_mask != 0
     one_token = is_one_token(tokens, topk, leaves_out)
     sizes = shape.num_tokens, shape.num_experts, shape.topk, shape.block_size
+    most = rows.max_threads or MOST_THREADS
+    most = min(
+        most, MOST_THREADS // 2 if rows.name.startswith("KeyRows") and rows.values > 16 else most
+    )
     threads = max(
         fused_threads(sizes, tokens, rows, device.wave_size, one_token, bool(shape.wide_stores)),
         PARTIAL_SUMS * min(max(product.tiles_per_block, 1), MOST_TEAMS),
     )
-    assert threads <= 512, "more rows than these tests have"
+    threads = min(threads, most)
     lds, lds_bytes = plan_fused_lds(*sizes[:3], threads // device.wave_size * rows.lds_bytes)
-    ticket = np.zeros(1, np.uint32)
+    ticket = np.full(1, arrived, np.uint32)
     params = FusedParams(shape, sort, lds, memory.add("ticket", ticket))
     first = FusedFirst(
         gating=product.logits,
@@ -134,15 +155,46 @@ def fused_router_sorting_fwd(
         raise AssertionError(f"ticket: expected 0 behind a launch, got {ticket[0]}")
 
 
+def router_product(
+    device: Device,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    logits_out: Tensor,
+    *,
+    router_bias: Tensor | None = None,
+    compute_units: int,
+) -> None:
+    """The op of that name, for tensors on the CPU, on `device` with so many compute units."""
+    memory = GlobalMemory()
+    product = _product(
+        memory, hidden_states, router_weight, router_bias, compute_units, TILES_ALONE
+    )
+    product.logits = map_tensor(memory, "logits_out", logits_out)
+    product.logits_stride = logits_out.stride(0)
+    tile = product.tile_rows, product.tile_experts
+    ahead = next(of[product.by] for (*shape, _), of in TILES_ALONE.items() if tuple(shape) == tile)
+    device.launch(
+        "module_fused_router_sorting",
+        f"router_product<{tile[0]}, {tile[1]}, {ahead}, {CHUNKS[product.by]}>", memory,
+        bytes(product) + bytes(_i32(len(hidden_states))), product.num_tiles, PARTIAL_SUMS,
+        SUMS_OF_TEAM * tile[0] * tile[1] * 4,
+    )  # fmt: skip
+
+
 def _product(
-    memory: GlobalMemory, hidden: Tensor, weight: Tensor, bias: Tensor | None, workgroups: int
+    memory: GlobalMemory,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    workgroups: int,
+    tiles: Tiles = TILES,
 ) -> RouterProduct:
     """product_of() there, but for the logits."""
     tokens, experts = len(hidden), len(weight)
     by = ITEMS
     if _lies_wide(hidden) and _lies_wide(weight):
         by = BF16 if hidden.dtype == weight.dtype == torch.bfloat16 else WIDE
-    rows, columns = choose_tile(tokens, experts, workgroups, by)
+    rows, columns = choose_tile(tokens, experts, workgroups, by, tiles)
     row_tiles = -(-tokens // rows)
     num_tiles = row_tiles * -(-experts // columns)
     return RouterProduct(

@@ -42,7 +42,7 @@ class RowRule(ctypes.Structure):
         ("wide_logits", _u32), ("wide_bias", _u32), ("num_candidates", _i32),
         ("num_experts", _i32), ("topk", _i32), ("group_width", _i32), ("log2_group_places", _i32),
         ("in_memory", _u32), ("top2", _u32), ("key_is_logit", _u32), ("shares_chosen", _u32),
-        ("is_sigmoid", _u32), ("shares_none", _u32),
+        ("is_common", _u32), ("shares_none", _u32),
     ]  # fmt: skip
 
 
@@ -163,13 +163,23 @@ def _row_rule(
     whole = width % KEYS_PER_CHUNK == 0
     unscaled = rule.logit_scale == 1.0 and rule.softcap == 0.0
     negligible = scalars.renorm_eps <= NEGLIGIBLE_EPS and scalars.renorm_min <= NEGLIGIBLE_MIN
+    wide_logits = whole and gating.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+    wide_bias = whole and (bias is None or bias.data_ptr() % 16 == 0)
+    is_common = (
+        scalars.scoring_func == SIGMOID
+        and not key_is_logit
+        and unscaled
+        and wide_logits
+        and gating.dtype != torch.float16
+        and (bias is None or (wide_bias and bias.dtype == torch.float32))
+    )
     return RowRule(
         rule=scalars,
         bias=map_tensor(memory, "correction_bias", bias, writable=False) if bias is not None else 0,
         logit_kind=KINDS.index(gating.dtype),
         bias_kind=KINDS.index(None if bias is None else bias.dtype),
-        wide_logits=whole and gating.data_ptr() % 16 == 0 and row_bytes % 16 == 0,
-        wide_bias=whole and (bias is None or bias.data_ptr() % 16 == 0),
+        wide_logits=wide_logits,
+        wide_bias=wide_bias,
         num_candidates=candidates,
         num_experts=candidates - rule.num_zero_experts,
         topk=num_slots - rule.num_shared_experts,
@@ -179,7 +189,7 @@ def _row_rule(
         top2=has_bias if scalars.group_score == BY_BIAS else scalars.group_score == TOP2,
         key_is_logit=key_is_logit,
         shares_chosen=is_plain and rule.need_renorm and negligible,
-        is_sigmoid=scalars.scoring_func == SIGMOID and not key_is_logit and unscaled,
+        is_common=is_common,
         shares_none=is_plain,
     )
 
@@ -200,7 +210,7 @@ def _choose_rows(row: RowRule, wave_size: int) -> RowChoice:
         best = 16
         values = 8 if places <= 8 * LANES_PER_ROW else 16 if places <= 16 * LANES_PER_ROW else 32
     return RowChoice(
-        f"RuleRows<{values}, {best}, {int(row.is_sigmoid)}>",
+        f"RuleRows<{values}, {best}, {int(row.is_common)}>",
         values,
         wave_size // LANES_PER_ROW,
         item_bytes=1,

@@ -99,6 +99,7 @@ def test_columns_grow_with_tokens(arch: str, shape: tuple[int, int]) -> None:
             largest = max(largest, time)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
 @pytest.mark.parametrize(("shape", "dtype"), [((128, 4), "bf16"), ((896, 16), "f32")])
 def test_kept_times_are_todays(arch: str, shape: tuple[int, int], dtype: str) -> None:

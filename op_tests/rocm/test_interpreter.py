@@ -2,6 +2,8 @@
 
 Faults are planted in kernels (`planted.cu`) and in assembly text; each must be reported with the
 instruction and the place. The float arithmetic is compared with rational numbers.
+
+Long because every kind of instruction that took thought has a test.
 """
 
 from __future__ import annotations
@@ -232,6 +234,47 @@ def test_packed_multiplication(modifiers: str, picks: tuple[int, int, int, int])
     a, b, c, d = picks
     assert np.array_equal(wave.v[0].view(np.float32), first[a] * second[b])
     assert np.array_equal(wave.v[1].view(np.float32), first[c] * second[d])
+
+
+@pytest.mark.parametrize(
+    ("sources", "modifiers", "seen"),
+    [("v1, v2, v3", "", "fff"), ("v1, v2, v3", " op_sel_hi:[1,1,0]", "llf"),
+     ("v1, v2, v3", " op_sel:[1,0,0] op_sel_hi:[1,1,0]", "hlf"),
+     ("v1, v2, v3", " op_sel:[0,1,1] op_sel_hi:[1,1,1]", "lhh"),
+     ("-v1, |v2|, -|v3|", " op_sel:[1,0,0] op_sel_hi:[1,0,1]", "hfl"),
+     ("s1, v2, v3", " op_sel_hi:[1,0,0]", "lff"), ("v1, v2, 1.0", " op_sel_hi:[1,1,0]", "ll1")],
+)  # fmt: skip
+def test_mixed_fma(sources: str, modifiers: str, seen: str) -> None:
+    """Each source a float, or the bf16 of its low or high half; one rounding."""
+    wave = a_wave()
+    rng = np.random.default_rng(0)
+    high, low = (rng.normal(size=(2, 3, 32)) * 100).astype(np.float32).view(np.uint32)
+    raw = high >> 16 << 16 | low >> 16
+    wave.v[1], wave.v[2], wave.v[3] = raw
+    wave.s[1] = int(raw[0, 0])
+    values = []
+    for index, (source, what) in enumerate(zip(sources.split(", "), seen, strict=True)):
+        bits = np.full(32, wave.s[1], np.uint32) if source.startswith("s") else raw[index]
+        bits = {"l": bits << 16, "h": bits >> 16 << 16, "f": bits, "1": words(32) * 0}[what]
+        value = np.float32(1) + 0 * bits if what == "1" else bits.astype(np.uint32).view(np.float32)
+        value = np.abs(value) if "|" in source else value
+        values.append(-value if source.startswith("-") else value)
+    text = f"v_fma_mix_f32_bf16 v0, {sources}{modifiers}"
+    decode_vector(parse_instruction(text, 1), 32, 0)(wave)
+    for *terms, got in zip(*values, wave.v[0].view(np.float32), strict=True):
+        a, b, c = (Fraction(float(term)) for term in terms)
+        assert got == nearest(a * b + c), terms
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("v_fma_mix_f32_bf16 v0, v1, v2, v3 op_sel:[1,0,0]", "a half of a bf16 source"),
+     ("v_fma_mix_f32_bf16 v0, v1, 1.0, v3 op_sel_hi:[1,1,0]", "expected a register"),
+     ("v_fma_mix_f32_bf16 v0, v1, v2, v3 clamp:1", "unknown modifier")],
+)  # fmt: skip
+def test_mixed_fma_that_is_not_known(text: str, message: str) -> None:
+    with pytest.raises(Fault, match=message):
+        decode_vector(parse_instruction(text, 1), 32, 0)
 
 
 def test_two_sources_of_a_dual_instruction() -> None:

@@ -31,6 +31,7 @@ import aiter
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
 from amdgcn.assembly import KernelText  # noqa: E402
+from archs import parameters  # noqa: E402
 from choices import choose_rows  # noqa: E402
 from launches import Device, kernels  # noqa: E402
 
@@ -157,7 +158,7 @@ def check_sorting(arch: str, case: Case, policy: int, given_ids: Tensor | None =
 
 @pytest.mark.parametrize("need_renorm", [True, False], ids=["renorm", "softmax"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_fused_shapes(
     arch: str, shape: tuple[int, int, int, torch.dtype], need_renorm: bool
 ) -> None:
@@ -171,7 +172,7 @@ def check_groups(arch: str, shape: tuple[int, int, int, torch.dtype]) -> None:
 
 
 @pytest.mark.parametrize("shape", GROUPS, ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_groups_of_lanes(arch: str, shape: tuple[int, int, int, torch.dtype]) -> None:
     check_groups(arch, shape)
 
@@ -200,7 +201,7 @@ def test_all_groups_of_lanes_are_covered(arch: str) -> None:
     assert {name.partition(", ")[2] for name in compiled} <= wide[False] & wide[True]
 
 
-@pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
+@pytest.mark.parametrize("arch", parameters([OLDEST, *ARCHS]))
 def test_one_token(arch: str) -> None:
     """Every case on an architecture of either wave width, and every second one on the others."""
     first = [OLDEST, *ARCHS].index(arch) % 2
@@ -209,12 +210,12 @@ def test_one_token(arch: str) -> None:
 
 
 @pytest.mark.parametrize("case", SORTING, ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_fused_sorting(arch: str, case: Case) -> None:
     check_fused(arch, case)
 
 
-@pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
+@pytest.mark.parametrize("arch", parameters([OLDEST, *ARCHS]))
 def test_handover(arch: str) -> None:
     for seed, (case, size) in enumerate(HANDOVER):
         check_handover(arch, case, size, seed)
@@ -226,7 +227,7 @@ def test_who_comes_last_does_not_matter(arch: str) -> None:
         check_handover(arch, Case(9, 33, 4, F32, block_size=4, model_dim=3), 3, seed)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_fused_special_logits(arch: str) -> None:
     first = ARCHS.index(arch) % 2
     for case in SPECIAL[first::2]:
@@ -234,7 +235,7 @@ def test_fused_special_logits(arch: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_topk_softmax(arch: str, shape: tuple[int, int, int, torch.dtype]) -> None:
     case = Case(*shape, layout="padded")
     check_topk(arch, case)
@@ -243,7 +244,7 @@ def test_topk_softmax(arch: str, shape: tuple[int, int, int, torch.dtype]) -> No
 
 @pytest.mark.parametrize("policy", [1, 2])
 @pytest.mark.parametrize("case", SORTING, ids=str)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_moe_sorting(arch: str, case: Case, policy: int) -> None:
     check_sorting(arch, case, policy)
 
@@ -266,6 +267,7 @@ def test_moe_sorting_repeated_ids(arch: str, policy: int) -> None:
         check_sorting(arch, case, policy, ids)
 
 
+@pytest.mark.thorough
 def test_oldest_arch() -> None:
     for case in (*SORTING, *SPECIAL[::4]):
         check_fused(OLDEST, case)
@@ -280,7 +282,7 @@ def code_before_logits(kernel: KernelText, entry: int) -> list[str]:
     return list(itertools.takewhile(lambda text: not text.startswith("global_load"), texts))
 
 
-@pytest.mark.parametrize("arch", [OLDEST, *ARCHS])
+@pytest.mark.parametrize("arch", parameters([OLDEST, *ARCHS]))
 def test_arguments_take_one_round_trip(arch: str) -> None:
     """Logits wait for one scalar load of arguments, or for none where these are preloaded."""
     for name, kernel in kernels("module_fused_topk_moe_sorting", arch).items():
@@ -300,7 +302,7 @@ def test_arguments_take_one_round_trip(arch: str) -> None:
 
 
 @pytest.mark.parametrize("preloads", [True, False])
-@pytest.mark.parametrize("arch", PRELOADING)
+@pytest.mark.parametrize("arch", parameters(PRELOADING))
 def test_both_entries(arch: str, preloads: bool) -> None:
     """Firmware that fills registers enters behind the loads that do it for older firmware."""
     for case in (ONE_TOKEN[1], *SORTING[::2], Case(9, 256, 8, BF16, block_size=8)):
@@ -312,7 +314,7 @@ def test_both_entries(arch: str, preloads: bool) -> None:
         require_same_bits(got, run_fused(case, cpu, aiter.fused_topk_moe_sorting_fwd), case)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_order_and_reciprocal_do_not_matter(arch: str) -> None:
     case = Case(5, 48, 6, F32, logits="ties", block_size=4)
     cpu = Target("cpu", Device(arch).wave_size)

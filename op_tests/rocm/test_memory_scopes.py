@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
-from amdgcn.assembly import KernelText  # noqa: E402
+from archs import parameters  # noqa: E402
 from launches import kernels  # noqa: E402
 from primitives import primitives  # noqa: E402
 
@@ -56,10 +56,6 @@ ORDERS = {
 }
 
 
-def texts(kernel: KernelText) -> list[str]:
-    return [instruction.text for instruction in kernel.instructions]
-
-
 def reaches_device(text: str) -> bool:
     """Whether an instruction is meant for other workgroups than its own."""
     if text.startswith("global_atomic") or "SCOPE_DEV" in text or "SCOPE_SYS" in text:
@@ -83,18 +79,20 @@ def problems(code: Sequence[str], order: Order) -> list[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_kernels_that_talk_are_ordered(arch: str, module: str) -> None:
-    for name, kernel in kernels(module, arch).items():
-        assert problems(texts(kernel), ORDERS[arch]) == [], name
+    found = kernels(module, arch)
+    for name in found:
+        assert problems(found.lines(name), ORDERS[arch]) == [], name
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_fused_kernels_hand_over(arch: str) -> None:
     """Each that routes talks, by one atomic, behind a release and before an acquisition."""
     order = ORDERS[arch]
-    for name, kernel in kernels("module_fused_topk_moe_sorting", arch).items():
-        code = texts(kernel)
+    found = kernels("module_fused_topk_moe_sorting", arch)
+    for name in found:
+        code = found.lines(name)
         if not any(text.startswith("ds_") for text in code):
             continue  # compiled empty but for zeroing
         (atomic,) = (i for i, text in enumerate(code) if text.startswith("global_atomic"))
@@ -107,7 +105,7 @@ def test_fused_kernels_hand_over(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_order_is_what_the_compiler_makes_of_it(arch: str) -> None:
-    code = texts(primitives(arch)["count_arrivals_in_order"])
+    code = primitives(arch).lines("count_arrivals_in_order")
     order = ORDERS[arch]
     assert problems(code, order) == []
     reaching = [text for text in code if reaches_device(text)]
@@ -120,10 +118,10 @@ def test_the_order_is_what_the_compiler_makes_of_it(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_missing_order_is_noticed(arch: str) -> None:
     """An atomic of a workgroup's scope, and a release without its write-back."""
-    code = texts(primitives(arch)["count_arrivals_in_a_workgroup"])
+    code = primitives(arch).lines("count_arrivals_in_a_workgroup")
     assert any(text.startswith("global_atomic") for text in code)
     assert any("acquire: expected" in problem for problem in problems(code, ORDERS[arch]))
-    whole = texts(primitives(arch)["count_arrivals_in_order"])
+    whole = primitives(arch).lines("count_arrivals_in_order")
     for word in (*ORDERS[arch].release, *ORDERS[arch].acquire):
         rest = [text for text in whole if not text.startswith(word)]
         assert any(f"expected `{word}`" in problem for problem in problems(rest, ORDERS[arch]))

@@ -13,6 +13,7 @@ import _checkout  # noqa: F401
 import numpy as np
 import pytest
 from amdgcn.banks import BankTally, passes
+from archs import parameters
 from phases import (
     PROBLEMS,
     ROUTING,
@@ -47,7 +48,7 @@ def check_first_and_last(clear: Counter[str], topk: Counter[str], zero: Counter[
     assert zero["VMEM"] > 0 == zero["LDS"] == zero["DPP"] == zero["barrier"]
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1201"])
+@pytest.mark.parametrize("arch", parameters(["gfx942", "gfx950", "gfx1201"]))
 def test_phases_are_told_apart(arch: str) -> None:
     clear, topk, assign, write, zero = of_classes(arch, "gpt-oss-120b, M=64")
     check_first_and_last(clear, topk, zero)
@@ -55,7 +56,7 @@ def test_phases_are_told_apart(arch: str) -> None:
     assert write["DPP"] == 0 < write["VMEM"], "entries go to memory"
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1201"])
+@pytest.mark.parametrize("arch", parameters(["gfx942", "gfx950", "gfx1201"]))
 def test_phases_of_single_blocks_are_told_apart(arch: str) -> None:
     clear, topk, padding, entries, zero = of_classes(arch, "gpt-oss-120b, M=8")
     check_first_and_last(clear, topk, zero)
@@ -64,7 +65,7 @@ def test_phases_of_single_blocks_are_told_apart(arch: str) -> None:
     assert padding["DPP"] == entries["DPP"] == 0, "bits are counted"
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950", "gfx1201"])
+@pytest.mark.parametrize("arch", parameters(["gfx942", "gfx950", "gfx1201"]))
 def test_one_token_takes_no_barrier(arch: str) -> None:
     one_token, zero = of_classes(arch, "gpt-oss-120b, M=1")
     assert one_token["barrier"] == 0 == zero["barrier"]

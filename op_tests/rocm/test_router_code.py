@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
 import torch  # noqa: E402
+from archs import parameters  # noqa: E402
 from buffers import require  # noqa: E402
 from cases import Case  # noqa: E402
 from launches import Device  # noqa: E402
@@ -23,8 +24,6 @@ from targets import Target  # noqa: E402
 
 from aiter.jit.device_kernels import ARCHS  # noqa: E402
 
-# NOTE: gfx1250's code has v_fma_mix_f32_bf16, which the executor does not know.
-EXECUTED = [arch for arch in ARCHS if arch != "gfx1250"]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # The case, D' and the number of workgroups: every tile and every way to read rows.
 CASES = {
@@ -39,7 +38,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("arch", EXECUTED)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_machine_code(arch: str, name: str) -> None:
     case, width, workgroups = CASES[name]
     seed = zlib.crc32(repr((case, width)).encode())

@@ -22,6 +22,7 @@ from aiter.routing.buffers import Buffers
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 
+from archs import parameters  # noqa: E402
 from launches import Device, kernels  # noqa: E402
 from rule_launches import fused_topk_moe_sorting_fwd, rows_of, topk_routing  # noqa: E402
 
@@ -39,6 +40,9 @@ RULES = {
     "softplus of many": (RoutingRule("sqrtsoftplus"), 500, 20, False),
     "softplus": (RoutingRule("sqrtsoftplus"), 400, 8, True),
     "plain, K above 16": (RoutingRule(), 40, 17, False),
+    "sigmoid of many, f16": (RoutingRule("sigmoid"), 800, 8, True),
+    "sigmoid of many": (RoutingRule("sigmoid"), 800, 8, True),
+    "sigmoid of many, K above 16": (RoutingRule("sigmoid"), 800, 20, True),
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,7 +64,7 @@ def inputs_of(name: str) -> tuple[RoutingRule, int, torch.Tensor, torch.Tensor |
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_rules(arch: str, name: str) -> None:
     rule, slots, gating, bias = inputs_of(name)
     place = list(RULES).index(name)
@@ -84,11 +88,12 @@ def test_rules(arch: str, name: str) -> None:
 FUSED = (
     "deepseek-v3", "kimi-k2", "kimi-k3", "nemotron-3", "deepseek-v2", "deepseek-v4", "longcat",
     "qwen2+shared", "glm+shared", "softplus of many", "softplus", "many experts",
+    "sigmoid of many", "sigmoid of many, K above 16",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize("arch", WAVE64)
+@pytest.mark.parametrize("arch", parameters(WAVE64))
 def test_fused(arch: str, name: str) -> None:
     """With a mask, rows that do not count, both id formats, a hand-over, one token, by turns."""
     rule, slots, gating, bias = inputs_of(name)

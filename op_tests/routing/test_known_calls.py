@@ -288,6 +288,7 @@ def test_the_path_of_a_known_call_is_told(target: Target) -> None:
     assert outcome(target, call)[:3] == (True, "", "fused")
 
 
+@pytest.mark.slow  # builds for both
 def test_a_wave_width_knows_only_its_own() -> None:
     targets = [Target("cpu", 64), Target("cpu", 32)]
     call = arguments(targets[0])

@@ -88,6 +88,7 @@ def test_memory_that_cannot_be_had_is_an_error(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_more_calls_than_are_remembered(target: Target) -> None:
     """Of 300 calls some take the places of others; all are answered right, whoever is known."""
     calls = [arguments(target, 1, width, width) for width in range(1, 301)]

@@ -83,6 +83,15 @@ __device__ __forceinline__ float max_but_nan(float x, float y) {
 #endif
 }
 
+// The smaller of two floats, neither a NaN.
+__device__ __forceinline__ float smaller_of(float x, float y) {
+#if defined(AITER_TARGET_CUDA)
+  return fminf(x, y);
+#else
+  return x > y ? y : x;
+#endif
+}
+
 // How a lane stores a logit of type T; 0 stands for no logit.
 template <typename T>
 struct Logit;
@@ -125,24 +134,29 @@ struct Logit<Bf16> : Logit16<Bf16, ordinary_bits> {};
 template <>
 struct Logit<F16> : Logit16<F16, ordinary_f16_bits> {};
 
-// exp(x) for -110 <= x <= 100; largest relative error found over 2e6 random x <= 0: 7.6e-8.
-// x = n ln2 + r with |r| <= ln2 / 2, then a degree-6 polynomial (weighted least squares, exact at
-// r = 0), then 2^n in two factors, so that subnormal results come out too. Degree 5 gave 1.7e-7.
-__device__ __forceinline__ float exp_in_range(float x) {
-  constexpr float kRoundToInteger =
-      0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const float shifted = x * 0x1.715476p0f + kRoundToInteger;
-  const int n = static_cast<int>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRoundToInteger));
-  const float n_float = shifted - kRoundToInteger;
-  float r = fmaf(n_float, -0x1.62e4p-1f, x);
-  r = fmaf(n_float, -0x1.7f7d1cp-20f, r);
+// exp(x) / 2^n for the integer n that is nearest to x / ln2: a polynomial of degree 6 of r = x - n ln2, |r| <= ln2 / 2
+// (weighted least squares, exact at r = 0). Degree 5 gave 1.7e-7.
+__device__ __forceinline__ float exp_polynomial(float x, float n) {
+  float r = fmaf(n, -0x1.62e4p-1f, x);
+  r = fmaf(n, -0x1.7f7d1cp-20f, r);
   float p = 0x1.6a2434p-10f;
   p = fmaf(p, r, 0x1.1239e2p-7f);
   p = fmaf(p, r, 0x1.5558f2p-5f);
   p = fmaf(p, r, 0x1.555492p-3f);
   p = fmaf(p, r, 0x1.fffffcp-2f);
   p = fmaf(p, r, 1.0f);
-  p = fmaf(p, r, 1.0f);
+  return fmaf(p, r, 1.0f);
+}
+
+// exp(x) for -110 <= x <= 100; largest relative error found over 2e6 random x <= 0: 7.6e-8. 2^n comes in two factors,
+// so that subnormal results come out too.
+__device__ __forceinline__ float exp_in_range(float x) {
+  constexpr float kRoundToInteger =
+      0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const float shifted = x * 0x1.715476p0f + kRoundToInteger;
+  const int n = static_cast<int>(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRoundToInteger));
+  const float n_float = shifted - kRoundToInteger;
+  const float p = exp_polynomial(x, n_float);
   const int half = n / 2;
   const float scale_a = bit_cast<float>(static_cast<uint32_t>(half + 127) << 23);
   const float scale_b = bit_cast<float>(static_cast<uint32_t>(n - half + 127) << 23);
@@ -159,27 +173,53 @@ __device__ __forceinline__ float exp_of(float x) {
   return exp_nonpositive(x > 100.0f ? 100.0f : x);
 }
 
-// Replaces every x >= 1, infinity and NaN by 1 / x, correctly rounded: by the operator's own steps for numbers in
-// the middle of the range, on CUDA, where it has a branch for each x, so that none overlaps with another.
+#if defined(AITER_TARGET_CUDA)
+// 1 / x for 1 <= x < 2^125, correctly rounded: the operator's own steps there, without its branch for each x, so that
+// several overlap.
+__device__ __forceinline__ float reciprocal_in_range(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return fmaf(y, fmaf(-x, y, 1.0f), y);
+}
+#endif
+
+// 1 / (1 + exp(-x)). NOTE: not inlined on CUDA, where it is for few x, as code to jump over takes time.
+#if defined(AITER_TARGET_CUDA)
+static __device__ __noinline__ float sigmoid_of_any(float x)
+#else
+__device__ __forceinline__ float sigmoid_of_any(float x)
+#endif
+{
+  return 1.0f / (1.0f + exp_of(-x));
+}
+
+// Replaces every x by 1 / (1 + exp(-x)). On CUDA, where no x is below -86, in half of the instructions, to the same
+// bits: 2^n is then a normal number, as exp(-80) is as good as any smaller one beside 1, and p 2^n is exact, so
+// that an fma rounds 1 + p 2^n as the sum would be rounded. NaN stays NaN.
 template <int kCount>
-__device__ __forceinline__ void invert(float (&x)[kCount]) {
+__device__ __forceinline__ void sigmoids(float (&x)[kCount]) {
 #if defined(AITER_TARGET_CUDA) && defined(__CUDA_ARCH__)
-  constexpr float kMost = 0x1p125f;  // beyond, 1 / x is no normal number
   bool all_in_range = true;
   AITER_UNROLL
-  for (int i = 0; i < kCount; ++i) all_in_range = all_in_range && x[i] < kMost;
-  if (all_in_range) {
+  for (int i = 0; i < kCount; ++i) all_in_range = all_in_range && !(x[i] < -86.0f);
+  if (AITER_UNLIKELY(!all_in_range)) {
     AITER_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      float y;
-      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x[i]));
-      x[i] = fmaf(y, fmaf(-x[i], y, 1.0f), y);
-    }
+    for (int i = 0; i < kCount; ++i) x[i] = sigmoid_of_any(x[i]);
     return;
   }
-#endif
   AITER_UNROLL
-  for (int i = 0; i < kCount; ++i) x[i] = 1.0f / x[i];
+  for (int i = 0; i < kCount; ++i) {
+    constexpr float kRoundToInteger = 0x1.8p23f;
+    const float y = -x[i] < -80.0f ? -80.0f : -x[i];
+    const float shifted = y * 0x1.715476p0f + kRoundToInteger;
+    const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+    const float sum = fmaf(exp_polynomial(y, shifted - kRoundToInteger), scale, 1.0f);
+    x[i] = reciprocal_in_range(sum);
+  }
+#else
+  AITER_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = sigmoid_of_any(x[i]);
+#endif
 }
 
 // The softmax numerator exp(x - max). Entries equal to an infinite maximum share equally: 1.

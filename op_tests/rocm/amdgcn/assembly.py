@@ -8,10 +8,17 @@ to gfx9's, so that one implementation serves every architecture.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from aiter.jit.device_kernels import KernelCode, kernel_body, parse_kernels
+from aiter.jit.device_kernels import (
+    KernelCode,
+    instruction_lines,
+    kernel_body,
+    parse_kernels,
+)
 
 _SUFFIXES = re.compile(r"(_e32|_e64)?(_dpp|_sdwa|_dpp8)?$")
 
@@ -90,9 +97,33 @@ class KernelText:
     decoded: dict[int, Any] = field(default_factory=dict, compare=False)
 
 
-def parse(text: str, arch: str) -> dict[str, KernelText]:
-    """The kernels of an assembly text by their readable names, as `topk_softmax<WaveRow<f32, 4>>`."""
-    return {code.name: parse_kernel(text, code) for code in parse_kernels(text, arch)}
+class Kernels(Mapping[str, KernelText]):
+    """The kernels of assembly texts by their readable names, as `topk_softmax<WaveRow<f32, 4>>`.
+
+    Each is parsed when it is asked for first: a text of fifty takes seconds, and a test runs a few.
+    """
+
+    def __init__(self, texts: Iterable[str], arch: str) -> None:
+        self._codes = {
+            code.name: (text, code) for text in texts for code in parse_kernels(text, arch)
+        }
+        self._parsed: dict[str, KernelText] = {}
+
+    def __getitem__(self, name: str) -> KernelText:
+        if name not in self._parsed:
+            self._parsed[name] = parse_kernel(*self._codes[name])
+        return self._parsed[name]
+
+    def lines(self, name: str) -> list[str]:
+        """The instructions of a kernel as they are written, which takes no parsing."""
+        text, code = self._codes[name]
+        return instruction_lines(kernel_body(text, code.symbol))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._codes)
+
+    def __len__(self) -> int:
+        return len(self._codes)
 
 
 def parse_kernel(text: str, code: KernelCode) -> KernelText:
@@ -146,6 +177,7 @@ def parse_instruction(text: str, line: int) -> Instruction:
                        encoding, text, line)  # fmt: skip
 
 
+@cache
 def canonical(name: str) -> str:
     """gfx9's name of an operation that newer architectures spell differently."""
     for pattern, replacement in _RENAMES:

@@ -152,6 +152,8 @@ def _check_modifiers(instruction: Instruction) -> None:
         known.add("op_sel")
     if instruction.mnemonic in _PACKED_F32:
         known |= {"op_sel", "op_sel_hi", "neg_lo", "neg_hi"}
+    if instruction.mnemonic == _MIXED:
+        known |= {"op_sel", "op_sel_hi"}
     strange = set(instruction.modifiers) - known
     if strange:
         raise Fault(f"unknown modifier {sorted(strange)[0]!r}")
@@ -172,6 +174,8 @@ def _decode_special(instruction: Instruction) -> Operation | None:
         return _pk_mov(instruction)
     if name in _PACKED_F32:
         return _packed_f32(instruction, _PACKED_F32[name])
+    if name == _MIXED:
+        return _mixed_fma(instruction)
     if name in ("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"):
         return _mbcnt(instruction)
     return None
@@ -308,8 +312,7 @@ def _packed_f32(instruction: Instruction, function: Callable[..., Array]) -> Ope
     ]
 
     def flags(key: str, default: str) -> list[int]:
-        picks = instruction.modifiers.get(key, "").strip("[]").split(",")
-        return [int(pick or default) for pick in (picks + [""] * 3)[: len(sources)]]
+        return _source_flags(instruction, key, default, len(sources))
 
     low, high = flags("op_sel", "0"), flags("op_sel_hi", "1")
     negated = (flags("neg_lo", "0"), flags("neg_hi", "0"))
@@ -330,6 +333,48 @@ def _packed_f32(instruction: Instruction, function: Callable[..., Array]) -> Ope
         store(w, np.stack(pair, axis=1).reshape(-1).view(np.uint64), None)
 
     return run
+
+
+def _source_flags(instruction: Instruction, key: str, default: str, count: int) -> list[int]:
+    """A modifier with a digit for each of `count` sources, `default` for those that it leaves out."""
+    digits = instruction.modifiers.get(key, "").strip("[]").split(",")
+    return [int(digit or default) for digit in (digits + [""] * count)[:count]]
+
+
+_MIXED = "v_fma_mix_f32_bf16"
+
+
+def _mixed_fma(instruction: Instruction) -> Operation:
+    """fma of sources that are a float, or bf16 where op_sel_hi says so: the half that op_sel picks.
+
+    The source modifiers of each come behind that, and the rounding is that of v_fma_f32.
+    """
+    destination, *sources = instruction.operands
+    if len(sources) != 3:
+        raise Fault(f"operands: expected 3 sources, got {sources}")
+    halves = _source_flags(instruction, "op_sel", "0", 3)
+    are_bf16 = _source_flags(instruction, "op_sel_hi", "0", 3)
+    reads = []
+    for source, half, is_bf16 in zip(sources, halves, are_bf16, strict=True):
+        bare, negate, absolute, _ = _sign_modifiers(source)
+        if half and not is_bf16:
+            raise Fault(
+                f"{source}: expected op_sel of a half of a bf16 source, got that of a float"
+            )
+        if is_bf16 and constant(bare) is not None:
+            raise Fault(f"{source}: expected a register in the place of a bf16 source")
+        raw = read_lanes(bare)
+        reads.append(_viewed(_widened(raw, half) if is_bf16 else raw, "f", negate, absolute))
+    store = write_lanes(destination)
+    compute = lanes.applied(exact.fma, reads)
+    return lambda w: store(w, compute(w), None)
+
+
+def _widened(raw: Callable[[Wave], Lanes], half: int) -> Callable[[Wave], Lanes]:
+    """The float of a half of each lane, which is a bf16."""
+    if half:
+        return lambda w: raw(w) & _U(0xFFFF0000)
+    return lambda w: raw(w) << _U(16)
 
 
 def _mbcnt(instruction: Instruction) -> Operation:
