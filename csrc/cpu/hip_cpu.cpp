@@ -230,6 +230,7 @@ class Machine {
       wave.ready = wave.live;
       wave.arrived = wave.at_barrier = 0;
       wave.generation = 0;
+      wave.syncs = 0;
       wave.lanes = lanes + w * kWaveSize;
       wave.workgroup = &workgroup;
     }

@@ -11,7 +11,8 @@
 //                                   barrier where the next step is another lane's
 //   workgroups of one cluster       by a barrier of the cluster between them
 //   waves of one workgroup          by a barrier between them
-//   lanes of one wave               by a barrier or a wave operation between them
+//   lanes of one wave               by a barrier or wave_sync() between them; other wave operations bring lanes
+//                                   together, but no GPU's manual says that they order memory
 //
 // The check does not depend on the order in which the scheduler happens to run the lanes: what a
 // real GPU may do in any order is reported in every run that gets there. For every byte the last
@@ -43,7 +44,7 @@ enum class Kind : uint16_t { none, plain, atomic };
 struct Access {
   Kind kind = Kind::none;
   uint16_t thread = 0;
-  unsigned block = 0, cluster = 0, barriers = 0, cluster_barriers = 0, wave_operations = 0;
+  unsigned block = 0, cluster = 0, barriers = 0, cluster_barriers = 0, wave_syncs = 0;
   unsigned releases = 0;  // that the lane had made before
   const void* pc = nullptr;
 };
@@ -164,7 +165,7 @@ bool ordered(const Access& earlier, const Access& later) {
   if (earlier.block != later.block) return false;
   if (earlier.barriers != later.barriers) return true;
   const bool same_wave = earlier.thread / kWaveSize == later.thread / kWaveSize;
-  return same_wave && earlier.wave_operations != later.wave_operations;
+  return same_wave && earlier.wave_syncs != later.wave_syncs;
 }
 
 bool races(const Access& earlier, const Access& later) {
@@ -218,7 +219,7 @@ void check(const void* pointer, size_t size, bool is_write, Kind kind, const voi
                       workgroup.block_idx - workgroup.rank,
                       workgroup.barriers_passed,
                       workgroup.cluster_barriers_passed,
-                      lane.wave->generation,
+                      lane.wave->syncs,
                       handovers[workgroup.rank].releases[lane.thread_idx],
                       pc};
   const uintptr_t first = reinterpret_cast<uintptr_t>(pointer);

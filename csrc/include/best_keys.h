@@ -74,6 +74,7 @@ class BestKeys {
     uint32_t own = 0;  // bit i: keys[i] is a candidate
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) own |= keys[i] >= least ? 1u << i : 0u;
+    wave_sync();  // what the row before left here has been read
     const int num_found = collect(own, found);
     // NOTE: NaN is as good as -inf, but no candidate. Above -inf there are kBest candidates or more.
     const bool fails = num_found > kRoom || !(least > -__builtin_inff());

@@ -32,6 +32,7 @@ RACE = {
     **ALWAYS,
     "unordered_waves": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
     "unordered_lanes": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
+    "ballot_for_sync": r"data race on LDS offset 0x[0-9a-f]+: .* by thread \d+ of workgroup 0 at",
     "unordered_workgroups": r"data race on LDS offset 0x10: read by thread 0 of workgroup 1 at",
     "shared_address": r"data race on address 0x[0-9a-f]+: write by thread 0 of workgroup 1 at",
     "missing_release": r"data race on address 0x[0-9a-f]+: read by thread \d+ of workgroup 1 at",

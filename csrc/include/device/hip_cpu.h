@@ -86,6 +86,7 @@ struct Wave {
   LaneMask arrived;     // lanes that wait at the current wave operation
   LaneMask at_barrier;  // lanes that wait at __syncthreads, or at a barrier of the cluster
   unsigned generation;  // wave operations completed
+  unsigned syncs;       // of these, the ones that order memory
   CombineFn combine;
   Site site;
   Site barrier_site;

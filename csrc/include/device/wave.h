@@ -16,7 +16,8 @@
 //   wave_swap<D>(x)                 uint32_t of the neighbouring one of the groups of D lanes, all lanes of
 //                                   which hold the same: lane l reads one of l ^ D; D = 1, 2, 4, 8, 16
 //   wave_exchange<X>(x)             uint32_t of lane l ^ X; X = 1, 2, 3, 4, 7, 8, 15, 16 or 31
-//   wave_sync()                     what lanes of the wave stored in LDS before can be loaded by the others
+//   wave_sync()                     what lanes of the wave stored in LDS before can be loaded by the others, and
+//                                   what they loaded can be stored to; no other operation says so
 //   highest_bit(x)                  index of the highest set bit of a uint32_t that is not 0
 //   wave_sum_in_groups<G>(x, n)     (x of lane 0 + x of lane 1) + ... n terms, within each group of G
 //                                   lanes, in its first n; G = 8 or 16 with n <= 8, or 32

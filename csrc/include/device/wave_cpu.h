@@ -45,6 +45,8 @@ inline void combine_ballot(hip_cpu::Wave& wave, unsigned parity, hip_cpu::LaneMa
   wave.result[parity] = set;
 }
 
+inline void combine_sync(hip_cpu::Wave& wave, unsigned, hip_cpu::LaneMask) { ++wave.syncs; }
+
 template <typename T>
 inline T read_slot(unsigned parity, int lane, const hip_cpu::Site& site) {
   const hip_cpu::Wave& wave = *hip_cpu::current_lane->wave;
@@ -125,7 +127,7 @@ inline uint32_t wave_exchange(uint32_t x, AITER_CALL_SITE) {
 }
 
 inline void wave_sync(AITER_CALL_SITE) {
-  hip_cpu::collective(0, nullptr, AITER_SITE_OF("wave_sync"));
+  hip_cpu::collective(0, wave_cpu::combine_sync, AITER_SITE_OF("wave_sync"));
 }
 
 inline int highest_bit(uint32_t x) { return 31 - __builtin_clz(x); }

@@ -43,6 +43,18 @@ __global__ void unordered_lanes(int* data, int n) {
   if (t < n) data[t] = lds[t ^ 1];  // BUG: unordered_lanes
 }
 
+// A ballot brings the lanes together, but does not order what they stored.
+__global__ void ballot_for_sync(int* data, int n) {
+  AITER_DYNAMIC_LDS(lds_base);
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int t = threadIdx.x;
+  lds[t] = 0;
+  __syncthreads();
+  lds[t] = t;
+  const aiter::WaveMask those = aiter::wave_ballot(t < n);
+  if (those >> aiter::lane_idx() & 1) data[t] = lds[t ^ 1];  // BUG: ballot_for_sync
+}
+
 __global__ void shared_address(int* data, int) {
   if (threadIdx.x == 0) data[0] = static_cast<int>(blockIdx.x);  // BUG: shared_address
 }
@@ -271,6 +283,7 @@ void run_planted(const std::string& name, int* data, int n) {
       {"sound", sound, 1},
       {"unordered_waves", unordered_waves, 1},
       {"unordered_lanes", unordered_lanes, 1},
+      {"ballot_for_sync", ballot_for_sync, 1},
       {"shared_address", shared_address, 2},
       {"unwritten_lds", unwritten_lds, 1},
       {"behind_lds", behind_lds, 1},
