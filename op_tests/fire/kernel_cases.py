@@ -7,6 +7,7 @@ registers. A `Check` is one call with its result compared, by the op tests' own 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,9 @@ import torch
 from cases import GATING_DTYPES, LOGITS, MASKS, Case
 from route_calls import run_routing
 from router_calls import run_router
+from rule_calls import Call
+from rule_cases import BIASES, MODELS, num_logits
+from rule_cases import LOGITS as RULE_LOGITS
 from runners import can_hand_over, run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
 
@@ -42,6 +46,20 @@ def _fused_handover(case: Case, target: Target) -> object:
 
 def _router(case: Case, target: Target) -> object:
     return run_router(case, target, num_workgroups=5, width=44)
+
+
+def _rule(model: str) -> Run:
+    """By the rule of `model`, on every path and by several workgroups, with top-k for the caller."""
+
+    def run(case: Case, target: Target) -> object:
+        rule, num_experts, topk, has_bias = MODELS[model]
+        generator = torch.Generator().manual_seed(case.seed)
+        bias = BIASES["exact"](num_experts + rule.num_zero_experts, generator) if has_bias else None
+        shape = (case.num_tokens, num_logits(rule, num_experts))
+        logits = RULE_LOGITS["exact"](shape, generator).to(case.dtype)
+        return Call(target, logits, topk, rule, bias, block_size=case.block_size).check()
+
+    return run
 
 
 def _topk_softmax(case: Case, target: Target) -> object:
@@ -75,12 +93,12 @@ def _routing(policy: int) -> Run:
 
 MODULES = (
     "module_fused_topk_moe_sorting", "module_fused_router_sorting", "module_topk_softmax",
-    "module_moe_sorting_opus",
+    "module_moe_sorting_opus", "module_topk_routing",
 )  # fmt: skip
 
 # By the name that the table shows. Routing allocates its outputs, so that a sanitizer knows their
 # exact bounds; the others have guards around theirs, and workspaces of exactly the size asked for.
-RUNS: dict[str, Run] = {
+OPS: dict[str, Run] = {
     "fused": _fused,
     "fused, several workgroups": _fused_cluster,
     "fused, handed over": _fused_handover,
@@ -94,6 +112,8 @@ RUNS: dict[str, Run] = {
     "routing oneshot": _routing(1),
     "routing multiphase": _routing(2),
 }
+RULES: dict[str, Run] = {f"rule of {model}": _rule(model) for model in MODELS}
+RUNS = {**OPS, **RULES}
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,7 @@ QUICK_CASES = (
     Case(5, 100, 70, logits="mixed", block_size=3),
     Case(9, 257, 9, torch.float32, mask="random", num_local=6, moe_buf_offset=10),
     Case(3, 1030, 5, torch.bfloat16, logits="few_finite", mask="last", model_dim=1),
+    Case(90, 512, 10, model_dim=1),  # rounds of rows in every wave
     Case(0, 16, 2),
     Case(6, 8, 8, layout="padded", logits="infinite", num_local=0, block_size=1),
 )
@@ -125,13 +146,23 @@ QUICK_ROUTER_TOKENS = 64
 def make_checks(quick: bool) -> list[Check]:
     """The checks, in the order in which they run."""
     cases = QUICK_CASES if quick else (*QUICK_CASES, *_more_cases())
-    return [
+    checks = [
         Check(name, case)
         for case in cases
-        for name in RUNS
+        for name in OPS
         # NOTE: every product of hundreds of rows is watched, which takes longer than all the rest.
         if not quick or name != "router" or case.num_tokens <= QUICK_ROUTER_TOKENS
     ]
+    for name, (_, num_experts, topk, _) in zip(RULES, MODELS.values(), strict=True):
+        base = Case(37, num_experts, topk, block_size=4)
+        ruled = [base]
+        if not quick:
+            ruled += [
+                replace(base, num_tokens=tokens, dtype=dtype, seed=tokens)
+                for tokens, dtype in itertools.product((1, 7, 130), GATING_DTYPES)
+            ]
+        checks += [Check(name, case) for case in ruled]
+    return checks
 
 
 def _more_cases() -> list[Case]:
