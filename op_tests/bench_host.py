@@ -2,14 +2,16 @@
 
 python op_tests/bench_host.py [--device cpu|cuda] [--shape E,K,D] [--tokens M] [--rounds N] [--csv FILE]
 
-Every figure is the time per call of many in a row, enqueued without synchronising. Pieces are measured
-in turn, round after round, as a CPU that others use as well is slower for seconds at a time: `time` is
-the median of a piece's rounds, and the fastest and the slowest round stand beside it. A piece that
-launches nothing is pure host time on every device. A known call is found by the compiled function,
-which asks whether the logits are negated before it looks at the outputs; negated ones show what that
-takes without outputs and launch. What launches, on a GPU, is host time as long as the device keeps up,
-as it does at decode sizes, and stands beside the launch of a kernel that does nothing; on the cpu target
-a launch is over when the kernel has been executed, and the row says so.
+Every figure is the time per call of many in a row, enqueued without synchronising, in inference mode,
+as servers call: where gradients are on, a call asks for them as well, which takes 1.0 us more
+(aiter/routing/autograd.py). Pieces are measured in turn, round after round, as a CPU that others use
+as well is slower for seconds at a time: `time` is the median of a piece's rounds, and the fastest and
+the slowest round stand beside it. A piece that launches nothing is pure host time on every device. A
+known call is found by the compiled function, which asks whether the logits are negated before it looks
+at the outputs; negated ones show what that takes without outputs and launch. What launches, on a GPU,
+is host time as long as the device keeps up, as it does at decode sizes, and stands beside the launch
+of a kernel that does nothing; on the cpu target a launch is over when the kernel has been executed,
+and the row says so.
 """
 
 from __future__ import annotations
@@ -212,7 +214,8 @@ def main() -> int:
     )
     logits = logits.to(torch.bfloat16).to(device)
     check(logits, options.shape)
-    rows = measure(logits, options.shape, options.rounds)
+    with torch.inference_mode():
+        rows = measure(logits, options.shape, options.rounds)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu target"
     num_experts, topk, model_dim = options.shape
     print(f"host time per call, {name}, bf16, M={options.tokens} E={num_experts} K={topk}"

@@ -164,7 +164,7 @@ def router_forward(
     spec = ROUTERS[mark.kind]
     choice = _choice(spec, router, arguments)
     logits = _logits(spec, router, hidden_states)
-    if gradients_matter():
+    if gradients_matter(logits, choice.correction_bias):
         logits = checked(logits, router_logits=logits, correction_bias=choice.correction_bias)
     return _in_order(mark, choice, logits)
 
@@ -183,7 +183,7 @@ def hidden_forward(
     logits = torch.empty(
         (rows.shape[0], weight.shape[0]), dtype=torch.float32, device=hidden_states.device
     )
-    if gradients_matter():
+    if gradients_matter(rows, weight, bias):
         rows = checked(rows, hidden_states=rows, router_weight=weight, router_bias=bias)
     return _in_order(mark, FromHidden(choice, rows.contiguous(), weight, bias, logits), logits)
 
@@ -314,7 +314,7 @@ def apply_experts(
             return _by_logits(rows, weights, choice, options)
         if isinstance(choice, FromHidden):
             return _by_hidden(rows, choice, options)
-        if gradients_matter():
+        if gradients_matter(weights):
             weights = checked(weights, top_k_weights=weights)
         if choice.is_floating_point():
             raise ValueError(f"top_k_index: expected ids of an int dtype, got {choice.dtype}")

@@ -69,7 +69,7 @@ def key_of(
         return None
     if not ((bias1 is None or _is_plain(bias1)) and (bias2 is None or _is_plain(bias2))):
         return None
-    if gradients_matter():
+    if gradients_matter(hidden_states, w1, w2, bias1, bias2):
         refuse_gradients(hidden_states=hidden_states, w1=w1, w2=w2, bias1=bias1, bias2=bias2)
     return (
         plain, by_rule, by_rule.__class__, hidden_states.dtype, hidden_states.shape,

@@ -14,14 +14,15 @@ is then found to be modified. New outputs need none.
 exported graph, torch.func): a kernel for the autograd keys, below which the op is called again.
 
 What it costs in CPU time of a thread, on an AMD EPYC, Python 3.11, PyTorch 2.13, 2026-11-26, the call
-of a function included: `gradients_matter` 50 ns, all that a call pays with gradients off; with them on,
-`checked` of one tensor 480 ns and of six 1170 ns; `wrote` of five 330 ns, `Writes` of five 550 ns.
+of a function included: `gradients_matter` of six arguments 155 ns with gradients off, and with them on
+1.0 us, 1.25 if five outputs are among them (`checked` of all, which makes dictionaries, took 2.7);
+`wrote` of five 315 ns, `Writes` of five 550 ns.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -34,6 +35,7 @@ from .tracing import NAMESPACE, exporting, registered
 _native: Any = torch._C
 _bump: Callable[[Any], None] = _native._increment_version
 _below_autograd: Any = _native._AutoDispatchBelowAutograd
+_any_requires_grad: Callable[..., bool] = _native._any_requires_grad
 _grad_enabled = torch.is_grad_enabled
 _forward: Any = forward_ad
 
@@ -42,10 +44,19 @@ def _tangent(tensor: Tensor) -> Any:
     return _forward.unpack_dual(tensor).tangent
 
 
-def gradients_matter() -> bool:
-    """Whether gradients are on, or a tangent may be about: else there is nothing to refuse."""
+def gradients_matter(*arguments: object) -> bool:
+    """Whether a gradient of a call with these arguments may be lost: else there is nothing to refuse.
+
+    Told quickly, and with tensors in tuples among the arguments: gradients are on and a tensor requires
+    grad, or a tangent may be about.
+    """
     # NOTE: the level is -1 outside of torch.func.jvp and dual_level().
-    return _grad_enabled() or forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0:
+        return True
+    if not _grad_enabled() or is_dynamo_compiling():
+        return _grad_enabled()
+    # NOTE: it looks into lists, not into tuples.
+    return _any_requires_grad(*[list(a) if isinstance(a, tuple) else a for a in arguments])
 
 
 def refuse_gradients(**tensors: object) -> None:
@@ -81,7 +92,7 @@ def checked(tensor: Tensor, **tensors: object) -> Tensor:
     return tensor
 
 
-def wrote(*tensors: Tensor) -> None:
+def wrote(tensors: Sequence[Tensor]) -> None:
     """Bumps the version counters of tensors that a call has written to."""
     _bump(tensors)
 

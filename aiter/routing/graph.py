@@ -142,7 +142,7 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
 
     @functools.wraps(stub)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if gradients_matter():
+        if gradients_matter(*args, *kwargs.values()):
             args, kwargs = pass_on(args, kwargs)
         by_schema = in_schema(**kwargs) if in_schema else kwargs
         first = args[0] if args else next(iter(kwargs.values()), None)

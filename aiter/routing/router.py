@@ -99,7 +99,7 @@ def router_topk_sorting(
         id_format,
     )  # fmt: skip
     written = (topk_out, out, logits_out)
-    if gradients_matter():
+    if gradients_matter(hidden_states, router_weight, router_bias, correction_bias, *written):
         hidden_states = checked(
             hidden_states, hidden_states=hidden_states, router_weight=router_weight,
             router_bias=router_bias, correction_bias=correction_bias, logits_out=logits_out,

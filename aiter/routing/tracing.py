@@ -35,6 +35,11 @@ def traced(tensor: object) -> bool:
         return True
     if tracing_state() is not None and not _is_excluded(_TRACER):
         return True  # NOTE: the tracer excludes itself while it runs what it has recorded.
+    return simulated(tensor)
+
+
+def simulated(tensor: object) -> bool:
+    """What `traced` asks of the tensor: whether it is a meta one, or dispatches by itself."""
     if not isinstance(tensor, Tensor):
         return False
     if tensor.is_meta:

@@ -295,5 +295,5 @@ def test_the_functions_by_themselves() -> None:
     with torch.no_grad():
         refuse_gradients(a=needs)
     before = plain._version
-    wrote(plain)
+    wrote((plain,))
     assert plain._version == before + 1
