@@ -218,7 +218,9 @@ class _Replay:
         self.lines: dict[int, int] = {}
         self.scalar_lines: dict[int, int] = {}
         self.arrived: list[_Wave] = []
-        self.last_at: list[tuple[int, int]] = []  # the wave that came last to each barrier, and when
+        self.last_at: list[
+            tuple[int, int]
+        ] = []  # the wave that came last to each barrier, and when
         self.running = len(self.waves)
         self.end = 0
         self.last_wave = 0
