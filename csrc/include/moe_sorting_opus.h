@@ -21,6 +21,10 @@
 // so such a tile takes about K times as long; without repeats nothing is done twice. Rejected: entries as
 // bits always (K times the LDS, or K passes); comparing every id with those before it in its row (K/2 loads
 // per entry, repeats or not); distinct counts against all counts (a pass over the experts per tile).
+//
+// Rejected: what the first loads need as arguments of their own, as the other kernels have them (the model of
+// op_tests/rocm, gfx942, 128/4, M = 1: 3.64 -> 3.31 us oneshot; but on an H100 3.12 -> 3.31, and 9.37 -> 9.60 for
+// M = 1024 in three launches, `python op_tests/bench_moe_sorting_opus.py`, 2026-11-26).
 #pragma once
 
 #include "device/cluster.h"
@@ -43,22 +47,6 @@ struct OpusParams {
   uint32_t* workspace;  // multi-phase only
   int tile_words;       // bitmask words per tile
   int num_tiles;
-  int num_threads;  // of a workgroup
-
-  // What is asked for first are arguments of their own as well and the first ones, 10 words, so that they can be
-  // there when a kernel begins (aiter/jit/rocm_flags.py) or come by one load.
-  __device__ __forceinline__ void set_first(const int32_t* ids, const int32_t* num_local_tokens,
-                                            const int32_t* expert_mask, int num_tokens,
-                                            int num_experts, int topk, int threads) {
-    topk_ids = ids;
-    sort.num_local_tokens = num_local_tokens;
-    sort.expert_mask = expert_mask;
-    shape.num_tokens = num_tokens;
-    shape.num_experts = num_experts;
-    shape.topk = topk;
-    num_threads = threads;
-  }
-  __device__ __forceinline__ int threads() const { return workgroup_threads(num_threads); }
 };
 
 // LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], bitmask [tile_words][E]. An expert's tail
@@ -70,14 +58,15 @@ struct OpusLds {
 
   __device__ __forceinline__ uint32_t* repeats() const { return sort.totals; }
   // Before a tile; needs a barrier behind.
-  __device__ __forceinline__ void clear_tile(int num_threads) const {
-    hits.clear(num_threads);
+  __device__ __forceinline__ void clear_tile() const {
+    hits.clear(blockDim.x);
     if (threadIdx.x == 0) *repeats() = 0;
   }
 };
 
-inline int opus_lds_words(int num_experts, int tile_words) {
-  return num_experts * (2 + tile_words) + 2 * kMaxWavesPerBlock;
+__host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
+  return sizeof(uint32_t) *
+         (static_cast<size_t>(num_experts) * (2 + tile_words) + 2 * kMaxWavesPerBlock);
 }
 
 __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
@@ -102,8 +91,8 @@ __device__ __forceinline__ TokenRange tile_tokens(const OpusParams& p, int tile,
   return {static_cast<int>(first), static_cast<int>(last)};
 }
 
-__device__ __forceinline__ void clear_words(const OpusParams& p, uint32_t* words, int count) {
-  for (int i = threadIdx.x; i < count; i += p.threads()) words[i] = 0;
+__device__ __forceinline__ void clear_words(uint32_t* words, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
 
 struct EntryRange {
@@ -120,19 +109,18 @@ __device__ __forceinline__ EntryRange entries_of(const OpusParams& p, TokenRange
 template <typename F>
 __device__ __forceinline__ void for_each_entry(const OpusParams& p, EntryRange entries, F f) {
   constexpr uint32_t kAtOnce = 4;
-  const uint32_t num_threads = p.threads();
   AITER_LOOP
   for (uint32_t first = entries.first + threadIdx.x; first < entries.last;
-       first += kAtOnce * num_threads) {
+       first += kAtOnce * blockDim.x) {
     uint32_t ids[kAtOnce];
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
-      const uint32_t i = first + j * num_threads;
+      const uint32_t i = first + j * blockDim.x;
       ids[j] = i < entries.last ? static_cast<uint32_t>(p.topk_ids[i]) : kNoExpert;
     }
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
-      if (ids[j] < static_cast<uint32_t>(p.shape.num_experts)) f(first + j * num_threads, ids[j]);
+      if (ids[j] < static_cast<uint32_t>(p.shape.num_experts)) f(first + j * blockDim.x, ids[j]);
     }
   }
 }
@@ -157,7 +145,7 @@ __device__ __forceinline__ uint32_t advanced(uint32_t start, uint32_t entries) {
 
 // Moves all first slots on by the entries in the bitmask. Needs a barrier before and after.
 __device__ __forceinline__ void advance_starts(const OpusParams& p, const OpusLds& lds) {
-  for (int e = threadIdx.x; e < p.shape.num_experts; e += p.threads()) {
+  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x) {
     lds.sort.starts[e] = advanced(lds.sort.starts[e], lds.hits.count(e));
   }
 }
@@ -171,7 +159,7 @@ __device__ void scatter_repeats(const OpusParams& p, EntryRange entries, const O
     const EntryRange part{first, entries.last - first < per_part ? entries.last : first + per_part};
     if (first != entries.first) advance_starts(p, lds);
     __syncthreads();
-    lds.hits.clear(p.threads());
+    lds.hits.clear(blockDim.x);
     __syncthreads();
     for_each_entry(p, part, [&](uint32_t i, uint32_t expert_idx) {
       lds.hits.set(static_cast<int>(i - part.first), expert_idx);
@@ -211,49 +199,36 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
   });
 }
 
-// Not zero if the thread's first expert is local.
-__device__ __forceinline__ uint32_t mask_of_thread(const OpusParams& p) {
-  const bool has_expert = static_cast<int>(threadIdx.x) < p.shape.num_real;
-  uint32_t mask = has_expert ? 1 : 0;
-  if (p.sort.expert_mask != nullptr && has_expert) mask = p.sort.expert_mask[threadIdx.x];
-  return mask;
-}
-
 // From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
-// `first_mask` is mask_of_thread(), asked for early.
 __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
-                                               uint32_t first_mask, const OpusLds& lds) {
-  const bool is_first_local = awaited(first_mask) != 0;
-  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), p.threads(),
+                                               const OpusLds& lds) {
+  const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
+                              is_local<true>(p.shape, p.sort, threadIdx.x);
+  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), blockDim.x,
                       lds.sort, p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
-  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, p.threads());
+  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }
 
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
                                                   char* lds_base) {
   const OpusLds lds = opus_lds(p, lds_base);
-  const uint32_t first_mask = mask_of_thread(p);
-  clear_words(p, lds.counts, p.shape.num_experts);
+  clear_words(lds.counts, p.shape.num_experts);
   __syncthreads();
   count_entries(p, {0, num_local}, lds.counts);
   __syncthreads();
-  assign_and_pad(p, num_local, first_mask, lds);
+  assign_and_pad(p, num_local, lds);
   for (int tile = 0; tile < p.num_tiles; ++tile) {
     if (tile > 0) advance_starts(p, lds);
     __syncthreads();
-    lds.clear_tile(p.threads());
+    lds.clear_tile();
     __syncthreads();
     scatter_tile(p, tile_tokens(p, tile, num_local), lds);
     __syncthreads();
   }
 }
 
-__global__ void __launch_bounds__(kSortThreads)
-    moe_sorting_oneshot_kernel(const int32_t* topk_ids, const int32_t* num_local_tokens,
-                               const int32_t* expert_mask, int num_tokens, int num_experts,
-                               int topk, int num_threads, OpusParams p) {
-  p.set_first(topk_ids, num_local_tokens, expert_mask, num_tokens, num_experts, topk, num_threads);
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_oneshot_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
@@ -265,11 +240,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-__global__ void __launch_bounds__(kSortThreads)
-    moe_sorting_count_kernel(const int32_t* topk_ids, const int32_t* num_local_tokens,
-                             const int32_t* expert_mask, int num_tokens, int num_experts, int topk,
-                             int num_threads, OpusParams p) {
-  p.set_first(topk_ids, num_local_tokens, expert_mask, num_tokens, num_experts, topk, num_threads);
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
@@ -279,13 +250,13 @@ __global__ void __launch_bounds__(kSortThreads)
     return;
   }
   uint32_t* const lds_counts = reinterpret_cast<uint32_t*>(lds_base);
-  clear_words(p, lds_counts, p.shape.num_experts);
+  clear_words(lds_counts, p.shape.num_experts);
   __syncthreads();
   count_entries(p, tile_tokens(p, blockIdx.x, num_local), lds_counts);
   __syncthreads();
   uint32_t* const tile_counts =
       p.workspace + static_cast<int64_t>(blockIdx.x) * p.shape.num_experts;
-  for (int e = threadIdx.x; e < p.shape.num_experts; e += p.threads())
+  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x)
     tile_counts[e] = lds_counts[e];
 }
 
@@ -311,42 +282,35 @@ __device__ __forceinline__ uint32_t sum_over_tiles(uint32_t* counts, int64_t str
   return sum;
 }
 
-__global__ void __launch_bounds__(kSortThreads)
-    moe_sorting_assign_kernel(const int32_t* topk_ids, const int32_t* num_local_tokens,
-                              const int32_t* expert_mask, int num_tokens, int num_experts, int topk,
-                              int num_threads, OpusParams p) {
-  p.set_first(topk_ids, num_local_tokens, expert_mask, num_tokens, num_experts, topk, num_threads);
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
   const OpusLds lds = opus_lds(p, lds_base);
-  const uint32_t first_mask = mask_of_thread(p);
-  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  for (int e = threadIdx.x; e < num_experts; e += p.threads()) {
+  const int num_experts = p.shape.num_experts;
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     lds.counts[e] = sum_over_tiles(p.workspace + e, num_experts, p.num_tiles);
   }
   __syncthreads();
-  assign_and_pad(p, num_local, first_mask, lds);
+  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
+  assign_and_pad(p, num_local, lds);
   uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += p.threads()) starts[e] = lds.sort.starts[e];
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) starts[e] = lds.sort.starts[e];
 }
 
-__global__ void __launch_bounds__(kSortThreads)
-    moe_sorting_scatter_kernel(const int32_t* topk_ids, const int32_t* num_local_tokens,
-                               const int32_t* expert_mask, int num_tokens, int num_experts,
-                               int topk, int num_threads, OpusParams p) {
-  p.set_first(topk_ids, num_local_tokens, expert_mask, num_tokens, num_experts, topk, num_threads);
+__global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
   const OpusLds lds = opus_lds(p, lds_base);
+  const int num_experts = p.shape.num_experts;
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
   const uint32_t* const offsets = p.workspace + static_cast<int64_t>(blockIdx.x) * num_experts;
   const uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += p.threads()) {
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     lds.sort.starts[e] = advanced(starts[e], offsets[e]);
   }
-  lds.clear_tile(p.threads());
+  lds.clear_tile();
   __syncthreads();
   scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds);
 }

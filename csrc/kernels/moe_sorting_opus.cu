@@ -78,32 +78,29 @@ Tiling check(const MoeSortingOpusArgs& args) {
   return tiling;
 }
 
-template <typename Kernel>
-void launch_sort(Kernel kernel, unsigned num_blocks, int lds_words, const OpusParams& p,
-                 const DeviceLimits& limits, hipStream_t stream) {
-  launch(kernel, limits,
-         {num_blocks, static_cast<unsigned>(p.num_threads), sizeof(uint32_t) * lds_words, 1, true},
-         stream, p.topk_ids, p.sort.num_local_tokens, p.sort.expert_mask, p.shape.num_tokens,
-         p.shape.num_experts, p.shape.topk, p.num_threads, p);
-}
-
 void launch_oneshot(const OpusParams& p, const DeviceLimits& limits, unsigned num_zeroing,
                     hipStream_t stream) {
-  launch_sort(moe_sorting_oneshot_kernel, 1 + num_zeroing,
-              opus_lds_words(p.shape.num_experts, p.tile_words), p, limits, stream);
+  const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
+  launch(moe_sorting_oneshot_kernel, limits,
+         {1 + num_zeroing, threads, opus_lds_bytes(p.shape.num_experts, p.tile_words), 1, true},
+         stream, p);
 }
 
 void launch_multiphase(const OpusParams& p, const DeviceLimits& limits, unsigned num_zeroing,
                        hipStream_t stream) {
+  const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
   const unsigned num_tiles = p.num_tiles;
-  const int num_experts = p.shape.num_experts;
   if (num_tiles > 0) {
-    launch_sort(moe_sorting_count_kernel, num_tiles + num_zeroing, num_experts, p, limits, stream);
+    launch(moe_sorting_count_kernel, limits,
+           {num_tiles + num_zeroing, threads, sizeof(uint32_t) * p.shape.num_experts, 1, true},
+           stream, p);
   }
-  launch_sort(moe_sorting_assign_kernel, 1, opus_lds_words(num_experts, 0), p, limits, stream);
+  launch(moe_sorting_assign_kernel, limits,
+         {1, threads, opus_lds_bytes(p.shape.num_experts, 0), 1, true}, stream, p);
   if (num_tiles > 0) {
-    launch_sort(moe_sorting_scatter_kernel, num_tiles, opus_lds_words(num_experts, p.tile_words), p,
-                limits, stream);
+    launch(moe_sorting_scatter_kernel, limits,
+           {num_tiles, threads, opus_lds_bytes(p.shape.num_experts, p.tile_words), 1, true}, stream,
+           p);
   }
 }
 
@@ -133,12 +130,10 @@ void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
   params.workspace = args.workspace ? static_cast<uint32_t*>(args.workspace->data) : nullptr;
   params.tile_words = tiling.tile_words;
   params.num_tiles = tiling.num_tiles;
-  params.num_threads =
-      static_cast<int>(std::min<unsigned>(kSortThreads, limits.max_threads_per_block));
   const unsigned num_zeroing =
       zeroing_blocks(params.sort.row_bytes * params.shape.num_tokens, limits);
-  const auto launch_phases = tiling.multiphase ? launch_multiphase : launch_oneshot;
-  launch_phases(params, limits, num_zeroing, static_cast<hipStream_t>(stream));
+  const auto launch_sort = tiling.multiphase ? launch_multiphase : launch_oneshot;
+  launch_sort(params, limits, num_zeroing, static_cast<hipStream_t>(stream));
 }
 
 }  // namespace aiter

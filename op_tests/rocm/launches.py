@@ -112,16 +112,7 @@ class OpusParams(ctypes.Structure):
 
     _fields_ = [
         ("topk_ids", _ptr), ("topk_weights", _ptr), ("shape", SortShape), ("sort", SortParams),
-        ("workspace", _ptr), ("tile_words", _i32), ("num_tiles", _i32), ("num_threads", _i32),
-    ]  # fmt: skip
-
-
-class OpusArguments(ctypes.Structure):
-    """All arguments of a kernel of the sort: what OpusParams::set_first() takes, and the rest."""
-
-    _fields_ = [
-        ("topk_ids", _ptr), ("num_local_tokens", _ptr), ("expert_mask", _ptr), ("num_tokens", _i32),
-        ("num_experts", _i32), ("topk", _i32), ("num_threads", _i32), ("params", OpusParams),
+        ("workspace", _ptr), ("tile_words", _i32), ("num_tiles", _i32),
     ]  # fmt: skip
 
 
@@ -318,12 +309,7 @@ class Device:
             workspace=0 if workspace is None else map_tensor(memory, "workspace", workspace),
             tile_words=tile_words,
             num_tiles=num_tiles,
-            num_threads=MAX_THREADS,
         )
-        arguments = OpusArguments(
-            params.topk_ids, sort.num_local_tokens, sort.expert_mask, num_tokens, num_experts, topk,
-            MAX_THREADS, params,
-        )  # fmt: skip
         zeroing = zeroing_blocks(sort.row_bytes * num_tokens)
         table = 2 * (num_experts + MAX_WAVES_PER_BLOCK)
         bitmask = num_experts * tile_words
@@ -333,7 +319,7 @@ class Device:
                       ("scatter", num_tiles, table + bitmask)]  # fmt: skip
         for phase, blocks, lds_words in phases:
             if num_tiles > 0 or phase in ("oneshot", "assign"):
-                self.launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, arguments,
+                self.launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, params,
                              blocks, MAX_THREADS, 4 * lds_words)  # fmt: skip
 
     def launch(
