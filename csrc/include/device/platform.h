@@ -192,6 +192,9 @@ __global__ void cluster_probe_kernel() {}
 
 // Whether kernels are compiled for clusters (cluster.h), of which a slice of such a GPU may have none.
 inline bool has_cluster_kernels(int device) {
+#if defined(AITER_WITHOUT_CLUSTERS)
+  return false;
+#endif
   return device_attribute(device, cudaDevAttrComputeCapabilityMajor,
                           "querying the compute capability") >= 9;
 }
