@@ -15,6 +15,7 @@ import _checkout  # noqa: F401
 import hypothesis
 import pytest
 import torch
+import without_clusters
 from targets import CPU_WAVES, select_targets
 
 from aiter.routing import known as remembered
@@ -37,10 +38,12 @@ if _PROCESSES > 1:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let processes of pytest-xdist take waiting tests from each other.
+    """Chooses the modules; lets processes of pytest-xdist take waiting tests from each other.
 
     Its default hands out runs of neighbours for good: all blocks of the documents to one process.
     """
+    if config.getoption("--without-clusters"):
+        without_clusters.request()
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "worksteal"
 
@@ -60,6 +63,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("op_tests")
     group.addoption("--device", help="cpu or cuda; default: cuda where there is a GPU, else cpu")
     group.addoption("--wave", type=int, choices=CPU_WAVES, help="one wave width of the CPU target")
+    group.addoption(
+        "--without-clusters", action="store_true",
+        help="GPU modules as for GPUs without clusters, whose workgroups hand over through memory",
+    )  # fmt: skip
 
 
 # What `-m quick` leaves out: builds and processes of their own, GPU tools, whole models. The mark slow

@@ -7,6 +7,7 @@ freshly allocated outputs allow, and tells which path ran.
 from __future__ import annotations
 
 import torch
+import without_clusters
 from buffers import FrozenInputs, require
 from cases import Case, Inputs, make_inputs
 from checks import check_equal, check_sorted
@@ -33,6 +34,8 @@ def has_clusters(target: Target) -> bool:
     """Whether workgroups of the target can form clusters: the cpu, and NVIDIA GPUs from sm_90 on."""
     if target.device == "cpu":
         return True
+    if without_clusters.requested():
+        return False
     return torch.version.hip is None and torch.cuda.get_device_capability(target.device)[0] >= 9
 
 

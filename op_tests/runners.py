@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import without_clusters
 from buffers import FrozenInputs, GuardedBuffer, Mismatch
 from cases import Case, Inputs, make_inputs
 from checks import (
@@ -170,7 +171,7 @@ def fused_arguments(case: Case, inputs: Inputs, outputs: SortedOutputs) -> dict[
 
 def can_hand_over(target: Target) -> bool:
     """Whether workgroups can hand over through memory: on the CPU, and GPUs without clusters."""
-    if target.device == "cpu" or torch.version.hip is not None:
+    if target.device == "cpu" or torch.version.hip is not None or without_clusters.requested():
         return True
     return torch.cuda.get_device_capability(target.device)[0] < 9
 

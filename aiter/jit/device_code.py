@@ -91,16 +91,16 @@ BUDGETS = (
 
 
 # What some kernels may have beyond, by the beginning and a part of their names: those by rules carry the
-# rule's thirty scalars beside the launch's, and rows of up to 1,024 keys with scores want more vector
-# registers than gfx11 and gfx12 have; those of f32 keys are a few scalars over on gfx9, and so are those
-# from hidden states, which have the product's scalars as well. The worst of the six architectures,
+# rule's thirty scalars beside the launch's; those of f32 keys are a few scalars over on gfx9, and so are
+# those from hidden states, which have the product's scalars as well. The scratch is set aside by clang
+# on gfx90a and gfx950 alone, and no instruction touches it. The worst of the six architectures,
 # 2026-11-26.
 ALLOWANCES = (
-    ("fused_", "RuleRow", {"scratch_bytes": 184, "vgpr_spills": 45, "sgpr_spills": 528}),
-    ("topk_routing", "RuleRow", {"sgpr_spills": 83}),
-    ("fused_", "KeyRows", {"sgpr_spills": 49}),
+    ("fused_", "RuleRow", {"scratch_bytes": 20, "sgpr_spills": 59}),
+    ("topk_routing", "RuleRow", {"scratch_bytes": 36, "sgpr_spills": 13}),
     ("fused_", "GroupRows<f32", {"sgpr_spills": 4}),
-    ("fused_router", "RuleRow", {"scratch_bytes": 72, "vgpr_spills": 17, "sgpr_spills": 451}),
+    ("fused_router", "KeyRows", {"sgpr_spills": 4}),
+    ("fused_router", "RuleRow", {"sgpr_spills": 71}),
     ("fused_router", "GroupRows<f32", {"sgpr_spills": 6}),
     ("router_product", "<8, 8", {"sgpr_spills": 26}),
 )

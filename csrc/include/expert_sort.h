@@ -138,11 +138,11 @@ struct HitMask {
     return sum;
   }
   // Tokens before `token` that chose the expert.
-  __device__ __forceinline__ uint32_t rank(int token, uint32_t expert_idx) const {
+  __device__ __forceinline__ uint32_t rank(uint32_t token, uint32_t expert_idx) const {
     const uint32_t* column = words + expert_idx;
     uint32_t sum = 0;
     AITER_LOOP
-    for (int w = 0; w < token / kTokensPerWord; ++w) sum += __popc(column[w * stride]);
+    for (uint32_t w = 0; w < token / kTokensPerWord; ++w) sum += __popc(column[w * stride]);
     const uint32_t below = (1u << (token % kTokensPerWord)) - 1;
     return sum + __popc(column[token / kTokensPerWord * stride] & below);
   }
@@ -176,12 +176,12 @@ struct ExpertCount {
   uint32_t total, before;
 };
 
-// Waves of the workgroup up to the last that has one of the first `num_threads` threads, and a multiple
+// Of a workgroup's waves those up to the last that has one of the first `num_wanted` threads, and a multiple
 // of what over_workgroup() takes at once, as the workgroup's own number of waves is.
-__device__ __forceinline__ int active_waves(int num_threads) {
+__device__ __forceinline__ int active_waves(int num_wanted, int num_threads) {
   constexpr int kThreadsAtOnce = kTotalsAtOnce * kWaveSize;
-  const int wanted = (num_threads + kThreadsAtOnce - 1) / kThreadsAtOnce * kTotalsAtOnce;
-  const int present = static_cast<int>(blockDim.x) / kWaveSize;
+  const int wanted = (num_wanted + kThreadsAtOnce - 1) / kThreadsAtOnce * kTotalsAtOnce;
+  const int present = num_threads / kWaveSize;
   return wanted < present ? wanted : present;
 }
 
@@ -213,22 +213,22 @@ __device__ __forceinline__ void write_num_valid_ids(const SortShape& shape, cons
 
 // Gives every expert its blocks: fills lds.starts and lds.tails, and writes sorted_expert_ids and
 // num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
-// e % blockDim.x; `is_first_local` is is_local() of the thread's first expert, asked for early; `wave` is
+// e % num_threads; `is_first_local` is is_local() of the thread's first expert, asked for early; `wave` is
 // uniform_wave_idx(). Waves beyond the last expert only pass the barriers. Needs one before and after.
 template <bool kAny = false, typename CountOf>
 __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
                                               bool is_first_local, bool writes, int wave,
-                                              const SortLds& lds, const SortParams& out,
-                                              CountOf count_of) {
+                                              int num_threads, const SortLds& lds,
+                                              const SortParams& out, CountOf count_of) {
   uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
   const bool has_mask = leaves_out<kAny>(shape, out);
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
   AITER_LOOP
-  for (int first = 0; first < shape.num_experts; first += blockDim.x) {
+  for (int first = 0; first < shape.num_experts; first += num_threads) {
     const int e = first + static_cast<int>(threadIdx.x);
     const bool exists = e < shape.num_experts;
-    const int num_waves = active_waves(shape.num_experts - first);
+    const int num_waves = active_waves(shape.num_experts - first, num_threads);
     bool local = exists;
     ExpertCount count{0, 0};
     uint32_t num_blocks = 0;

@@ -37,8 +37,12 @@
 // on gfx942 and gfx950, has found in registers. num_local_tokens, the mask and the other arguments are loaded at
 // the same time as logits, and what is asked for behind top-k is loaded again, for 60 cycles, rather than kept.
 // By the timing model of op_tests/rocm (gfx942, 128/4, bf16, us for M = 1, 4, 16, 64, 122): arguments in one
-// struct, up to four loads one behind the other 2.20, 2.58, 2.64, 4.29, 6.33; now 1.61 (M = 1), 2.44 (16), 4.34 (64).
-// The first load is issued in cycle 180 there instead of 1272 to 1617.
+// struct, up to four loads one behind the other 2.20, 2.58, 2.64, 4.29, 6.33; arguments loaded at once 1.61 (M = 1),
+// 2.38 (4), 2.44 (16), 4.34 (64); the number of threads from an argument too, which blockDim.x is not (485 cycles
+// behind top-k), and loops that are not interleaved 1.62, 2.14, 2.20, 3.94. The first load is issued in cycle 196
+// there instead of 1272 to 1617. Rejected: padding of all slots that may come to be used, by waves without rows
+// while others select (2.11, 2.14, 3.92 us for M = 4, 16, 64, beside 2.18, 2.24 and 4.12 without it in the same
+// state of the rest): it writes behind num_valid_ids[0]. docs/rocm.md has the cycles of every phase.
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
 // and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
@@ -195,8 +199,8 @@ struct ClusterCounts {
   int stride, rank, size;
 
   // Every wave has its receivers, every lane its experts, four at a time.
-  __device__ __forceinline__ void exchange(const HitMask& hits, int wave) const {
-    const int num_waves = static_cast<int>(blockDim.x) / kWaveSize;
+  __device__ __forceinline__ void exchange(const HitMask& hits, int wave, int num_threads) const {
+    const int num_waves = num_threads / kWaveSize;
     if (wave < size) {
       AITER_LOOP
       for (int e = 4 * lane_idx(); e < stride; e += 4 * kWaveSize) {
@@ -237,6 +241,7 @@ struct RoutingBlock {
   int first_token, num_rows;  // rows that count
   int lds_rows;               // that LDS has a place for
   int num_local;
+  int num_threads;
   HitMask hits;
   SingleBlocks sets;
   Inbox* inbox;
@@ -281,7 +286,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
                                  p.shape.num_experts <= kMaxSetExperts;
   if (has_single_blocks) {
     write_single_blocks<kAny>(p.shape, block.num_local, hits, block.sets, p.sort, num_entries,
-                              entry_at);
+                              block.num_threads, entry_at);
     return;
   }
 
@@ -290,17 +295,18 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
                              block.cluster_size};
   if (!is_alone) {
     cluster_wait();  // all workgroups have started
-    counts.exchange(hits, block.wave);
+    counts.exchange(hits, block.wave, block.num_threads);
   }
   uint32_t* const lds_starts = hits.words + hits.stride * hits.num_words;
   const SortLds sort_lds{lds_starts, lds_starts + hits.stride, words(FusedLds::kTotals)};
-  assign_blocks<kAny>(
-      p.shape, block.num_local, is_first_local, block.rank == 0, block.wave, sort_lds, p.sort,
-      [&](int e) { return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e); });
+  assign_blocks<kAny>(p.shape, block.num_local, is_first_local, block.rank == 0, block.wave,
+                      block.num_threads, sort_lds, p.sort, [&](int e) {
+                        return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e);
+                      });
   __syncthreads();
 
   AITER_LOOP
-  for (int i = threadIdx.x; i < num_entries; i += blockDim.x) {
+  for (int i = threadIdx.x; i < num_entries; i += block.num_threads) {
     const Entry entry = entry_at(i);
     const uint32_t start = sort_lds.starts[entry.expert_idx];
     if (start == kNoSlot) continue;
@@ -309,8 +315,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   }
   // The last threads pad first, as the first ones have most of the entries.
   write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
-                      (block.cluster_size - block.rank) * blockDim.x - 1 - threadIdx.x,
-                      block.cluster_size * blockDim.x);
+                      (block.cluster_size - block.rank) * block.num_threads - 1 - threadIdx.x,
+                      block.cluster_size * block.num_threads);
 }
 
 // `place`: of the workgroup among those that route.
@@ -325,6 +331,7 @@ __device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, i
   block.cluster_size = is_clustered ? first.num_routing() : 1;
   block.rank = is_clustered ? place : 0;
   block.wave = uniform_wave_idx();
+  block.num_threads = workgroup_threads(first.num_threads);
   block.first_token = place * first.tokens_per_block;
   block.lds_rows = first.lds_rows();
   block.hits = {words(FusedLds::kHits), padded_experts(first.num_experts),
@@ -342,7 +349,7 @@ __device__ __forceinline__ void clear_lds(const FusedFirst& first, const Routing
     cluster_arrive();
   }
   if (!first.is(FusedFirst::kOneToken)) {
-    block.hits.clear(first.num_threads);
+    block.hits.clear(block.num_threads);
     block.sets.hit.clear();
     __syncthreads();
   }
@@ -362,7 +369,7 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
   const uint32_t behind_own = first_own + block.num_rows * topk;
   __syncthreads();
   AITER_LOOP
-  for (uint32_t i = first_own + threadIdx.x; i < behind_own; i += blockDim.x) {
+  for (uint32_t i = first_own + threadIdx.x; i < behind_own; i += block.num_threads) {
     p.sort.sorted_ids[i] = lds_experts[i];
     p.sort.sorted_weights[i] = lds_weights[i];
   }
@@ -380,11 +387,11 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
   constexpr uint32_t kAtOnce = 4;
   const uint32_t num_entries = block.num_rows * topk;
   AITER_LOOP
-  for (uint32_t first = threadIdx.x; first < num_entries; first += kAtOnce * blockDim.x) {
+  for (uint32_t first = threadIdx.x; first < num_entries; first += kAtOnce * block.num_threads) {
     uint32_t experts[kAtOnce], weights[kAtOnce];
     AITER_UNROLL
     for (uint32_t j = 0; j < kAtOnce; ++j) {
-      const uint32_t i = first + j * blockDim.x;
+      const uint32_t i = first + j * block.num_threads;
       const uint32_t there = i < num_entries ? i : first;
       experts[j] = static_cast<uint32_t>(p.sort.sorted_ids[there]);
       weights[j] = bit_cast<uint32_t>(p.sort.sorted_weights[there]);
@@ -395,7 +402,7 @@ __device__ __forceinline__ bool take_over(const FusedParams& p, RoutingBlock& bl
       // that never come here, together with their stores.
       const uint32_t expert_idx = awaited(experts[j]);
       const float weight = bit_cast<float>(awaited(weights[j]));
-      const uint32_t i = first + j * blockDim.x;
+      const uint32_t i = first + j * block.num_threads;
       if (i < num_entries) {
         lds_experts[i] = static_cast<uint16_t>(expert_idx);
         lds_weights[i] = weight;
@@ -474,17 +481,20 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   }
   const bool is_first_local = awaited(first_mask) != 0;
   const FusedParams& rest = loaded_anew(p, sizeof(FusedFirst));
+  // NOTE: also loaded again, as AMD GPUs have no scalar registers to keep these in during top-k.
+  const FusedFirst& again = loaded_anew(first, 0);
+  block.num_threads = workgroup_threads(again.num_threads);
   if ((anew(static_cast<int>(first.flags)) & FusedFirst::kOneToken) != 0) {
-    write_one_token<kAny>(rest.shape, block.num_local, block.wave, rest.sort, sink.last);
+    write_one_token<kAny>(rest.shape, block.num_local, block.wave, block.num_threads, rest.sort,
+                          sink.last);
     return;
   }
   if (first.hands_over()) {
-    if (!take_over(rest, block, first.num_routing(), lds_base)) return;
+    if (!take_over(rest, block, again.num_routing(), lds_base)) return;
   }
-  block.sets.post_mask<kAny>(rest.shape, rest.sort, is_first_local);
+  block.sets.post_mask<kAny>(rest.shape, rest.sort, is_first_local, block.num_threads);
   __syncthreads();
-  // Computed anew, since gfx90a has no scalar registers to keep them in during top-k.
-  block.hits.stride = padded_experts(anew(first.num_experts));
+  block.hits.stride = padded_experts(again.num_experts);
   block.hits.num_words = hit_words(anew(block.lds_rows));
   sort_rows<kAny>(rest, block, is_first_local, lds_base);
 }

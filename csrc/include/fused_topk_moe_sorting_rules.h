@@ -37,6 +37,10 @@ struct RuleSink : FusedSink {
 // What these kernels have beside FusedParams.
 struct FusedRule {
   static constexpr bool kAnySort = true;
+  // Behind the first argument of a kernel that has FusedFirst and FusedParams in front.
+  static constexpr size_t kOffset =
+      (sizeof(FusedFirst) + sizeof(FusedParams) + alignof(RowRule) - 1) / alignof(RowRule) *
+      alignof(RowRule);
   using Sink = RuleSink;
 
   RowRule row;
@@ -46,7 +50,7 @@ struct FusedRule {
 
   template <typename Rows>
   __device__ __forceinline__ void set(Rows& rows) const {
-    rows.follow(row);
+    rows.follow(row, kOffset + offsetof(FusedRule, row));
   }
   __device__ __forceinline__ Sink sink(const FusedSink& of_rows, int first_token) const {
     Sink sink{of_rows, nullptr, nullptr, weights_stride, ids_stride};

@@ -157,7 +157,7 @@ __device__ __forceinline__ void wave_topk(KeyRows<kLanes, kValues, kBest>& rows,
   using Keys = BestKeys<kLanes, kValues, kBest>;
   float keys[kValues];
   rows.make_keys(keys);
-  const Winner mine = Keys::select(keys, num_experts, topk, rows.lds(),
+  const Winner mine = Keys::select(keys, anew(num_experts), topk, rows.lds(),
                                    [&](uint32_t expert_idx) { return rows.key_at(expert_idx); });
   const auto value = [](uint32_t key) { return bit_cast<float>(bits_of_key(key)); };
   const float numerator = softmax_numerator(value(mine.stored), value(Keys::best_key(rows.lds())));

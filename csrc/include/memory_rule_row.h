@@ -17,13 +17,17 @@ class MemoryRuleRow {
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
-  __device__ __forceinline__ void follow(const RowRule& rule) { rule_ = &rule; }
-  __device__ __forceinline__ const RowRule& rule() const { return *rule_; }
+  // As in rule_rows.h.
+  __device__ __forceinline__ void follow(const RowRule& rule, size_t offset) {
+    rule_ = &rule;
+    offset_ = offset;
+  }
+  __device__ __forceinline__ decltype(auto) rule() const { return loaded_anew(*rule_, offset_); }
   __device__ __forceinline__ void load(const Item* row, int, RowFormat) { row_ = row; }
 
   // Finds the softmax, and the last group that stays.
   __device__ __forceinline__ RowSoftmax select() {
-    const RowRule& r = *rule_;
+    const RowRule& r = rule();
     if (r.rule.scoring_func == kSoftmax) find_softmax();
     last_ = ~uint64_t{0};
     last_group_ = ~uint64_t{0};
@@ -44,7 +48,7 @@ class MemoryRuleRow {
   // The best candidate that was not taken yet, the same in every lane, and takes it. A lane takes whole groups,
   // or single candidates where there is one group.
   __device__ __forceinline__ Winner next() {
-    const RowRule& r = *rule_;
+    const RowRule& r = rule();
     const bool in_groups = r.rule.num_expert_group > 1;
     const int width = in_groups ? r.group_width : 1;
     uint64_t best = 0;
@@ -64,7 +68,7 @@ class MemoryRuleRow {
   }
 
   __device__ __forceinline__ float logit(int candidate) const {
-    return load_float(row_, rule_->logit_kind, candidate);
+    return load_float(row_, rule().logit_kind, candidate);
   }
 
  private:
@@ -73,7 +77,7 @@ class MemoryRuleRow {
   }
 
   __device__ __forceinline__ uint64_t ordered_group(int group) const {
-    const RowRule& r = *rule_;
+    const RowRule& r = rule();
     BestTwo best = BestTwo::none();
     AITER_LOOP
     for (int i = 0; i < r.group_width; ++i) {
@@ -85,11 +89,12 @@ class MemoryRuleRow {
 
   // By kMinWaveSize lanes, as WaveRow's in memory.
   __device__ __forceinline__ void find_softmax() {
-    const RowRule& r = *rule_;
+    const RowRule& r = rule();
     uint32_t best = 0;
     AITER_LOOP
     for (int c = lane_idx(); c < r.num_candidates; c += kWaveSize) {
-      const uint32_t ordered = ordered_float(scaled_logit(r.rule, logit(c)));
+      const uint32_t ordered =
+          ordered_float(scaled_logit(r.rule, load_float(row_, r.logit_kind, c)));
       best = ordered > best ? ordered : best;
     }
     softmax_.max = bit_cast<float>(bits_of_key(wave_max(best)));
@@ -97,12 +102,14 @@ class MemoryRuleRow {
     const int first = lane_idx() < kMinWaveSize ? lane_idx() : r.num_candidates;
     AITER_LOOP
     for (int c = first; c < r.num_candidates; c += kMinWaveSize) {
-      sum += softmax_numerator(without_nan(scaled_logit(r.rule, logit(c))), softmax_.max);
+      sum += softmax_numerator(without_nan(scaled_logit(r.rule, load_float(row_, r.logit_kind, c))),
+                               softmax_.max);
     }
     softmax_.total = wave_sum_by_halves(sum);
   }
 
   const RowRule* rule_ = nullptr;
+  size_t offset_ = 0;
   const Item* row_ = nullptr;
   RowSoftmax softmax_;
   uint64_t last_ = 0, last_group_ = 0;  // winner and group that were taken last

@@ -21,6 +21,10 @@
 // so such a tile takes about K times as long; without repeats nothing is done twice. Rejected: entries as
 // bits always (K times the LDS, or K passes); comparing every id with those before it in its row (K/2 loads
 // per entry, repeats or not); distinct counts against all counts (a pass over the experts per tile).
+//
+// Rejected: what the first loads need as arguments of their own, as the other kernels have them (the model of
+// op_tests/rocm, gfx942, 128/4, M = 1: 3.64 -> 3.31 us oneshot; but on an H100 3.12 -> 3.31, and 9.37 -> 9.60 for
+// M = 1024 in three launches, `python op_tests/bench_moe_sorting_opus.py`, 2026-11-26).
 #pragma once
 
 #include "device/cluster.h"
@@ -200,8 +204,8 @@ __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_loca
                                                const OpusLds& lds) {
   const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
                               is_local<true>(p.shape, p.sort, threadIdx.x);
-  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), lds.sort,
-                      p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), blockDim.x,
+                      lds.sort, p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
   __syncthreads();
   write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }

@@ -42,11 +42,12 @@ __device__ __forceinline__ void pad_behind_entries(const SortShape& shape, const
 // The whole sort. `winner` is that of the lane, k its lane, in the workgroup's first wave; there are others.
 template <bool kAny = false>
 __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_local, int wave,
-                                                const SortParams& out, const Entry& winner) {
+                                                int num_threads, const SortParams& out,
+                                                const Entry& winner) {
   if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_local * shape.topk, num_local);
   if (num_local == 0) return;
   if (wave != 0) {
-    pad_behind_entries<kAny>(shape, out, threadIdx.x - kWaveSize, blockDim.x - kWaveSize);
+    pad_behind_entries<kAny>(shape, out, threadIdx.x - kWaveSize, num_threads - kWaveSize);
     return;
   }
   const bool is_winner = lane_idx() < shape.topk;

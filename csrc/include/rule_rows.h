@@ -94,14 +94,27 @@ class RuleRows {
   // Which of the wave's rows this lane works on.
   static __device__ __forceinline__ int row_in_wave() { return lane_idx() / kRuleLanes; }
 
-  __device__ __forceinline__ void follow(const RowRule& rule) { rule_ = &rule; }
-  __device__ __forceinline__ const RowRule& rule() const { return *rule_; }
+  // `offset`: of the rule, an argument of the kernel, behind its first argument.
+  __device__ __forceinline__ void follow(const RowRule& rule, size_t offset) {
+    rule_ = &rule;
+    offset_ = offset;
+  }
+  // NOTE: loaded where it is asked for: its thirty scalars, kept for all rows, spill on AMD GPUs. Not so where a wave
+  // has one row of 32 registers, as clang then keeps loads in scratch (8 spilled vector registers and 349 on gfx1100).
+  __device__ __forceinline__ decltype(auto) rule() const {
+    if constexpr (kValues > 16 && kRowsPerWave == 1) {
+      return static_cast<const RowRule&>(*rule_);
+    } else {
+      return loaded_anew(*rule_, offset_);
+    }
+  }
   // The wave's part of the LDS.
   __device__ __forceinline__ void use(void* lds) { lds_ = lds; }
 
   // `row` is the lane's.
   __device__ __forceinline__ void load(const Item* row, int, RowFormat) {
-    const RowRule& r = *rule_;
+    const RowRule& r = rule();
+    places_ = places_of(r);
     row_ = row;
     if constexpr (kIsCommon) {
       load_whole(row, r.logit_kind == FloatKind::bf16, logits_);
@@ -114,14 +127,15 @@ class RuleRows {
 
   // Lane k of the row's gets winner k, with the candidate's index; `softmax` is set.
   __device__ __forceinline__ typename Keys::Result select(RowSoftmax& softmax) {
-    const RowRule& r = *rule_;
+    const RowRule& r = rule();
+    places_ = places_of(r);
     float keys[kValues], scores[kValues];
-    make_keys(softmax, keys, scores);
-    if (r.rule.num_expert_group > 1) keep_best_groups(keys);
+    make_keys(r, softmax, keys, scores);
+    if (r.rule.num_expert_group > 1) keep_best_groups(r, keys);
     auto mine = Keys::select(
         keys, scores,
         [&](int place) {
-          return member_of(place) < r.group_width && group_of(place) < r.rule.num_expert_group;
+          return member_of(place) < places_.group_width && group_of(place) < places_.num_groups;
         },
         r.topk, lds_);
     mine.winner.expert_idx =
@@ -130,7 +144,7 @@ class RuleRows {
   }
 
   __device__ __forceinline__ float logit(int candidate) const {
-    return load_float(row_, rule_->logit_kind, candidate);
+    return load_float(row_, rule().logit_kind, candidate);
   }
 
   // The loaded items are not needed any more. NOTE: not drop() of all, as the rule lies with the kernel's arguments
@@ -147,18 +161,17 @@ class RuleRows {
   static constexpr int kChunks = kValues / kKeysPerChunk;
 
   __device__ __forceinline__ int group_of(int place) const {
-    return place >> rule_->log2_group_places;
+    return place >> places_.log2_of_group;
   }
   __device__ __forceinline__ int member_of(int place) const {
-    return place - (group_of(place) << rule_->log2_group_places);
+    return place - (group_of(place) << places_.log2_of_group);
   }
   __device__ __forceinline__ int candidate_of(int place) const {
-    return group_of(place) * rule_->group_width + member_of(place);
+    return group_of(place) * places_.group_width + member_of(place);
   }
   // How many of the 8 places from `first` on are candidates' (or less than 1), which follow each other.
   __device__ __forceinline__ int num_in_chunk(int first) const {
-    return group_of(first) < rule_->rule.num_expert_group ? rule_->group_width - member_of(first)
-                                                          : 0;
+    return group_of(first) < places_.num_groups ? places_.group_width - member_of(first) : 0;
   }
 
   // Negative if there is a candidate in register i.
@@ -247,10 +260,10 @@ class RuleRows {
     }
   }
 
-  __device__ __forceinline__ void make_common_keys(float (&keys)[kValues],
+  __device__ __forceinline__ void make_common_keys(const RowRule& r, float (&keys)[kValues],
                                                    float (&scores)[kValues]) const {
-    const bool is_bf16 = rule_->logit_kind == FloatKind::bf16;
-    const bool has_bias = rule_->bias_kind != FloatKind::none;
+    const bool is_bf16 = r.logit_kind == FloatKind::bf16;
+    const bool has_bias = r.bias_kind != FloatKind::none;
     AITER_UNROLL
     for (int i = 0; i < kValues; ++i) scores[i] = item(logits_, FloatKind::f32, i);
     if (is_bf16) {
@@ -265,11 +278,11 @@ class RuleRows {
   }
 
   // `scores`: x where logits are chosen by. A key is NaN, or -inf, where a candidate is not eligible.
-  __device__ __forceinline__ void make_keys(RowSoftmax& softmax, float (&keys)[kValues],
+  __device__ __forceinline__ void make_keys(const RowRule& r, RowSoftmax& softmax,
+                                            float (&keys)[kValues],
                                             float (&scores)[kValues]) const {
-    const RowRule& r = *rule_;
     if constexpr (kIsCommon) {
-      make_common_keys(keys, scores);
+      make_common_keys(r, keys, scores);
       return;
     }
     convert(logits_, r.logit_kind, keys);
@@ -281,7 +294,7 @@ class RuleRows {
       for (int i = 0; i < kValues; ++i) keys[i] = scaled_logit(r.rule, keys[i]);
     }
     if (r.rule.scoring_func == kSoftmax) {
-      softmax_scores(softmax, keys, !r.key_is_logit);
+      softmax_scores(r, softmax, keys, !r.key_is_logit);
     } else if (!r.key_is_logit && r.rule.scoring_func == kSigmoid) {
       sigmoids(keys);
     } else if (!r.key_is_logit) {
@@ -303,8 +316,8 @@ class RuleRows {
   }
 
   // Finds the row's softmax, and replaces its x by scores if `replaces`.
-  __device__ __forceinline__ void softmax_scores(RowSoftmax& softmax, float (&x)[kValues],
-                                                 bool replaces) const {
+  __device__ __forceinline__ void softmax_scores(const RowRule& r, RowSoftmax& softmax,
+                                                 float (&x)[kValues], bool replaces) const {
     uint32_t best = 0;
     float terms[kValues];
     AITER_UNROLL
@@ -332,7 +345,7 @@ class RuleRows {
         ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     if (!replaces) return;
     AITER_UNROLL
-    for (int i = 0; i < kValues; ++i) x[i] = share_of(*rule_, softmax, terms[i]);
+    for (int i = 0; i < kValues; ++i) x[i] = share_of(r, softmax, terms[i]);
   }
 
   template <int kMask>
@@ -364,8 +377,7 @@ class RuleRows {
   }
 
   // Rules out the keys of all groups but the `topk_group` best.
-  __device__ __forceinline__ void keep_best_groups(float (&keys)[kValues]) const {
-    const RowRule& r = *rule_;
+  __device__ __forceinline__ void keep_best_groups(const RowRule& r, float (&keys)[kValues]) const {
     constexpr int kAtOnce = 8;
     const int lanes = 1 << r.log2_group_places >> log2_ceil(kKeysPerChunk);  // of a group
     uint32_t* const values = static_cast<uint32_t*>(lds_) + lane_idx() / kRuleLanes * kWordsOfRow;
@@ -424,7 +436,17 @@ class RuleRows {
       best_keys_lds_bytes(kRuleLanes) / static_cast<int>(sizeof(uint32_t));
   static_assert(kMaxRulePlaces / kKeysPerChunk <= kWordsOfRow, "a word for each group");
 
+  // What places are, which the rule says, for one row: kept for all, the masks of lanes that follow would be.
+  struct Places {
+    int group_width, log2_of_group, num_groups;
+  };
+  static __device__ __forceinline__ Places places_of(const RowRule& r) {
+    return {anew(r.group_width), anew(r.log2_group_places), anew(r.rule.num_expert_group)};
+  }
+
   const RowRule* rule_ = nullptr;
+  size_t offset_ = 0;
+  Places places_;
   const Item* row_ = nullptr;
   void* lds_ = nullptr;
   FourWords logits_[kValues / 4], bias_[kValues / 4];

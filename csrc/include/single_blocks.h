@@ -96,10 +96,10 @@ struct SingleBlocks {
   // By all threads; `is_first_local` is is_local() of the thread's first expert, asked for early.
   template <bool kAny = false>
   __device__ __forceinline__ void post_mask(const SortShape& shape, const SortParams& out,
-                                            bool is_first_local) const {
+                                            bool is_first_local, int num_threads) const {
     if (!leaves_out<kAny>(shape, out)) return;
     AITER_LOOP
-    for (int first = 0; first < shape.num_experts; first += blockDim.x) {
+    for (int first = 0; first < shape.num_experts; first += num_threads) {
       const int e = first + static_cast<int>(threadIdx.x);
       local.post(first, first == 0 ? is_first_local
                                    : e < shape.num_experts && is_local<kAny>(shape, out, e));
@@ -110,14 +110,15 @@ struct SingleBlocks {
 // Makes padding of the first `num_slots` slots, by one workgroup.
 template <bool kAny>
 __device__ __forceinline__ void fill_with_padding(const SortShape& shape, int num_local,
-                                                  uint32_t num_slots, const SortParams& out) {
+                                                  uint32_t num_slots, const SortParams& out,
+                                                  int num_threads) {
   const uint32_t id = padding_id<kAny>(shape, num_local);
   if (shape.wide_stores) {
     AITER_LOOP
-    for (uint32_t i = 4 * threadIdx.x; i < num_slots; i += 4 * blockDim.x) pad_four(out, i, id);
+    for (uint32_t i = 4 * threadIdx.x; i < num_slots; i += 4 * num_threads) pad_four(out, i, id);
   } else {
     AITER_LOOP
-    for (uint32_t i = threadIdx.x; i < num_slots; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < num_slots; i += num_threads) {
       out.sorted_ids[i] = static_cast<int32_t>(id);
       out.sorted_weights[i] = 0.0f;
     }
@@ -131,11 +132,11 @@ template <bool kAny = false, typename EntryAt>
 __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int num_local,
                                                     const HitMask& hits, const SingleBlocks& sets,
                                                     const SortParams& out, int num_entries,
-                                                    EntryAt entry_at) {
+                                                    int num_threads, EntryAt entry_at) {
   const bool has_mask = leaves_out<kAny>(shape, out);
   const bool drops = has_mask && !(kAny && shape.flat_ids);
   AITER_LOOP
-  for (int first = 0; first == 0 || first < num_entries; first += blockDim.x) {
+  for (int first = 0; first == 0 || first < num_entries; first += num_threads) {
     const int i = first + static_cast<int>(threadIdx.x);
     Entry entry{};
     uint32_t rank = 0;
@@ -147,7 +148,7 @@ __device__ __forceinline__ void write_single_blocks(const SortShape& shape, int 
     }
     const ExpertSet::Position block = sets.hit.position(entry.expert_idx, shape.num_experts);
     if (first == 0) {
-      fill_with_padding<kAny>(shape, num_local, block.total * shape.block_size, out);
+      fill_with_padding<kAny>(shape, num_local, block.total * shape.block_size, out, num_threads);
       if (threadIdx.x == 0) write_num_valid_ids(shape, out, block.total, num_local);
       __syncthreads();
     }

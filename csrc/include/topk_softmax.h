@@ -5,6 +5,9 @@
 //
 // A wave takes one row (row_topk.h) or several (group_topk.h, key_topk.h), kWavesPerBlock waves form a
 // workgroup; they share nothing, so there is no barrier, and LDS is a wave's own.
+//
+// What the first load of logits needs are arguments of their own and the first ones, 8 words, so that they can be
+// there when the kernel begins (aiter/jit/rocm_flags.py) or come by one load.
 #pragma once
 
 #include "device/cluster.h"
@@ -14,55 +17,66 @@ namespace aiter {
 
 constexpr int kWavesPerBlock = 4;
 
-struct TopkSoftmaxParams {
-  const void* gating;
-  int64_t row_stride;  // in items of the class of rows
-  int num_tokens, num_experts, topk;
-  bool need_renorm;
-  RowFormat row_format;
+struct TopkSoftmaxOutputs {
   float* topk_weights;
   int32_t* topk_indices;
   int32_t* token_expert_indices;
 };
 
+// Of how rows are read and weighed, in one word: bit 0 renormalised, bit 1 RowFormat::wide, then its type.
+struct TopkSoftmaxFlags {
+  uint32_t word;
+
+  static TopkSoftmaxFlags of(bool need_renorm, RowFormat format) {
+    return {static_cast<uint32_t>(need_renorm) | format.wide << 1 |
+            static_cast<uint32_t>(format.type) << 2};
+  }
+  __device__ __forceinline__ bool need_renorm() const { return (word & 1) != 0; }
+  __device__ __forceinline__ RowFormat row_format() const {
+    return {word >> 1 & 1, static_cast<LogitType>(word >> 2)};
+  }
+};
+
 struct TopkSoftmaxSink {
-  const TopkSoftmaxParams& p;
+  const TopkSoftmaxOutputs& out;
+  int topk, num_tokens;
   int64_t row;
 
   __device__ __forceinline__ void put(int k, uint32_t expert_idx, float weight) {
-    const int64_t i = row * p.topk + k;
-    p.topk_weights[i] = weight;
-    p.topk_indices[i] = static_cast<int32_t>(expert_idx);
-    p.token_expert_indices[i] = static_cast<int32_t>(k * static_cast<int64_t>(p.num_tokens) + row);
+    const int64_t i = row * topk + k;
+    out.topk_weights[i] = weight;
+    out.topk_indices[i] = static_cast<int32_t>(expert_idx);
+    out.token_expert_indices[i] = static_cast<int32_t>(k * static_cast<int64_t>(num_tokens) + row);
   }
   __device__ __forceinline__ void divide(int k, float denominator) {
-    p.topk_weights[row * p.topk + k] /= denominator;
+    out.topk_weights[row * topk + k] /= denominator;
   }
 };
 
 template <typename Rows>
 __global__ void AITER_LAUNCH_BOUNDS(kWavesPerBlock* kMaxWaveSize)
-    topk_softmax_kernel(TopkSoftmaxParams p) {
+    topk_softmax_kernel(const void* gating, int64_t row_stride, int num_tokens, int num_experts,
+                        int topk, TopkSoftmaxFlags flags, TopkSoftmaxOutputs out) {
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();
   if constexpr (Rows::kIsUsed) {
     const int64_t wave = static_cast<int64_t>(blockIdx.x) * kWavesPerBlock + uniform_wave_idx();
     const int64_t first = wave * Rows::kRowsPerWave;
-    if (first >= p.num_tokens) return;
+    if (first >= num_tokens) return;
     const int64_t row = first + Rows::row_in_wave();
-    const bool valid = row < p.num_tokens;
+    const bool valid = row < num_tokens;
     Rows logits;
     if constexpr (kUsesLds<Rows>) {
       logits.use(lds_base + uniform_wave_idx() * best_keys_lds_bytes(kWaveSize));
     } else {
       (void)lds_base;
     }
-    logits.load(static_cast<const typename Rows::Item*>(p.gating) +
-                    (valid ? row : p.num_tokens - 1) * p.row_stride,
-                p.num_experts, p.row_format);
-    TopkSoftmaxSink sink{p, row};
-    wave_topk(logits, p.num_experts, p.topk, p.need_renorm, valid, sink);
+    logits.load(static_cast<const typename Rows::Item*>(gating) +
+                    (valid ? row : num_tokens - 1) * row_stride,
+                num_experts, flags.row_format());
+    TopkSoftmaxSink sink{out, topk, num_tokens, row};
+    wave_topk(logits, num_experts, topk, flags.need_renorm(), valid, sink);
   }
 }
 

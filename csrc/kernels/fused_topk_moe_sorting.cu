@@ -42,12 +42,15 @@ bool has_slots_for_handover(const SortShape& shape) {
 
 // The number of workgroups that hand over, where there are no clusters; 1: not worth it. Each gets so many rows that
 // its waves have a SIMD for themselves, and what the hand-over takes, about 2,300 cycles, has to be less than
-// what a single workgroup would take longer, 2 us at kUnhurriedRounds (docs/rocm.md).
+// what a single workgroup takes longer: it is, or about equal, beyond kUnhurriedRounds of waves. By the timing model
+// (gfx942, us, one workgroup and handed over): 256/8 f32 M = 32 4.74 4.77, M = 33 7.07 5.53; 128/4 bf16 M = 64
+// 3.94 4.64, M = 72 4.57 4.60, M = 122 5.98 4.77; 384/8 f32 M = 16 5.09 5.06, M = 33 11.3 7.9; 896/16 bf16 M = 16
+// 6.36 6.81, M = 17 8.84 6.94. Beyond four rounds, as before: 7.1 for 256/8 bf16, M = 60, now 5.3.
 int choose_handover_size(const SortShape& shape, const RowChoice& rows) {
   constexpr int kWavesAtOnce = 4;
-  constexpr int kUnhurriedRounds = 4;
+  constexpr int kUnhurriedRounds = 2;
   const int row_waves = (shape.num_tokens + rows.rows_per_wave - 1) / rows.rows_per_wave;
-  if (row_waves < kUnhurriedRounds * kWavesAtOnce) return 1;
+  if (row_waves <= kUnhurriedRounds * kWavesAtOnce) return 1;
   return std::min((row_waves + kWavesAtOnce - 1) / kWavesAtOnce, kMaxHandoverSize);
 }
 

@@ -31,21 +31,20 @@ void topk_routing(const TopkRoutingArgs& args, void* stream) {
   const DeviceLimits limits = device_limits(gating.device_index);
   TopkRoutingParams params;
   params.rule = row_rule(args.rule, args.correction_bias, gating, args.topk_weights.shape[1]);
-  params.gating = static_cast<const unsigned char*>(gating.data);
   const RowChoice rows = rule_row_choice(params.rule, gating, limits.wave_size);
-  params.row_bytes = rows.row_stride;
-  params.num_tokens = static_cast<int>(gating.shape[0]);
+  const int num_tokens = static_cast<int>(gating.shape[0]);
   params.topk_weights = static_cast<float*>(args.topk_weights.data);
   params.weights_stride = args.topk_weights.stride[0];
   params.topk_ids = static_cast<int32_t*>(args.topk_ids.data);
   params.ids_stride = args.topk_ids.stride[0];
   const unsigned rows_per_block = kRoutingWaves * rows.rows_per_wave;
-  const unsigned num_blocks = (params.num_tokens + rows_per_block - 1) / rows_per_block;
+  const unsigned num_blocks = (num_tokens + rows_per_block - 1) / rows_per_block;
   const unsigned num_threads = kRoutingWaves * limits.wave_size;
   const size_t lds_bytes = kRoutingWaves * rows.lds_bytes;
   dispatch_rule_rows(params.rule, [&](auto tag) {
     launch(topk_routing_kernel<typename decltype(tag)::type>, limits,
-           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream), params);
+           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream),
+           static_cast<const unsigned char*>(gating.data), rows.row_stride, num_tokens, params);
   });
 }
 

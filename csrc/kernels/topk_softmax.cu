@@ -34,26 +34,22 @@ void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
   if (gating.shape[0] == 0) return;
   const DeviceGuard guard(gating.device_index);
   const DeviceLimits limits = device_limits(gating.device_index);
-  const RowChoice rows =
-      choose_rows(gating, static_cast<int>(gating.shape[1]),
-                  static_cast<int>(args.topk_weights.shape[1]), args.need_renorm, limits.wave_size);
-  const TopkSoftmaxParams params{gating.data,
-                                 rows.row_stride,
-                                 static_cast<int>(gating.shape[0]),
-                                 static_cast<int>(gating.shape[1]),
-                                 static_cast<int>(args.topk_weights.shape[1]),
-                                 args.need_renorm,
-                                 rows.format,
-                                 static_cast<float*>(args.topk_weights.data),
-                                 static_cast<int32_t*>(args.topk_indices.data),
-                                 static_cast<int32_t*>(args.token_expert_indices.data)};
+  const int num_tokens = static_cast<int>(gating.shape[0]);
+  const int num_experts = static_cast<int>(gating.shape[1]);
+  const int topk = static_cast<int>(args.topk_weights.shape[1]);
+  const TopkSoftmaxOutputs outputs{static_cast<float*>(args.topk_weights.data),
+                                   static_cast<int32_t*>(args.topk_indices.data),
+                                   static_cast<int32_t*>(args.token_expert_indices.data)};
+  const RowChoice rows = choose_rows(gating, num_experts, topk, args.need_renorm, limits.wave_size);
   const unsigned rows_per_block = kWavesPerBlock * rows.rows_per_wave;
-  const unsigned num_blocks = (params.num_tokens + rows_per_block - 1) / rows_per_block;
+  const unsigned num_blocks = (num_tokens + rows_per_block - 1) / rows_per_block;
   const unsigned num_threads = kWavesPerBlock * limits.wave_size;
   const size_t lds_bytes = kWavesPerBlock * rows.lds_bytes;
   dispatch_rows(gating.dtype, rows, [&](auto tag) {
     launch(topk_softmax_kernel<typename decltype(tag)::type>, limits,
-           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream), params);
+           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream),
+           gating.data, rows.row_stride, num_tokens, num_experts, topk,
+           TopkSoftmaxFlags::of(args.need_renorm, rows.format), outputs);
   });
 }
 

@@ -1,6 +1,7 @@
 """Are the kernels clean under compute-sanitizer on an NVIDIA GPU?
 
     python op_tests/fire/sanitize_gpu.py [--tool memcheck|racecheck|synccheck|initcheck|all]
+        [--without-clusters]
     python op_tests/fire/sanitize_gpu.py --dry-run
 
 Runs a small grid of routings (`CALLS`, by models' rules `RULED`, from hidden states `HIDDEN`), each on
@@ -10,7 +11,8 @@ that nobody wrote. The modules are built before, without the tool. PyTorch's cac
 switched off, so that every tensor has its own bounds; only kernels with `aiter` in their name are
 instrumented, and their inputs come by copy from the host, which initcheck counts as written; of the
 outputs only what is defined is read. Results are compared with the reference. `--dry-run` runs the
-grid on the cpu target, without a tool.
+grid on the cpu target, without a tool. `--without-clusters` runs the kernels that hand over through
+memory.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import _checkout  # noqa: E402, F401
 import torch  # noqa: E402
+import without_clusters  # noqa: E402
 from router_calls import check_logits, drawn  # noqa: E402
 
 from aiter import fused_moe, reference  # noqa: E402
@@ -104,8 +107,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--tool", choices=(*TOOLS, "all"), default="all")
     parser.add_argument("--dry-run", action="store_true", help="the grid on the cpu target")
+    parser.add_argument("--without-clusters", action="store_true", help="as `pytest` has it")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.without_clusters:
+        without_clusters.request()
     if options.child or options.dry_run:
         device = current_device("cpu" if options.dry_run else "cuda")
         paths = run_grid(device)

@@ -155,7 +155,7 @@ def is_one_token(num_tokens: int, topk: int, has_mask: bool) -> bool:
 def choose_handover_size(shape: Shape, rows: RowChoice) -> int:
     """Workgroups that share the selection (choose_handover_size of fused_topk_moe_sorting.cu)."""
     row_waves = -(-shape[0] // rows.rows_per_wave)
-    if row_waves < UNHURRIED_ROUNDS * WAVES_AT_ONCE:
+    if row_waves <= UNHURRIED_ROUNDS * WAVES_AT_ONCE:
         return 1
     return min(-(-row_waves // WAVES_AT_ONCE), MAX_HANDOVER_SIZE)
 

@@ -85,12 +85,6 @@ class FusedFirst(ctypes.Structure):
     ]  # fmt: skip
 
 
-class RowFormat(ctypes.Structure):
-    """row_topk.h"""
-
-    _fields_ = [("wide", _u32), ("type", _u32)]
-
-
 class FusedParams(ctypes.Structure):
     """fused_topk_moe_sorting.h"""
 
@@ -103,14 +97,13 @@ class FusedArguments(ctypes.Structure):
     _fields_ = [("first", FusedFirst), ("params", FusedParams)]
 
 
-class TopkSoftmaxParams(ctypes.Structure):
-    """topk_softmax.h"""
+class TopkSoftmaxArguments(ctypes.Structure):
+    """All arguments of the kernel in topk_softmax.h."""
 
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_tokens", _i32),
-        ("num_experts", _i32), ("topk", _i32), ("need_renorm", ctypes.c_bool),
-        ("row_format", RowFormat), ("topk_weights", _ptr), ("topk_indices", _ptr),
-        ("token_expert_indices", _ptr),
+        ("num_experts", _i32), ("topk", _i32), ("flags", _u32), ("topk_weights", _ptr),
+        ("topk_indices", _ptr), ("token_expert_indices", _ptr),
     ]  # fmt: skip
 
 
@@ -180,14 +173,13 @@ class Device:
         num_tokens, num_experts = gating_output.shape
         rows = choose_rows(gating_output, topk_weights.shape[1], need_renorm, self.wave_size)
         memory = GlobalMemory()
-        params = TopkSoftmaxParams(
+        params = TopkSoftmaxArguments(
             gating=map_tensor(memory, "gating_output", gating_output, writable=False),
             row_stride=row_stride(rows, gating_output),
             num_tokens=num_tokens,
             num_experts=num_experts,
             topk=topk_weights.shape[1],
-            need_renorm=need_renorm,
-            row_format=row_format(rows, gating_output),
+            flags=need_renorm | rows.wide << 1 | LOGIT_TYPES.index(gating_output.dtype) << 2,
             topk_weights=map_tensor(memory, "topk_weights", topk_weights),
             topk_indices=map_tensor(memory, "topk_indices", topk_indices),
             token_expert_indices=map_tensor(memory, "token_expert_indices", token_expert_indices),
@@ -356,11 +348,6 @@ def plan_fused_lds(
     rows = 4 * 2 * MAX_WAVES_PER_BLOCK + 16 + per_expert * ((num_tokens + 31) // 32 + 2)
     weights = rows + row_bytes
     return FusedLds(rows, rows, weights), (weights + 6 * entries + 15) // 16 * 16
-
-
-def row_format(rows: RowChoice, gating: Tensor) -> RowFormat:
-    """What loads of rows have to know (sort_launch.h)."""
-    return RowFormat(wide=int(rows.wide), type=LOGIT_TYPES.index(gating.dtype))
 
 
 def row_stride(rows: RowChoice, gating: Tensor) -> int:

@@ -4,7 +4,8 @@
 
 One line per launch of each way to route random logits (renormalised, B = 32): the time of its longest
 workgroup in us, when that workgroup's first load from global memory was issued, its round trips to
-memory along the waves that everybody waits for, and what all of its waves execute, by class. Of several
+memory along the waves that everybody waits for, what all of its waves execute, by class, and the cycles
+at which its last wave came to each barrier, so where the time goes between them. Of several
 launches a line has the sum, without and with 1.5 us for every further launch. A first line for an
 architecture compiles its kernels (2 to 13 s each); a launch is interpreted in 0.02 to 2 s.
 
@@ -48,7 +49,7 @@ SEED = 1
 CLASSES = ("VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "nop")
 TRIPS = ("global", "scalar", "lds", "store")
 HEADERS = ("arch", "dtype", "E/K", "M", "way", "kernel", "us", "with gaps", "first load", *TRIPS,
-           *CLASSES)  # fmt: skip
+           *CLASSES, "barriers")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,12 @@ def table_rows(arch: str, routed: Routed, way: str) -> list[tuple[object, ...]]:
         first = "-" if timing.first_load is None else timing.first_load
         trips = (timing.trips[kind] for kind in TRIPS)
         mix = (timing.mix[name] for name in CLASSES)
-        rows.append((*head, each.kernel, f"{timing.us:.2f}", "", first, *trips, *mix))
+        barriers = " ".join(map(str, timing.barriers))
+        rows.append((*head, each.kernel, f"{timing.us:.2f}", "", first, *trips, *mix, barriers))
     if len(found) > 1:
         us = (f"{kernels_us(found):.2f}", f"{total_us(found):.2f}")
         blank = [""] * (1 + len(TRIPS))
-        rows.append((*head, "all", *us, *blank, *(total[name] for name in CLASSES)))
+        rows.append((*head, "all", *us, *blank, *(total[name] for name in CLASSES), ""))
     return rows
 
 

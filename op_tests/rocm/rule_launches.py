@@ -46,13 +46,13 @@ class RowRule(ctypes.Structure):
     ]  # fmt: skip
 
 
-class TopkRoutingParams(ctypes.Structure):
-    """topk_routing.h"""
+class TopkRoutingArguments(ctypes.Structure):
+    """All arguments of the kernel in topk_routing.h."""
 
     _fields_ = [
-        ("rule", RowRule), ("gating", _ptr), ("row_bytes", ctypes.c_int64), ("num_tokens", _i32),
-        ("topk_weights", _ptr), ("weights_stride", ctypes.c_int64), ("topk_ids", _ptr),
-        ("ids_stride", ctypes.c_int64),
+        ("gating", _ptr), ("row_bytes", ctypes.c_int64), ("num_tokens", _i32), ("unused", _i32),
+        ("rule", RowRule), ("topk_weights", _ptr), ("weights_stride", ctypes.c_int64),
+        ("topk_ids", _ptr), ("ids_stride", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def topk_routing(
     """`aiter.topk_routing`."""
     memory = GlobalMemory()
     row = _row_rule(memory, rule, gating_output, correction_bias, topk_ids.shape[1])
-    params = TopkRoutingParams(
+    params = TopkRoutingArguments(
         rule=row,
         gating=map_tensor(memory, "gating_output", gating_output, writable=False),
         row_bytes=gating_output.stride(0) * gating_output.element_size(),

@@ -30,6 +30,9 @@
 //   wait_for_earlier_launch  griddepcontrol.wait                         nothing    nothing
 //   let_next_launch_begin    griddepcontrol.launch_dependents            nothing    nothing
 //
+// AITER_WITHOUT_CLUSTERS has a GPU that has clusters run the kernels of those that have none, for tests of the
+// hand-over (`pytest --without-clusters`).
+//
 // Rejected, as what the workgroups of a cluster may share: a ticket in global memory that lets
 // the last workgroup do the rest. The hand-over is four trips to memory one after the other, and the
 // ticket has to be zero before the launch and must not be shared by streams or graphs that run at
@@ -76,7 +79,8 @@ inline void wait_for_inbox(Inbox*, const char* file = __builtin_FILE(),
 inline void wait_for_earlier_launch() {}
 inline void let_next_launch_begin() {}
 
-#elif defined(AITER_TARGET_CUDA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
+#elif defined(AITER_TARGET_CUDA) && !defined(AITER_WITHOUT_CLUSTERS) && \
+    (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 
 constexpr int kMaxClusterSize = 16;
 constexpr bool kLaunchesOverlap = true;

@@ -65,6 +65,11 @@ using hipStream_t = void*;
 #if defined(AITER_TARGET_CPU)
 #define AITER_UNROLL
 #define AITER_LOOP
+#elif defined(AITER_TARGET_ROCM)
+#define AITER_UNROLL _Pragma("unroll")
+// NOTE: clang takes several rounds at once else, where a loop counts something ("interleaves" it), which needs registers
+// and preparation for loops of one or two rounds.
+#define AITER_LOOP _Pragma("clang loop unroll(disable) vectorize(disable) interleave(disable)")
 #else
 #define AITER_UNROLL _Pragma("unroll")
 #define AITER_LOOP _Pragma("unroll 1")
@@ -187,6 +192,9 @@ __global__ void cluster_probe_kernel() {}
 
 // Whether kernels are compiled for clusters (cluster.h), of which a slice of such a GPU may have none.
 inline bool has_cluster_kernels(int device) {
+#if defined(AITER_WITHOUT_CLUSTERS)
+  return false;
+#endif
   return device_attribute(device, cudaDevAttrComputeCapabilityMajor,
                           "querying the compute capability") >= 9;
 }

@@ -37,6 +37,10 @@
 //                                   would be in the way of the first loads, and not kept from before, for
 //                                   which there are no scalar registers
 //
+//   workgroup_threads(n)            blockDim.x, of which n, an argument of the kernel, says the same: on AMD
+//                                   GPUs blockDim.x lies behind all arguments, a scalar load of its own at
+//                                   the place where it is asked for
+//
 // All lanes of a wave call together (no divergence), with `n` and `lane` the same in all of them.
 //
 // What compilers make of them, read and held by op_tests/rocm/test_wave_instructions.py; lanes talk

@@ -155,6 +155,8 @@ inline uint32_t awaited(uint32_t x) { return x; }
 
 inline int32_t scalar_load(const int32_t* address) { return *address; }
 
+inline int workgroup_threads(int argument) { return argument; }
+
 template <typename T>
 inline const T& loaded_anew(const T& argument, size_t) {
   return argument;

@@ -95,6 +95,8 @@ __device__ __forceinline__ uint32_t awaited(uint32_t x) { return x; }
 
 __device__ __forceinline__ int32_t scalar_load(const int32_t* address) { return *address; }
 
+__device__ __forceinline__ int workgroup_threads(int) { return static_cast<int>(blockDim.x); }
+
 template <typename T>
 __device__ __forceinline__ const T& loaded_anew(const T& argument, size_t) {
   return argument;

@@ -68,6 +68,13 @@ __device__ __forceinline__ int32_t scalar_load(const int32_t* address) {
   return *(const __attribute__((address_space(4))) int32_t*)address;
 }
 
+// NOTE: the mask tells the compiler what it knows of blockDim.x, so that loops over threads have no case for a step of
+// one.
+__device__ __forceinline__ int workgroup_threads(int argument) {
+  constexpr int kMostThreads = 1024;
+  return argument & (2 * kMostThreads - kWaveSize);
+}
+
 template <typename T>
 __device__ __forceinline__ T loaded_anew(const T&, size_t offset) {
   auto arguments = __builtin_amdgcn_kernarg_segment_ptr();

@@ -133,7 +133,8 @@ def _take_turn(
 def kernel_arguments(kernel: KernelText, launch: Launch) -> NDArray[np.uint8]:
     """The argument segment: the kernel's own arguments, and the hidden ones that it asks for."""
     segment = np.zeros(kernel.code.kernarg_bytes, np.uint8)
-    own = sum(size for _, size, kind in kernel.arguments if not kind.startswith("hidden_"))
+    ends = (at + size for at, size, kind in kernel.arguments if not kind.startswith("hidden_"))
+    own = max(ends, default=0)
     if own != len(launch.arguments):
         raise Fault(
             f"{kernel.code.name}: expected {own} bytes of arguments, got {len(launch.arguments)}"

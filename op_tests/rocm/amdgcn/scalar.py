@@ -109,6 +109,8 @@ BINARY: dict[str, tuple[int, int, Callable[[int, int], Result]]] = {
     "s_bfm_b32": (32, 32, lambda a, b: ((((1 << (a & 31)) - 1) << (b & 31)) & ALL_ONES, None)),
     "s_bfe_u32": (32, 32, lambda a, b: _bfe(a, b, 32, False)),
     "s_bfe_i32": (32, 32, lambda a, b: _bfe(a, b, 32, True)),
+    "s_bfe_u64": (64, 64, lambda a, b: _bfe(a, b, 64, False)),
+    "s_bfe_i64": (64, 64, lambda a, b: _bfe(a, b, 64, True)),
     "s_pack_ll_b32_b16": (32, 32, lambda a, b: (a & 0xFFFF | (b & 0xFFFF) << 16, None)),
     "s_lshl_b32": (32, 32, _logic(lambda a, b: a << (b & 31), 32)),
     "s_lshr_b32": (32, 32, _logic(lambda a, b: a >> (b & 31), 32)),
@@ -126,7 +128,7 @@ BINARY: dict[str, tuple[int, int, Callable[[int, int], Result]]] = {
                                                          (a << n) + b > ALL_ONES))
        for n in (1, 2, 3, 4)},
 }  # fmt: skip
-_NARROW_SHIFTS = ("s_lshl_b64", "s_lshr_b64", "s_ashr_i64")
+_NARROW_SECOND = ("s_lshl_b64", "s_lshr_b64", "s_ashr_i64", "s_bfe_u64", "s_bfe_i64")
 
 UNARY: dict[str, tuple[int, int, Callable[[int], Result]]] = {
     "s_mov_b32": (32, 32, lambda a: (a, None)),
@@ -244,7 +246,7 @@ def _binary(name: str, operands: list[str]) -> Operation:
     in_bits, out_bits, function = BINARY[name]
     write = write_scalar(operands[0], out_bits)
     read_a = read_scalar(operands[1], in_bits)
-    read_b = read_scalar(operands[2], 32 if name in _NARROW_SHIFTS else in_bits)
+    read_b = read_scalar(operands[2], 32 if name in _NARROW_SECOND else in_bits)
 
     def run(w: Wave) -> None:
         value, scc = function(read_a(w), read_b(w))

@@ -175,12 +175,14 @@ class Timing:
         trips: waits that ended accesses to memory, of the waves that arrive last at each barrier and
             at the end: by `global`, `scalar`, `lds`, and `store` where stores alone were waited for.
         first_load: when the first load from global memory was issued; None for no such load.
+        barriers: when each barrier was passed, by its last wave.
     """
 
     cycles: int
     mix: Counter[str]
     trips: Counter[str]
     first_load: int | None
+    barriers: tuple[int, ...]
 
     @property
     def us(self) -> float:
@@ -216,7 +218,9 @@ class _Replay:
         self.lines: dict[int, int] = {}
         self.scalar_lines: dict[int, int] = {}
         self.arrived: list[_Wave] = []
-        self.last_at: list[int] = []  # the wave that came last to each barrier
+        self.last_at: list[
+            tuple[int, int]
+        ] = []  # the wave that came last to each barrier, and when
         self.running = len(self.waves)
         self.end = 0
         self.last_wave = 0
@@ -245,7 +249,7 @@ class _Replay:
 
     def _release(self, queue: list[tuple[int, int]]) -> None:
         last = max(self.arrived, key=lambda wave: wave.ready)
-        self.last_at.append(last.index)
+        self.last_at.append((last.index, last.ready))
         go = last.ready + BARRIER
         for wave in self.arrived:
             wave.ready = go
@@ -375,6 +379,8 @@ def replay(program: Program, traces: Sequence[Trace]) -> Timing:
         program.classes[item] for trace in traces for item in trace if isinstance(item, int)
     )
     trips: Counter[str] = Counter()
-    for epoch, index in enumerate((*machine.last_at, machine.last_wave)):
+    last_waves = (*(wave for wave, _ in machine.last_at), machine.last_wave)
+    for epoch, index in enumerate(last_waves):
         trips.update(machine.waves[index].trips.get(epoch, Counter()))
-    return Timing(machine.end, mix, trips, machine.first_load)
+    barriers = tuple(cycle for _, cycle in machine.last_at)
+    return Timing(machine.end, mix, trips, machine.first_load, barriers)
