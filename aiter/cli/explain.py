@@ -178,10 +178,12 @@ def _table(device: torch.device) -> str:
     """What counts on this device, and the built-in table of every architecture."""
     basis = basis_of(device)
     entries = [(str(device), row) for row in basis.rows]
+    entries += [(f"{device}, f32 logits", row) for row in basis.f32_rows]
     for logits, modelled in basis.modelled.items():
         entries += [(f"{device}, {logits} logits", row) for row in modelled]
     for name, family in dispatch.MEASURED.items():
         entries += [(name, row) for row in family]
+        entries += [(f"{name}, f32 logits", row) for row in dispatch.f32_rows_of(name)]
     rows: list[tuple[object, ...]] = [
         (where, row.num_experts, row.topk, row.model_dim, row.fused_tokens, row.oneshot_tokens,
          row.source, row.date, row.command)

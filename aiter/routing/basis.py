@@ -20,7 +20,8 @@ from .dispatch import Crossover, RouterCrossover
 class Basis:
     """What `dispatch` goes by on a device, and where that comes from, in words.
 
-    `router_rows` and `router_modelled` are those from hidden states; `tune` measures none of them.
+    `f32_rows` speak instead of `rows` for float32 logits, where there are any. `router_rows` and
+    `router_modelled` are those from hidden states; `tune` measures none of them.
     """
 
     rows: tuple[Crossover, ...]
@@ -30,6 +31,7 @@ class Basis:
     modelled: Mapping[dispatch.Logits, tuple[Crossover, ...]] = field(default_factory=dict)
     router_rows: tuple[RouterCrossover, ...] = ()
     router_modelled: tuple[RouterCrossover, ...] = ()
+    f32_rows: tuple[Crossover, ...] = ()
 
 
 @cache
@@ -60,7 +62,8 @@ def basis_of(device: torch.device) -> Basis:
     tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
     origin = family + ("" if rows else ": not measured") + tuned_reason
     estimate, modelled = dispatch.estimate_of(arch), dispatch.modelled_of(arch)
-    return Basis(rows, None, estimate, origin, modelled, *router)
+    f32_rows = dispatch.f32_rows_of(arch)
+    return Basis(rows, None, estimate, origin, modelled, *router, f32_rows)
 
 
 def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> dispatch.Choice:
@@ -69,9 +72,8 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
         return dispatch.choose(problem, max_tokens, ())
     basis = basis_of(device)
     modelled = basis.modelled.get(problem.logits, ())
-    return dispatch.choose(
-        problem, max_tokens, basis.rows, basis.override, basis.estimate, modelled
-    )
+    rows = (problem.logits == "f32" and basis.f32_rows) or basis.rows
+    return dispatch.choose(problem, max_tokens, rows, basis.override, basis.estimate, modelled)
 
 
 def choose_router(
