@@ -164,7 +164,8 @@ AITER_CPU_CHECK = Variable(
 AITER_DISPATCH: Variable[int | None] = Variable(
     "AITER_DISPATCH",
     None,
-    "what dispatch_policy 0 goes by: measured, capacity or the largest M of the fused launch",
+    "what dispatch_policy 0 goes by: measured, capacity (fused wherever it fits) or the largest M of"
+    " the fused launch",
     _dispatch,
     "measured",
 )
