@@ -181,6 +181,11 @@ def hands_over_unasked(target: Target) -> bool:
     return target.device != "cpu" and can_hand_over(target)
 
 
+def handed_over_slots(case: Case, target: Target, asked: bool = False) -> int:
+    """The first slots that a fused launch of `case` may leave its selection in; `asked` to or not."""
+    return case.num_tokens * case.topk if asked or hands_over_unasked(target) else 0
+
+
 def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> tuple[Tensor, ...]:
     """Call ``op`` as ``fused_topk_moe_sorting_fwd`` and check everything; returns the outputs.
 
@@ -197,8 +202,7 @@ def run_fused(case: Case, target: Target, op: Op, hands_over: bool = False) -> t
             op(*arguments.values(), **options)
         target.synchronize()
         frozen.check()
-        may_hand_over = hands_over or hands_over_unasked(target)
-        handed_over = case.num_tokens * case.topk if may_hand_over else 0
+        handed_over = handed_over_slots(case, target, hands_over)
         outputs.check(case, inputs, expected_sorted(case, inputs), handed_over=handed_over)
         return outputs.tensors
 

@@ -14,7 +14,7 @@ import torch
 from buffers import GuardedBuffer
 from cases import Case, Inputs, make_inputs
 from route_calls import PATHS, check_allocated, route
-from runners import Op, SortedOutputs, expected_sorted, hands_over_unasked, reporting
+from runners import Op, SortedOutputs, expected_sorted, handed_over_slots, reporting
 from targets import Target
 from torch import Tensor
 
@@ -93,8 +93,7 @@ class Pipeline:
 
     def check(self, case: Case, inputs: Inputs, target: Target) -> None:
         """The outputs are those of ``case``, whose tensors ``inputs`` are."""
-        may_hand_over = self.path == "fused" and hands_over_unasked(target)
-        handed_over = case.num_tokens * case.topk if may_hand_over else 0
+        handed_over = handed_over_slots(case, target) if self.path == "fused" else 0
         with reporting(f"{self.path}, {case}", target):
             self.outputs.check(case, inputs, expected_sorted(case, inputs), handed_over=handed_over)
             self.workspace.check_guards()

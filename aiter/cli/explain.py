@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -174,16 +174,21 @@ def _origin(choice: dispatch.Choice | dispatch.RouterChoice, device: torch.devic
     return f"{origin}: {row.source}, {row.date}, `{row.command}`" if row else origin
 
 
+def _entries(
+    where: str, by_dtype: Mapping[dispatch.Logits, tuple[dispatch.Crossover, ...]]
+) -> list[tuple[str, dispatch.Crossover]]:
+    return [(f"{where}, {logits} logits", row) for logits, rows in by_dtype.items() for row in rows]
+
+
 def _table(device: torch.device) -> str:
     """What counts on this device, and the built-in table of every architecture."""
     basis = basis_of(device)
     entries = [(str(device), row) for row in basis.rows]
-    entries += [(f"{device}, f32 logits", row) for row in basis.f32_rows]
-    for logits, modelled in basis.modelled.items():
-        entries += [(f"{device}, {logits} logits", row) for row in modelled]
+    for by_dtype in (basis.rows_by_dtype, basis.modelled):
+        entries += _entries(str(device), by_dtype)
     for name, family in dispatch.MEASURED.items():
         entries += [(name, row) for row in family]
-        entries += [(f"{name}, f32 logits", row) for row in dispatch.f32_rows_of(name)]
+        entries += _entries(name, dispatch.rows_by_dtype_of(name))
     rows: list[tuple[object, ...]] = [
         (where, row.num_experts, row.topk, row.model_dim, row.fused_tokens, row.oneshot_tokens,
          row.source, row.date, row.command)

@@ -20,7 +20,7 @@ from .dispatch import Crossover, RouterCrossover
 class Basis:
     """What `dispatch` goes by on a device, and where that comes from, in words.
 
-    `f32_rows` speak instead of `rows` for float32 logits, where there are any. `router_rows` and
+    `rows_by_dtype` speak instead of `rows` for logits of a dtype that has some. `router_rows` and
     `router_modelled` are those from hidden states; `tune` measures none of them.
     """
 
@@ -31,7 +31,7 @@ class Basis:
     modelled: Mapping[dispatch.Logits, tuple[Crossover, ...]] = field(default_factory=dict)
     router_rows: tuple[RouterCrossover, ...] = ()
     router_modelled: tuple[RouterCrossover, ...] = ()
-    f32_rows: tuple[Crossover, ...] = ()
+    rows_by_dtype: Mapping[dispatch.Logits, tuple[Crossover, ...]] = field(default_factory=dict)
 
 
 @cache
@@ -62,8 +62,8 @@ def basis_of(device: torch.device) -> Basis:
     tuned_reason = "" if found.reason == "not measured" else f" (tuned: {found.reason})"
     origin = family + ("" if rows else ": not measured") + tuned_reason
     estimate, modelled = dispatch.estimate_of(arch), dispatch.modelled_of(arch)
-    f32_rows = dispatch.f32_rows_of(arch)
-    return Basis(rows, None, estimate, origin, modelled, *router, f32_rows)
+    by_dtype = dispatch.rows_by_dtype_of(arch)
+    return Basis(rows, None, estimate, origin, modelled, *router, by_dtype)
 
 
 def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> dispatch.Choice:
@@ -72,7 +72,7 @@ def choose(problem: dispatch.Problem, max_tokens: int, device: torch.device) -> 
         return dispatch.choose(problem, max_tokens, ())
     basis = basis_of(device)
     modelled = basis.modelled.get(problem.logits, ())
-    rows = (problem.logits == "f32" and basis.f32_rows) or basis.rows
+    rows = basis.rows_by_dtype.get(problem.logits, basis.rows)
     return dispatch.choose(problem, max_tokens, rows, basis.override, basis.estimate, modelled)
 
 

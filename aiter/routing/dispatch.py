@@ -109,14 +109,16 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
     "sm_12": (),
 }
 
-# The same for float32 logits, which speak before those.
-MEASURED_F32: dict[str, tuple[Crossover, ...]] = {
-    "sm_9": (
-        Crossover(128, 4, 2880, 16384, 256, *_H100_ANEW),
-        Crossover(256, 8, 7168, 16384, 128, *_H100_ANEW),
-        Crossover(512, 10, 4096, 1024, 128, *_H100_ANEW),
-        Crossover(896, 16, 3584, 256, 128, *_H100),
-    ),
+# The same by the dtype of the logits, where one is known to differ; these rows speak instead of those.
+MEASURED_BY_DTYPE: dict[str, dict[Logits, tuple[Crossover, ...]]] = {
+    "sm_9": {
+        "f32": (
+            Crossover(128, 4, 2880, 16384, 256, *_H100_ANEW),
+            Crossover(256, 8, 7168, 16384, 128, *_H100_ANEW),
+            Crossover(512, 10, 4096, 1024, 128, *_H100_ANEW),
+            Crossover(896, 16, 3584, 256, 128, *_H100),
+        ),
+    },
 }
 
 
@@ -329,9 +331,9 @@ def rows_of(arch: str) -> tuple[str, tuple[Crossover, ...]]:
     return name, MEASURED.get(name, ())
 
 
-def f32_rows_of(arch: str) -> tuple[Crossover, ...]:
-    """The entry of `MEASURED_F32` for an architecture; () if there is none."""
-    return MEASURED_F32.get(_longest_prefix(arch, MEASURED_F32), ())
+def rows_by_dtype_of(arch: str) -> dict[Logits, tuple[Crossover, ...]]:
+    """The entry of `MEASURED_BY_DTYPE` for an architecture; {} if there is none."""
+    return MEASURED_BY_DTYPE.get(_longest_prefix(arch, MEASURED_BY_DTYPE), {})
 
 
 def modelled_of(arch: str) -> dict[Logits, tuple[Crossover, ...]]:

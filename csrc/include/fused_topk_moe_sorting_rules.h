@@ -39,8 +39,7 @@ struct FusedRule {
   static constexpr bool kAnySort = true;
   // Behind the first argument of a kernel that has FusedFirst and FusedParams in front.
   static constexpr size_t kOffset =
-      (sizeof(FusedFirst) + sizeof(FusedParams) + alignof(RowRule) - 1) / alignof(RowRule) *
-      alignof(RowRule);
+      argument_offset<RowRule>(sizeof(FusedFirst) + sizeof(FusedParams));
   using Sink = RuleSink;
 
   RowRule row;

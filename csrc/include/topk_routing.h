@@ -1,7 +1,6 @@
 // Top-k of every row of the router logits by any rule: the first step of the separate chain, and by itself.
 //
-//   gating [M, E + Z (+ S)] f32/f16/bf16, inner stride 1, any row stride
-//   rows `row_bytes` from each other
+//   gating [M, E + Z (+ S)] f32/f16/bf16, inner stride 1, rows `row_bytes` apart
 //   topk_weights f32 [M, K + S], topk_ids i32 [M, K + S], inner stride 1, any row stride
 //
 // A wave takes a row or two (rule_topk.h), kRoutingWaves waves form a workgroup; they share nothing, so there is no
@@ -43,8 +42,7 @@ __global__ void AITER_LAUNCH_BOUNDS(kRoutingWaves* kMaxWaveSize)
                         TopkRoutingParams p) {
   // Of the parameters, behind the arguments before them.
   constexpr size_t kOffset =
-      (sizeof(gating) + sizeof(row_bytes) + sizeof(num_tokens) + alignof(TopkRoutingParams) - 1) /
-      alignof(TopkRoutingParams) * alignof(TopkRoutingParams);
+      argument_offset<TopkRoutingParams>(sizeof(gating) + sizeof(row_bytes) + sizeof(num_tokens));
   AITER_DYNAMIC_LDS(lds_base);
   wait_for_earlier_launch();
   let_next_launch_begin();

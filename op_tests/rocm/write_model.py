@@ -1,11 +1,11 @@
 """Models all paths anew: the rows that dispatch goes by, the kept times, and the tables of docs/rocm.md.
 
-    python op_tests/rocm/write_model.py [--arch gfx942,gfx950]
+    python op_tests/rocm/write_model.py [--arch gfx942,gfx1201]
 
 Writes `modelled_times.json`, `aiter/routing/modelled.py` and what is between the marker lines of the
-page. Kept times whose kernels and model are as they were are not modelled again. From nothing, gfx942
-takes 280 s of one core of an AMD EPYC, gfx950 then 130, as it shares the sorts' machine code
-(2026-11-26); after a change of the fused kernel alone about half of that; compiling comes on top.
+page. Kept times whose kernels and model are as they were are not modelled again. When all kernels have
+changed, gfx1201 takes 313 s of one core of an AMD EPYC and gfx942 then 135 (2026-11-26); after a change
+of the fused kernel alone about half of that; compiling comes on top.
 """
 
 from __future__ import annotations

@@ -112,7 +112,11 @@ def test_a_plan_goes_by_the_dtype_of_the_logits(monkeypatch: pytest.MonkeyPatch)
 
 def test_rows_of_f32_logits_speak_before_others(monkeypatch: pytest.MonkeyPatch) -> None:
     basis = basis_module.Basis(
-        (ROW,), None, None, "planted", f32_rows=(Crossover(128, 4, 2880, 8, 500, *DATE),)
+        (ROW,),
+        None,
+        None,
+        "planted",
+        rows_by_dtype={"f32": (Crossover(128, 4, 2880, 8, 500, *DATE),)},
     )
     monkeypatch.setattr(basis_module, "basis_of", lambda device: basis)
 
@@ -126,10 +130,10 @@ def test_rows_of_f32_logits_speak_before_others(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_h100_takes_the_chain_for_many_f32_rows() -> None:
     """A fused launch of 65,536 rows took 271 us there, the chain 195; of 16,384 59 and 65."""
-    rows = dispatch.f32_rows_of("sm_90a")
+    rows = dispatch.rows_by_dtype_of("sm_90a")["f32"]
     assert dispatch.choose(Problem(16384, 128, 4, 2880, logits="f32"), 89088, rows).path == "fused"
     assert dispatch.choose(Problem(65536, 128, 4, 2880), 89088, rows).path == "multiphase"
-    assert dispatch.f32_rows_of("gfx942") == dispatch.f32_rows_of("cpu") == ()
+    assert dispatch.rows_by_dtype_of("gfx942") == dispatch.rows_by_dtype_of("cpu") == {}
 
 
 def test_explain_tells_what_is_modelled(

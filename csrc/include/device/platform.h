@@ -193,10 +193,12 @@ __global__ void cluster_probe_kernel() {}
 // Whether kernels are compiled for clusters (cluster.h), of which a slice of such a GPU may have none.
 inline bool has_cluster_kernels(int device) {
 #if defined(AITER_WITHOUT_CLUSTERS)
+  (void)device;
   return false;
-#endif
+#else
   return device_attribute(device, cudaDevAttrComputeCapabilityMajor,
                           "querying the compute capability") >= 9;
+#endif
 }
 
 // Workgroups that can form a cluster when each needs a compute unit for itself; 1 where there are none.

@@ -141,6 +141,12 @@ constexpr int kMinWaveSize = 32;
 constexpr int kMaxWaveSize = 64;
 constexpr int kMaxWavesPerBlock = 32;  // 1024 threads of wave32
 
+// Where an argument of type T lies, for loaded_anew(), behind others of `bytes` in all, gaps between these included.
+template <typename T>
+__host__ __device__ constexpr size_t argument_offset(size_t bytes) {
+  return (bytes + alignof(T) - 1) / alignof(T) * alignof(T);
+}
+
 __device__ __forceinline__ int uniform_wave_idx() {
   return static_cast<int>(wave_read_lane(static_cast<uint32_t>(wave_idx()), 0));
 }

@@ -23,34 +23,34 @@ __global__ void sound(int* data, int n) {
   if (t < n) data[t] = static_cast<int>(best);
 }
 
+// LDS in which every thread stores its number, behind a barrier: what another loads there next is not ordered.
+__device__ __forceinline__ int* stored_numbers(char* lds_base) {
+  int* const lds = reinterpret_cast<int*>(lds_base);
+  lds[threadIdx.x] = 0;
+  __syncthreads();
+  lds[threadIdx.x] = static_cast<int>(threadIdx.x);
+  return lds;
+}
+
 __global__ void unordered_waves(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
-  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int* const lds = stored_numbers(lds_base);
   const int t = threadIdx.x, size = blockDim.x;
-  lds[t] = 0;
-  __syncthreads();
-  lds[t] = t;
   if (t < n) data[t] = lds[(t + kWaveSize) % size];  // BUG: unordered_waves
 }
 
 __global__ void unordered_lanes(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
-  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int* const lds = stored_numbers(lds_base);
   const int t = threadIdx.x;
-  lds[t] = 0;
-  __syncthreads();
-  lds[t] = t;
   if (t < n) data[t] = lds[t ^ 1];  // BUG: unordered_lanes
 }
 
 // A ballot brings the lanes together, but does not order what they stored.
 __global__ void ballot_for_sync(int* data, int n) {
   AITER_DYNAMIC_LDS(lds_base);
-  int* const lds = reinterpret_cast<int*>(lds_base);
+  const int* const lds = stored_numbers(lds_base);
   const int t = threadIdx.x;
-  lds[t] = 0;
-  __syncthreads();
-  lds[t] = t;
   const aiter::WaveMask those = aiter::wave_ballot(t < n);
   if (those >> aiter::lane_idx() & 1) data[t] = lds[t ^ 1];  // BUG: ballot_for_sync
 }
