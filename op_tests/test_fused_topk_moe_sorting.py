@@ -167,10 +167,26 @@ def test_largest_cluster(target: Target) -> None:
     if target.device == "cpu":
         assert most == 16
     assert most == 1 or has_clusters(target)
-    case = Case(100_000, 16, 8, torch.bfloat16)
-    words = f"in each of {most} workgroups for num_experts 16" if most > 1 else "bytes of LDS for"
+    case = Case(100_000, 128, 16, torch.bfloat16)
+    words = f"in each of {most} workgroups for num_experts 128" if most > 1 else "bytes of LDS for"
     with pytest.raises(Mismatch, match=f"gating_output: expected at most [1-9].* {words}"):
         run_fused(case, target, partial(FUSED, cluster_size=most))
+
+
+def test_what_a_cluster_counts(target: Target) -> None:
+    """A half of a word has an expert's tokens of all workgroups, whatever LDS has place for."""
+    most = largest_cluster(target)
+    if most == 1:
+        pytest.skip("no clusters")
+    words = "gating_output: expected at most 65535 rows, which is what a cluster counts, got 65536"
+    with pytest.raises(Mismatch, match=words):
+        run_fused(Case(65536, 8, 1), target, partial(FUSED, cluster_size=most))
+    case = Case(2048, 8, 8)  # every token takes every expert
+    calls = (partial(FUSED, cluster_size=size) for size in (most, 1))
+    for got, expected in zip(
+        *(defined_bits(case, run_fused(case, target, call)) for call in calls), strict=True
+    ):
+        check_equal(f"{most} workgroups, {case}", got, expected)
 
 
 def largest_cluster(target: Target) -> int:

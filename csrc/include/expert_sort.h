@@ -1,6 +1,8 @@
 // The block-padded counting sort by expert, as pieces that one workgroup runs in LDS: what the
 // fused launch, the oneshot sort and the multi-phase sort share.
 //
+// Long because these pieces share one picture of LDS and of the outputs, which a reader needs at once.
+//
 //   experts with c_e > 0 entries get ceil(c_e / B) blocks of B slots, experts ascending
 //   entry (t, k) of expert e goes to slot  start_e + (number of tokens before t that chose e)
 //   slots start_e + c_e ... up to the next block hold padding: id (K << 24) | n, weight 0
@@ -14,12 +16,15 @@
 // stable by construction, and no entry waits for another. Words are stored [word][expert], so that
 // lanes that walk over experts hit different LDS banks.
 //
-// A thread per expert takes part in a prefix sum over the numbers of blocks, which leaves every expert's
-// first slot and tail, the place where padding begins, in LDS; all threads then write entries and
+// A thread per two neighbouring experts takes part in a prefix sum over the numbers of blocks, which leaves every
+// expert's first slot and tail, the place where padding begins, in LDS; all threads then write entries and
 // padding, four slots per store. Where no expert can have more than one block, single_blocks.h does it.
 //
 // Rejected: a token x expert table of words (32 times the LDS); atomic counters for ranks
-// (their order is the order of arrival, not the token order that the format asks for).
+// (their order is the order of arrival, not the token order that the format asks for). A thread per expert: of
+// 896 experts the prefix sums of 28 waves took 3,800 cycles on an H100, now 1,900, as what most waves do is the same
+// instructions again (clock64(), M = 16). Four experts a thread, which 128 experts need one wave and no barrier for:
+// no quicker there, since one wave alone does not fill a SIMD (H100, 128/4, M = 64: 3.67 us, two 3.10).
 #pragma once
 
 #include "device/numeric.h"
@@ -95,6 +100,11 @@ __host__ __device__ constexpr int hit_words(int num_tokens) {
                           kTokensPerWord);
 }
 
+// On an 8-byte boundary, and so loaded and stored at once.
+struct alignas(8) TwoWords {
+  uint32_t word[2];
+};
+
 // The token x expert bitmask in LDS.
 struct HitMask {
   uint32_t* words;  // [num_words][stride]
@@ -126,14 +136,14 @@ struct HitMask {
     for (int w = 0; w < num_words; ++w) all |= words[w * stride + expert_idx];
     return all != 0;
   }
-  // Of the experts expert_idx ... expert_idx + 3; wants a stride and an expert that are multiples of 4.
-  __device__ __forceinline__ FourWords count_four(int expert_idx) const {
-    FourWords sum{};
+  // Of the experts expert_idx and expert_idx + 1; wants a stride and an expert that are multiples of 2.
+  __device__ __forceinline__ TwoWords count_two(int expert_idx) const {
+    TwoWords sum{};
     AITER_LOOP
     for (int w = 0; w < num_words; ++w) {
-      const FourWords four = *reinterpret_cast<const FourWords*>(words + w * stride + expert_idx);
-      AITER_UNROLL
-      for (int i = 0; i < 4; ++i) sum.word[i] += __popc(four.word[i]);
+      const TwoWords two = *reinterpret_cast<const TwoWords*>(words + w * stride + expert_idx);
+      sum.word[0] += __popc(two.word[0]);
+      sum.word[1] += __popc(two.word[1]);
     }
     return sum;
   }
@@ -164,17 +174,38 @@ __device__ __forceinline__ bool is_local(const SortShape& shape, const SortParam
   return is_local(out.expert_mask, expert_idx);
 }
 
-// Where a workgroup keeps what it knows of every expert, in LDS.
+// Experts that a thread gives their blocks, neighbours.
+constexpr int kExpertsPerThread = 2;
+
+// E rounded up, so that what LDS holds of all experts ends on a 16-byte boundary.
+__host__ __device__ constexpr int padded_experts(int num_experts) {
+  return static_cast<int>((static_cast<uint32_t>(num_experts) + 3) / 4 * 4);
+}
+
+// Where a workgroup keeps what it knows of every expert, in LDS. E is rounded up.
 struct SortLds {
   uint32_t* starts;  // [E] slot of its first entry of the expert; kNoSlot if expert_mask drops it
   uint32_t* tails;   // [E] slots where padding begins, up to the end of the block; kNoSlot: none
   uint32_t* totals;  // [2][kMaxWavesPerBlock]
 };
 
-// Entries of an expert, in all and before the workgroup's first.
-struct ExpertCount {
-  uint32_t total, before;
+// Entries of two neighbouring experts, in all and before the workgroup's first.
+struct ExpertCounts {
+  TwoWords total, before;
 };
+
+// Which of the experts e and e + 1 exist and are is_local(), as bits.
+template <bool kAny>
+__device__ __forceinline__ uint32_t local_experts(const SortShape& shape,
+                                                  const int32_t* expert_mask, int e) {
+  const int behind = kAny ? shape.num_real : shape.num_experts;
+  uint32_t bits = 0;
+  AITER_UNROLL
+  for (int i = 0; i < kExpertsPerThread; ++i) {
+    if (e + i < behind && is_local(expert_mask, e + i)) bits |= 1u << i;
+  }
+  return bits;
+}
 
 // Of a workgroup's waves those up to the last that has one of the first `num_wanted` threads, and a multiple
 // of what over_workgroup() takes at once, as the workgroup's own number of waves is.
@@ -185,8 +216,7 @@ __device__ __forceinline__ int active_waves(int num_wanted, int num_threads) {
   return wanted < present ? wanted : present;
 }
 
-// Writes the expert id of every block, each lane for its expert; the blocks of an expert that has many
-// are written by the whole wave.
+// Writes the expert ids of blocks, each lane those of an expert; if there are many, the whole wave does.
 __device__ __forceinline__ void write_expert_ids(int32_t* sorted_expert_ids, uint32_t first_block,
                                                  uint32_t num_blocks, uint32_t id) {
   constexpr uint32_t kMaxOwnBlocks = 4;
@@ -211,58 +241,89 @@ __device__ __forceinline__ void write_num_valid_ids(const SortShape& shape, cons
   out.num_valid_ids[1] = num_local;
 }
 
-// Gives every expert its blocks: fills lds.starts and lds.tails, and writes sorted_expert_ids and
-// num_valid_ids if `writes`. count_of(e) is called once for every expert that counts, by the thread
-// e % num_threads; `is_first_local` is is_local() of the thread's first expert, asked for early; `wave` is
-// uniform_wave_idx(). Waves beyond the last expert only pass the barriers. Needs one before and after.
-template <bool kAny = false, typename CountOf>
+// Gives the experts e and e + 1 the blocks from `block` on: fills what LDS holds of them and, if `writes_ids`, writes
+// the blocks' ids, of which `id` is that of the first expert that is local.
+template <bool kAny>
+__device__ __forceinline__ void place_experts(const SortShape& shape, int e, uint32_t local,
+                                              const ExpertCounts& counts,
+                                              const uint32_t (&num_blocks)[kExpertsPerThread],
+                                              uint32_t block, uint32_t id, bool writes_ids,
+                                              const SortLds& lds, const SortParams& out) {
+  TwoWords starts, tails;
+  AITER_UNROLL
+  for (int i = 0; i < kExpertsPerThread; ++i) {
+    const bool is_there = (local >> i & 1) != 0;
+    const uint32_t start = block * shape.block_size;
+    const uint32_t total = counts.total.word[i];
+    const bool has_start = is_there || (kAny && shape.flat_ids);
+    starts.word[i] = has_start ? start + counts.before.word[i] : kNoSlot;
+    tails.word[i] = total != num_blocks[i] * shape.block_size ? start + total : kNoSlot;
+    if (writes_ids) {
+      write_expert_ids(out.sorted_expert_ids, block, num_blocks[i],
+                       kAny && !is_there ? kNoExpertId : id);
+    }
+    block += num_blocks[i];
+    if (is_there) ++id;
+  }
+  if (e < shape.num_experts) {
+    *reinterpret_cast<TwoWords*>(lds.starts + e) = starts;
+    *reinterpret_cast<TwoWords*>(lds.tails + e) = tails;
+  }
+}
+
+// Gives every expert its blocks: fills lds.starts and lds.tails, writes num_valid_ids if `writes`, and
+// sorted_expert_ids if `writes_ids`. counts_of(e) is called once for every two experts, by the thread
+// e / 2 % num_threads; `first_local` is local_experts() of the thread's first two, asked for early; `wave` is
+// uniform_wave_idx(). Waves beyond the last expert only pass the barriers, and where one wave has all experts
+// there is none within. Needs one before and after.
+template <bool kAny = false, typename CountsOf>
 __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
-                                              bool is_first_local, bool writes, int wave,
-                                              int num_threads, const SortLds& lds,
-                                              const SortParams& out, CountOf count_of) {
+                                              uint32_t first_local, bool writes, bool writes_ids,
+                                              int wave, int num_threads, const SortLds& lds,
+                                              const SortParams& out, CountsOf counts_of) {
+  constexpr int kAtOnce = kExpertsPerThread;
   uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
   const bool has_mask = leaves_out<kAny>(shape, out);
+  const bool is_flat = kAny && shape.flat_ids;
   uint32_t blocks_before = 0;
   uint32_t local_before = 0;
   AITER_LOOP
-  for (int first = 0; first < shape.num_experts; first += num_threads) {
-    const int e = first + static_cast<int>(threadIdx.x);
-    const bool exists = e < shape.num_experts;
-    const int num_waves = active_waves(shape.num_experts - first, num_threads);
-    bool local = exists;
-    ExpertCount count{0, 0};
-    uint32_t num_blocks = 0;
-    WavePrefix blocks{}, locals{static_cast<uint32_t>(e - first), 0};
+  for (int first = 0; first < shape.num_experts; first += kAtOnce * num_threads) {
+    const int e = first + kAtOnce * static_cast<int>(threadIdx.x);
+    const int num_left = shape.num_experts - first;
+    const bool is_one_wave = num_left <= kAtOnce * kWaveSize;
+    const int num_waves =
+        is_one_wave ? 1 : active_waves((num_left + kAtOnce - 1) / kAtOnce, num_threads);
+    uint32_t local = first_local;
+    ExpertCounts counts{};
+    uint32_t num_blocks[kAtOnce] = {};
+    WavePrefix blocks{}, locals{};
     if (first != 0) __syncthreads();
     if (wave < num_waves) {
-      if (has_mask && first == 0) local = is_first_local;
-      if (has_mask && first != 0) local = exists && is_local<kAny>(shape, out, e);
-      if (kAny && shape.flat_ids ? exists : local) count = count_of(e);
-      num_blocks = shape.by_block_size.quotient(count.total + shape.block_size - 1);
-      blocks = wave_prefix_sum(num_blocks);
-      post_total(lds.totals, blocks);
-      if (has_mask) {
-        locals = wave_rank(local);
-        post_total(local_totals, locals);
+      if (first != 0) local = local_experts<kAny>(shape, out.expert_mask, e);
+      if (e < shape.num_experts) counts = counts_of(e);
+      AITER_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        uint32_t& total = counts.total.word[i];
+        if (is_flat ? e + i >= shape.num_experts : (local >> i & 1) == 0) total = 0;
+        num_blocks[i] = shape.by_block_size.quotient(total + shape.block_size - 1);
+      }
+      blocks = wave_prefix_sum(num_blocks[0] + num_blocks[1]);
+      if (has_mask) locals = wave_prefix_sum(__popc(local));
+      if (!is_one_wave) {
+        post_total(lds.totals, blocks);
+        if (has_mask) post_total(local_totals, locals);
       }
     }
-    __syncthreads();
+    if (!is_one_wave) __syncthreads();
     if (wave >= num_waves) continue;  // only in the last round
 
-    blocks = over_workgroup(lds.totals, num_waves, blocks);
-    if (has_mask) locals = over_workgroup(local_totals, num_waves, locals);
-    const uint32_t first_block = blocks_before + blocks.below;
-    const uint32_t start = first_block * shape.block_size;
-    if (exists) {
-      const bool has_entries = local || (kAny && shape.flat_ids);
-      lds.starts[e] = has_entries ? start + count.before : kNoSlot;
-      lds.tails[e] = count.total != num_blocks * shape.block_size ? start + count.total : kNoSlot;
+    if (!is_one_wave) {
+      blocks = over_workgroup(lds.totals, num_waves, blocks);
+      if (has_mask) locals = over_workgroup(local_totals, num_waves, locals);
     }
-    if (writes) {
-      uint32_t local_id = has_mask ? local_before + locals.below : e;
-      if (kAny && !local) local_id = kNoExpertId;
-      write_expert_ids(out.sorted_expert_ids, first_block, num_blocks, local_id);
-    }
+    place_experts<kAny>(shape, e, local, counts, num_blocks, blocks_before + blocks.below,
+                        has_mask ? local_before + locals.below : e, writes_ids, lds, out);
     blocks_before += blocks.total;
     local_before += locals.total;
   }
@@ -283,9 +344,6 @@ __device__ __forceinline__ void pad_four(const SortParams& out, uint32_t slot, u
 
 // Pads the slots from `tail` on that are left of its four, which is 1 to 3.
 __device__ __forceinline__ void pad_rest(const SortParams& out, uint32_t tail, uint32_t id) {
-  struct alignas(8) TwoWords {
-    uint32_t word[2];
-  };
   uint32_t slot = tail;
   if (slot % 2 != 0) {
     out.sorted_ids[slot] = static_cast<int32_t>(id);

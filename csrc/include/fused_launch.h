@@ -17,6 +17,7 @@ namespace aiter {
 // beside is no condition, as the rows go without where there is none left.
 inline bool fits(int num_tokens, int num_experts, int topk, int cluster_size,
                  const DeviceLimits& limits) {
+  if (cluster_size > 1 && num_tokens > kMaxClusterTokens) return false;
   const int num_rows = (num_tokens + cluster_size - 1) / cluster_size;
   return plan_fused_lds(num_rows, num_experts, topk, cluster_size, 0).total <=
          static_cast<size_t>(limits.lds_bytes);
@@ -42,7 +43,7 @@ struct RoutingChoice {
   bool hands_over;
 };
 
-// Waves of a workgroup for `num_rows` rows: all rows at once, a thread per entry, and one per expert where counts
+// Waves of a workgroup for `num_rows` rows: all rows at once, a thread per entry, and one per two experts where counts
 // decide (not so in single_blocks.h); for one token, a thread per store of padding.
 inline int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bool is_alone,
                         bool one_token, const DeviceLimits& limits) {
@@ -59,7 +60,8 @@ inline int choose_waves(const SortShape& shape, const RowChoice& rows, int num_r
     const bool hands_over = is_alone && num_rows < shape.num_tokens;
     const int64_t entry_rows = hands_over ? shape.num_tokens : std::min(num_rows, shape.block_size);
     const int entry_waves = waves_for(entry_rows * shape.topk);
-    const int expert_waves = waves_for(shape.num_experts);
+    const int expert_waves =
+        waves_for((shape.num_experts + kExpertsPerThread - 1) / kExpertsPerThread);
     if (hands_over) {
       wanted = std::max({row_waves, entry_waves, expert_waves});
     } else if (is_alone && shape.num_tokens <= shape.block_size) {  // has single blocks

@@ -17,9 +17,10 @@
 //   3 padding  all threads     all blocks, whole
 //   4 entries  a thread each   over the padding; expert ids
 // and otherwise
-//   3 assign   a thread per expert   popcounts of its column, which in a cluster go to all its workgroups;
-//                              blocks for the experts, by all workgroups alike
-//   4 write    all threads     own entries to start + rank; its share of the padding
+//   3 assign   a thread per two experts   counts of the experts, popcounts of their columns or, in a cluster, what
+//                              top-k has counted and sends to all workgroups; blocks for the experts, by all alike
+//   4 write    all threads     own entries to start + rank, and the expert ids of their blocks; its share of the
+//                              padding
 //
 // Three or four barriers in all, and none for a single token (one_token.h); in a cluster there are two waits
 // more, the first of which is over during top-k. What workgroups of a cluster tell each other is one count per
@@ -45,8 +46,8 @@
 // state of the rest): it writes behind num_valid_ids[0]. docs/rocm.md has the cycles of every phase.
 //
 // LDS of a workgroup with m rows: totals or sets of experts 256, inbox 16, bitmask 4*E*ceil(m/32), starts
-// and tails 8*E, in a cluster of C 4*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
-// multiple of 4, and 24 bytes a thread where top-k is by keys. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
+// and tails 8*E, in a cluster of C 2*C*E for counts, weights 4*m*K, experts 2*m*K bytes, E rounded up to a
+// multiple of 4 (of 8 for counts), and 24 bytes a thread where top-k is by keys. For E=128, K=4, 64 KiB and one workgroup that is M up to 1600; max_tokens() tells.
 //
 // What steps brought, in us per call on an H100 (graph slope, bf16, 2026-11-23), by the best number of
 // workgroups:
@@ -60,6 +61,15 @@
 //   NaN and -0 found by floating-point instructions         1.66   2.45    4.47             1.97   3.11    7.43
 //   one token in registers, hit experts set during top-k    1.34   2.39    4.93             1.42   2.99    7.35
 //   hit experts set only where they may be asked for        1.33   2.44    4.51             1.45   3.04    7.43
+//
+// Counts of a cluster by LDS atomics during top-k, two in a word, instead of popcounts behind it that each wave makes
+// for a receiver; two experts a thread; expert ids with the entries (strict clock, 2026-11-27; bits unchanged):
+//   E=896 K=16, M = 16, 64, 256   6.47 7.68 10.3 -> 5.57 6.85 8.6     E=512 K=10   4.83 5.59 7.20 -> 4.38 4.98 6.2
+//   E=256 K=8                     3.21 3.67 4.66 -> 3.25 3.37 4.27    E=128 K=4    2.27 3.03 3.42 -> 2.25 3.10 3.47
+// What is sent takes about 0.1 cycles a byte: words took 2,300 cycles for 8 workgroups and 5,200 for 16 with E=896.
+// Bytes instead of halves: 8.3 us for E=896, M = 256, but more to unpack, 3.67 for E=128, M = 64.
+// Rejected: kernels with all arguments in one struct on targets that have no argument registers (1.71 -> 1.75 us for
+// E=128, M = 1, 2.88 -> 3.20 for E=896: nvcc then loads them where they are used).
 //
 // Rejected: more waves than rows, experts and entries need (32 instead of 4 to 12: 2.08 -> 2.48 us, M=1);
 // 2 or 4 workgroups, which talk as long as 8 do; all compute units and a ticket or a barrier in global memory
@@ -140,10 +150,12 @@ struct FusedParams {
   uint32_t* ticket;  // for kHandsOver
 };
 
-// E rounded up, so that four experts' words lie on a 16-byte boundary.
-__host__ __device__ constexpr int padded_experts(int num_experts) {
-  return static_cast<int>((static_cast<uint32_t>(num_experts) + 3) / 4 * 4);
+// Words of a workgroup's counts, two in a word, which are sent four words at a time. Sums over a cluster are of no
+// more bits, so that its tokens are at most kMaxClusterTokens.
+__host__ __device__ constexpr int counts_stride(int num_experts) {
+  return static_cast<int>((static_cast<uint32_t>(num_experts) + 7) / 8 * 4);
 }
+constexpr int kMaxClusterTokens = 0xffff;
 
 struct FusedLdsPlan {
   FusedLds lds;
@@ -163,7 +175,8 @@ inline FusedLdsPlan plan_fused_lds(int num_rows, int num_experts, int topk, int 
     return static_cast<uint32_t>(begin);
   };
   FusedLdsPlan plan;
-  plan.lds.counts = take(cluster_size > 1 ? per_expert * cluster_size : 0);
+  const size_t counts_bytes = sizeof(uint32_t) * counts_stride(num_experts);
+  plan.lds.counts = take(cluster_size > 1 ? counts_bytes * cluster_size : 0);
   plan.lds.rows = take(row_bytes);  // on a 16-byte boundary, as all before
   plan.lds.weights = take(sizeof(float) * num_entries);
   take(sizeof(uint16_t) * num_entries);  // experts
@@ -177,6 +190,7 @@ struct FusedSink {
   float* weights;
   HitMask hits;
   ExpertSet hit_experts;
+  uint32_t* counts;  // in a cluster the workgroup's own, else null
   int num_rows, block_size;
   int row;     // of the workgroup's num_rows
   Entry last;  // that this lane put
@@ -186,51 +200,66 @@ struct FusedSink {
     experts[k] = static_cast<uint16_t>(expert_idx);
     weights[k] = weight;
     hits.set(row, expert_idx);
+    if (kMaxClusterSize > 1 && counts != nullptr) {
+      atomicAdd(&counts[expert_idx / 2], 1u << 16 * (expert_idx % 2));
+    }
     // The set is asked for in fewer cases; to tell exactly which makes compilers double what comes behind.
     if (num_rows <= anew(block_size)) hit_experts.add(expert_idx);
   }
   __device__ __forceinline__ void divide(int k, float denominator) { weights[k] /= denominator; }
 };
 
-// The counts [C][E] of a cluster's workgroups, which each sends to all.
+// The counts [C][E] of a cluster's workgroups, two in a word, which each sends to all others.
 struct ClusterCounts {
   uint32_t* lds_counts;  // [C][stride]
   Inbox* inbox;
   int stride, rank, size;
 
-  // Every wave has its receivers, every lane its experts, four at a time.
-  __device__ __forceinline__ void exchange(const HitMask& hits, int wave, int num_threads) const {
+  __device__ __forceinline__ uint32_t* own() const { return lds_counts + rank * stride; }
+  __device__ __forceinline__ void clear_own(int num_threads) const {
+    AITER_LOOP
+    for (int i = threadIdx.x; i < stride; i += num_threads) own()[i] = 0;
+  }
+  __device__ __forceinline__ uint32_t expected_bytes() const {
+    return sizeof(uint32_t) * stride * (size - 1);
+  }
+  // Every wave has its receivers, every lane its words.
+  __device__ __forceinline__ void exchange(int wave, int num_threads) const {
     const int num_waves = num_threads / kWaveSize;
-    if (wave < size) {
+    FourWords* const words = reinterpret_cast<FourWords*>(own());
+    AITER_LOOP
+    for (int to = wave; to < size; to += num_waves) {
+      if (to == rank) continue;
       AITER_LOOP
-      for (int e = 4 * lane_idx(); e < stride; e += 4 * kWaveSize) {
-        const FourWords four = hits.count_four(e);
-        uint32_t* const place = lds_counts + rank * stride + e;
-        AITER_LOOP
-        for (int to = wave; to < size; to += num_waves) {
-          cluster_send(reinterpret_cast<FourWords*>(place), inbox, to, four);
-        }
+      for (int i = lane_idx(); i < stride / 4; i += kWaveSize) {
+        cluster_send(words + i, inbox, to, words[i]);
       }
     }
     wait_for_inbox(inbox);
   }
-  __device__ __forceinline__ ExpertCount of(int e) const {
+  // Of the experts e and e + 1.
+  __device__ __forceinline__ ExpertCounts of_two(int e) const {
     constexpr int kAtOnce = 8;
-    ExpertCount sum{0, 0};
+    const uint32_t* const column = lds_counts + e / 2;
+    uint32_t sum = 0, before = 0;
+    int r = 0;
     AITER_LOOP
-    for (int first = 0; first < size; first += kAtOnce) {
-      uint32_t count[kAtOnce];
+    for (; r + kAtOnce <= size; r += kAtOnce) {
+      uint32_t two[kAtOnce];
+      AITER_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) two[i] = column[(r + i) * stride];
       AITER_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        count[i] = first + i < size ? lds_counts[(first + i) * stride + e] : 0;
-      }
-      AITER_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < rank) sum.before += count[i];
-        sum.total += count[i];
+        if (r + i == rank) before = sum;
+        sum += two[i];
       }
     }
-    return sum;
+    AITER_LOOP
+    for (; r < size; ++r) {
+      if (r == rank) before = sum;
+      sum += column[r * stride];
+    }
+    return {{{sum & 0xffff, sum >> 16}}, {{before & 0xffff, before >> 16}}};
   }
 };
 
@@ -244,7 +273,7 @@ struct RoutingBlock {
   int num_threads;
   HitMask hits;
   SingleBlocks sets;
-  Inbox* inbox;
+  ClusterCounts counts;
 
   __device__ __forceinline__ bool is_alone() const {
     return kMaxClusterSize == 1 || cluster_size == 1;
@@ -269,7 +298,7 @@ struct NoRule {
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
 template <bool kAny>
 __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block,
-                                 bool is_first_local, char* lds_base) {
+                                 uint32_t first_local, char* lds_base) {
   const auto words = [&](uint32_t offset) {
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
@@ -290,18 +319,19 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     return;
   }
 
-  const bool is_alone = block.is_alone();
-  const ClusterCounts counts{words(p.lds.counts), block.inbox, hits.stride, block.rank,
-                             block.cluster_size};
-  if (!is_alone) {
-    cluster_wait();  // all workgroups have started
-    counts.exchange(hits, block.wave, block.num_threads);
-  }
   uint32_t* const lds_starts = hits.words + hits.stride * hits.num_words;
   const SortLds sort_lds{lds_starts, lds_starts + hits.stride, words(FusedLds::kTotals)};
-  assign_blocks<kAny>(p.shape, block.num_local, is_first_local, block.rank == 0, block.wave,
-                      block.num_threads, sort_lds, p.sort, [&](int e) {
-                        return is_alone ? ExpertCount{hits.count(e), 0} : counts.of(e);
+  const bool is_alone = block.is_alone();
+  if (!is_alone) {
+    cluster_wait();  // all workgroups have started
+    block.counts.exchange(block.wave, block.num_threads);
+  }
+  const bool is_first = block.rank == 0;
+  const bool has_mask = leaves_out<kAny>(p.shape, p.sort);
+  assign_blocks<kAny>(p.shape, block.num_local, first_local, is_first, is_first && has_mask,
+                      block.wave, block.num_threads, sort_lds, p.sort, [&](int e) {
+                        return is_alone ? ExpertCounts{hits.count_two(e), TwoWords{}}
+                                        : block.counts.of_two(e);
                       });
   __syncthreads();
 
@@ -311,7 +341,12 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     const uint32_t start = sort_lds.starts[entry.expert_idx];
     if (start == kNoSlot) continue;
     const int row = entry.token - block.first_token;
-    write_entry<kAny>(p.shape, p.sort, start + hits.rank(row, entry.expert_idx), entry);
+    const uint32_t slot = start + hits.rank(row, entry.expert_idx);
+    write_entry<kAny>(p.shape, p.sort, slot, entry);
+    const uint32_t block_idx = p.shape.by_block_size.quotient(slot);
+    if (!has_mask && block_idx * p.shape.block_size == slot) {
+      p.sort.sorted_expert_ids[block_idx] = static_cast<int32_t>(entry.expert_idx);
+    }
   }
   // The last threads pad first, as the first ones have most of the entries.
   write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
@@ -321,8 +356,8 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
 
 // `place`: of the workgroup among those that route.
 template <bool kAny>
-__device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, int place,
-                                                      char* lds_base) {
+__device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, const FusedParams& p,
+                                                      int place, char* lds_base) {
   const auto words = [&](uint32_t offset) {
     return reinterpret_cast<uint32_t*>(lds_base + offset);
   };
@@ -338,23 +373,28 @@ __device__ __forceinline__ RoutingBlock routing_block(const FusedFirst& first, i
                 hit_words(block.lds_rows)};
   block.sets = SingleBlocks::in(words(FusedLds::kTotals),
                                 kAny ? first.is(FusedFirst::kDrops) : first.expert_mask != nullptr);
-  block.inbox = reinterpret_cast<Inbox*>(lds_base + FusedLds::kInbox);
+  if (kMaxClusterSize > 1) {
+    block.counts = {words(p.lds.counts), reinterpret_cast<Inbox*>(words(FusedLds::kInbox)),
+                    counts_stride(first.num_experts), block.rank, block.cluster_size};
+  }
   return block;
 }
 
 // Clears what top-k sets in LDS, and opens the inbox: all that needs no memory.
 __device__ __forceinline__ void clear_lds(const FusedFirst& first, const RoutingBlock& block) {
-  if (!block.is_alone()) {
-    if (threadIdx.x == 0) open_inbox(block.inbox);
+  const bool is_alone = block.is_alone();
+  if (!is_alone) {
+    if (threadIdx.x == 0) open_inbox(block.counts.inbox);
     cluster_arrive();
+    block.counts.clear_own(block.num_threads);
   }
   if (!first.is(FusedFirst::kOneToken)) {
     block.hits.clear(block.num_threads);
-    block.sets.hit.clear();
+    block.sets.clear();
     __syncthreads();
   }
-  if (!block.is_alone() && threadIdx.x == 0) {
-    expect_bytes(block.inbox, sizeof(uint32_t) * block.hits.stride * block.cluster_size);
+  if (!is_alone && threadIdx.x == 0) {
+    expect_bytes(block.counts.inbox, block.counts.expected_bytes());
   }
 }
 
@@ -418,7 +458,7 @@ template <typename Rows, typename Rule>
 __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams& p,
                                       const Rule& rule, int place, char* lds_base) {
   constexpr bool kAny = Rule::kAnySort;
-  RoutingBlock block = routing_block<kAny>(first, place, lds_base);
+  RoutingBlock block = routing_block<kAny>(first, p, place, lds_base);
   const int rows_there = first.num_tokens - block.first_token;
   const int last_row = rows_there - 1;
   const auto row_at = [&](int row) {
@@ -440,10 +480,16 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   const int said_tokens =
       first.num_local_tokens != nullptr ? scalar_load(first.num_local_tokens) : first.num_tokens;
   const FusedParams& early = loaded_anew(p, sizeof(FusedFirst));
+  // Words of the mask for the thread's first experts; 0 where there is no such expert.
   const int num_masked = kAny ? early.shape.num_real : first.num_experts;
-  const bool has_expert = static_cast<int>(threadIdx.x) < num_masked;
-  uint32_t first_mask = has_expert ? 1 : 0;
-  if (first.expert_mask != nullptr && has_expert) first_mask = first.expert_mask[threadIdx.x];
+  const int first_expert = kExpertsPerThread * static_cast<int>(threadIdx.x);
+  TwoWords mask{};
+  AITER_UNROLL
+  for (int i = 0; i < kExpertsPerThread; ++i) {
+    if (first_expert + i < num_masked) {
+      mask.word[i] = first.expert_mask != nullptr ? first.expert_mask[first_expert + i] : 1;
+    }
+  }
   if constexpr (kUsesLds<Rows>) {
     logits.use(lds_base + early.lds.rows + block.wave * best_keys_lds_bytes(kWaveSize));
   }
@@ -460,9 +506,16 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   const bool hands_over = first.hands_over();
   const int first_place = hands_over ? block.first_token : 0;
   const int num_kept = hands_over ? block.num_local : block.num_rows;
-  typename Rule::Sink sink = rule.sink(
-      {nullptr, nullptr, block.hits, block.sets.hit, num_kept, early.shape.block_size, 0, {}},
-      block.first_token - first_place);
+  typename Rule::Sink sink = rule.sink({nullptr,
+                                        nullptr,
+                                        block.hits,
+                                        block.sets.hit,
+                                        block.is_alone() ? nullptr : block.counts.own(),
+                                        num_kept,
+                                        early.shape.block_size,
+                                        0,
+                                        {}},
+                                       block.first_token - first_place);
   AITER_LOOP
   while (first_row < block.num_rows) {
     const int row = first_row + own_row;
@@ -479,7 +532,11 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
       drop(logits);
     }
   }
-  const bool is_first_local = awaited(first_mask) != 0;
+  uint32_t first_local = 0;
+  AITER_UNROLL
+  for (int i = 0; i < kExpertsPerThread; ++i) {
+    if (awaited(mask.word[i]) != 0) first_local |= 1u << i;
+  }
   const FusedParams& rest = loaded_anew(p, sizeof(FusedFirst));
   // NOTE: also loaded again, as AMD GPUs have no scalar registers to keep these in during top-k.
   const FusedFirst& again = loaded_anew(first, 0);
@@ -492,11 +549,11 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   if (first.hands_over()) {
     if (!take_over(rest, block, again.num_routing(), lds_base)) return;
   }
-  block.sets.post_mask<kAny>(rest.shape, rest.sort, is_first_local, block.num_threads);
+  block.sets.add_mask<kAny>(rest.shape, rest.sort, first_local, block.num_threads);
   __syncthreads();
   block.hits.stride = padded_experts(again.num_experts);
   block.hits.num_words = hit_words(anew(block.lds_rows));
-  sort_rows<kAny>(rest, block, is_first_local, lds_base);
+  sort_rows<kAny>(rest, block, first_local, lds_base);
 }
 
 // What the workgroups do that do not route.

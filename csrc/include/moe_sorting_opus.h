@@ -49,7 +49,7 @@ struct OpusParams {
   int num_tiles;
 };
 
-// LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], bitmask [tile_words][E]. An expert's tail
+// LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], E rounded up, bitmask [tile_words][E]. An expert's tail
 // takes the place of its count, and whether a tile has repeats that of the first total.
 struct OpusLds {
   uint32_t* counts;
@@ -65,17 +65,18 @@ struct OpusLds {
 };
 
 __host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
-  return sizeof(uint32_t) *
-         (static_cast<size_t>(num_experts) * (2 + tile_words) + 2 * kMaxWavesPerBlock);
+  return sizeof(uint32_t) * (size_t{2} * padded_experts(num_experts) +
+                             static_cast<size_t>(num_experts) * tile_words + 2 * kMaxWavesPerBlock);
 }
 
 __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
   uint32_t* const totals = reinterpret_cast<uint32_t*>(lds_base);
   uint32_t* const counts = totals + 2 * kMaxWavesPerBlock;
-  uint32_t* const starts = counts + p.shape.num_experts;
+  const int padded = padded_experts(p.shape.num_experts);
+  uint32_t* const starts = counts + padded;
   return {counts,
           {starts, counts, totals},
-          HitMask{starts + p.shape.num_experts, p.shape.num_experts, p.tile_words}};
+          HitMask{starts + padded, p.shape.num_experts, p.tile_words}};
 }
 
 constexpr uint32_t kNoExpert = 0xffffffffu;
@@ -202,10 +203,13 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
 // From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
 __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
                                                const OpusLds& lds) {
-  const bool is_first_local = static_cast<int>(threadIdx.x) < p.shape.num_experts &&
-                              is_local<true>(p.shape, p.sort, threadIdx.x);
-  assign_blocks<true>(p.shape, num_local, is_first_local, true, uniform_wave_idx(), blockDim.x,
-                      lds.sort, p.sort, [&](int e) { return ExpertCount{lds.counts[e], 0}; });
+  const uint32_t first_local =
+      local_experts<true>(p.shape, p.sort.expert_mask, kExpertsPerThread * threadIdx.x);
+  assign_blocks<true>(p.shape, num_local, first_local, true, true, uniform_wave_idx(), blockDim.x,
+                      lds.sort, p.sort, [&](int e) {
+                        return ExpertCounts{*reinterpret_cast<const TwoWords*>(lds.counts + e),
+                                            TwoWords{}};
+                      });
   __syncthreads();
   write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }

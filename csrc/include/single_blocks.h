@@ -33,17 +33,10 @@ struct ExpertSet {
   __device__ __forceinline__ void add(uint32_t expert_idx) const {
     atomicOr(&words[expert_idx / kBitsPerWord % kMaxSetWords], 1u << (expert_idx % kBitsPerWord));
   }
-  // Says which experts from `first` on are members: of thread t, whether first + t is one. By all
-  // threads; they end on a multiple of four words, so that what is read below has been written.
-  __device__ __forceinline__ void post(int first, bool is_member) const {
-    const WaveMask members = wave_ballot(is_member);
-    if (lane_idx() != 0) return;
-    AITER_UNROLL
-    for (int i = 0; i < kWaveSize / kBitsPerWord; ++i) {
-      const int word_idx = (first + static_cast<int>(threadIdx.x)) / kBitsPerWord + i;
-      if (word_idx < kMaxSetWords)
-        words[word_idx] = static_cast<uint32_t>(members >> (kBitsPerWord * i));
-    }
+  // Adds those of the experts e and e + 1 whose bit is set; e is even.
+  __device__ __forceinline__ void add_two(uint32_t e, uint32_t bits) const {
+    if (bits != 0 && e < kMaxSetExperts)
+      atomicOr(&words[e / kBitsPerWord], bits << e % kBitsPerWord);
   }
   __device__ __forceinline__ bool has(uint32_t expert_idx) const {
     return (words[expert_idx / kBitsPerWord] >> (expert_idx % kBitsPerWord) & 1) != 0;
@@ -93,16 +86,21 @@ struct SingleBlocks {
     uint32_t* const lds_local = lds_sets + kMaxSetWords;
     return {{lds_sets, drops ? lds_local : nullptr}, {lds_local, nullptr}};
   }
-  // By all threads; `is_first_local` is is_local() of the thread's first expert, asked for early.
+  __device__ __forceinline__ void clear() const {
+    hit.clear();
+    local.clear();
+  }
+  // By all threads; `first_local` is local_experts() of the thread's first two, asked for early.
   template <bool kAny = false>
-  __device__ __forceinline__ void post_mask(const SortShape& shape, const SortParams& out,
-                                            bool is_first_local, int num_threads) const {
+  __device__ __forceinline__ void add_mask(const SortShape& shape, const SortParams& out,
+                                           uint32_t first_local, int num_threads) const {
     if (!leaves_out<kAny>(shape, out)) return;
+    uint32_t bits = first_local;
     AITER_LOOP
-    for (int first = 0; first < shape.num_experts; first += num_threads) {
-      const int e = first + static_cast<int>(threadIdx.x);
-      local.post(first, first == 0 ? is_first_local
-                                   : e < shape.num_experts && is_local<kAny>(shape, out, e));
+    for (int e = kExpertsPerThread * threadIdx.x; e < shape.num_experts;) {
+      local.add_two(e, bits);
+      e += kExpertsPerThread * num_threads;
+      if (e < shape.num_experts) bits = local_experts<kAny>(shape, out.expert_mask, e);
     }
   }
 };

@@ -71,6 +71,11 @@ int check_cluster_size(int64_t asked, const SortShape& shape, const RowChoice& r
   if (size != 0) return size;
   const int most = asked == 0 ? max_tokens(shape.num_experts, shape.topk, limits)
                               : max_tokens(shape.num_experts, shape.topk, asked, limits);
+  if (most == kMaxClusterTokens) {
+    fail_argument("gating_output",
+                  "at most " + std::to_string(most) + " rows, which is what a cluster counts",
+                  std::to_string(shape.num_tokens));
+  }
   fail_argument("gating_output",
                 "at most " + std::to_string(most) + " rows, which is what fits in " +
                     std::to_string(limits.lds_bytes) + " bytes of LDS " +

@@ -183,11 +183,12 @@ def fused_threads(
         hands_over = num_rows < num_tokens
         entries = num_tokens if hands_over else min(num_rows, block_size)
         entry_waves = waves_for(entries * topk)
+        expert_waves = waves_for((num_experts + 1) // 2)
         if hands_over:
-            wanted = max(row_waves, entry_waves, waves_for(num_experts))
+            wanted = max(row_waves, entry_waves, expert_waves)
         elif num_tokens <= block_size:
             wanted = max(row_waves, entry_waves)
         else:
-            wanted = max(row_waves, waves_for(num_experts) + min(entry_waves, 4))
+            wanted = max(row_waves, expert_waves + min(entry_waves, 4))
     max_threads = rows.max_threads or (512 if rows.values > 16 else MAX_THREADS)
     return min(max_threads // wave_size, max(4, (wanted + 3) // 4 * 4)) * wave_size
