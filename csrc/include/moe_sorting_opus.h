@@ -217,7 +217,7 @@ __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_loca
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
                                                   char* lds_base) {
   const OpusLds lds = opus_lds(p, lds_base);
-  clear_words(lds.counts, p.shape.num_experts);
+  clear_words(lds.counts, padded_experts(p.shape.num_experts));
   __syncthreads();
   count_entries(p, {0, num_local}, lds.counts);
   __syncthreads();
@@ -292,8 +292,8 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusPa
   let_next_launch_begin();
   const OpusLds lds = opus_lds(p, lds_base);
   const int num_experts = p.shape.num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    lds.counts[e] = sum_over_tiles(p.workspace + e, num_experts, p.num_tiles);
+  for (int e = threadIdx.x; e < padded_experts(num_experts); e += blockDim.x) {
+    lds.counts[e] = e < num_experts ? sum_over_tiles(p.workspace + e, num_experts, p.num_tiles) : 0;
   }
   __syncthreads();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
