@@ -16,15 +16,17 @@
 // stable by construction, and no entry waits for another. Words are stored [word][expert], so that
 // lanes that walk over experts hit different LDS banks.
 //
-// A thread per two neighbouring experts takes part in a prefix sum over the numbers of blocks, which leaves every
+// A thread per one or two neighbouring experts takes part in a prefix sum over the numbers of blocks, which leaves every
 // expert's first slot and tail, the place where padding begins, in LDS; all threads then write entries and
 // padding, four slots per store. Where no expert can have more than one block, single_blocks.h does it.
 //
+// Two experts a thread are for rows of many: of 896 experts the prefix sums of 28 waves took 3,800 cycles on an H100,
+// of 14 waves 1,900, as most of it is the same instructions in every wave (clock64(), M = 16).
+//
 // Rejected: a token x expert table of words (32 times the LDS); atomic counters for ranks
-// (their order is the order of arrival, not the token order that the format asks for). A thread per expert: of
-// 896 experts the prefix sums of 28 waves took 3,800 cycles on an H100, now 1,900, as what most waves do is the same
-// instructions again (clock64(), M = 16). Four experts a thread, which 128 experts need one wave and no barrier for:
-// no quicker there, since one wave alone does not fill a SIMD (H100, 128/4, M = 64: 3.67 us, two 3.10).
+// (their order is the order of arrival, not the token order that the format asks for). Two experts a thread for 128
+// experts, whose two waves do not fill the SIMDs (oneshot sort, H100, M = 1: 3.16 -> 3.38 us); four, which 128
+// experts need one wave and no barrier for (fused, M = 64: 3.03 -> 3.67).
 #pragma once
 
 #include "device/numeric.h"
@@ -100,9 +102,10 @@ __host__ __device__ constexpr int hit_words(int num_tokens) {
                           kTokensPerWord);
 }
 
-// On an 8-byte boundary, and so loaded and stored at once.
-struct alignas(8) TwoWords {
-  uint32_t word[2];
+// Entries of kAtOnce neighbouring experts, in all and before the workgroup's first.
+template <int kAtOnce>
+struct ExpertCounts {
+  uint32_t total[kAtOnce], before[kAtOnce];
 };
 
 // The token x expert bitmask in LDS.
@@ -136,14 +139,16 @@ struct HitMask {
     for (int w = 0; w < num_words; ++w) all |= words[w * stride + expert_idx];
     return all != 0;
   }
-  // Of the experts expert_idx and expert_idx + 1; wants a stride and an expert that are multiples of 2.
-  __device__ __forceinline__ TwoWords count_two(int expert_idx) const {
-    TwoWords sum{};
+  // Of the experts expert_idx ... expert_idx + kAtOnce - 1, of which those from the stride on count nothing.
+  template <int kAtOnce>
+  __device__ __forceinline__ ExpertCounts<kAtOnce> counts(int expert_idx) const {
+    ExpertCounts<kAtOnce> sum{};
     AITER_LOOP
     for (int w = 0; w < num_words; ++w) {
-      const TwoWords two = *reinterpret_cast<const TwoWords*>(words + w * stride + expert_idx);
-      sum.word[0] += __popc(two.word[0]);
-      sum.word[1] += __popc(two.word[1]);
+      AITER_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (expert_idx + i < stride) sum.total[i] += __popc(words[w * stride + expert_idx + i]);
+      }
     }
     return sum;
   }
@@ -174,34 +179,21 @@ __device__ __forceinline__ bool is_local(const SortShape& shape, const SortParam
   return is_local(out.expert_mask, expert_idx);
 }
 
-// Experts that a thread gives their blocks, neighbours.
-constexpr int kExpertsPerThread = 2;
-
-// E rounded up, so that what LDS holds of all experts ends on a 16-byte boundary.
-__host__ __device__ constexpr int padded_experts(int num_experts) {
-  return static_cast<int>((static_cast<uint32_t>(num_experts) + 3) / 4 * 4);
-}
-
-// Where a workgroup keeps what it knows of every expert, in LDS. E is rounded up.
+// Where a workgroup keeps what it knows of every expert, in LDS.
 struct SortLds {
   uint32_t* starts;  // [E] slot of its first entry of the expert; kNoSlot if expert_mask drops it
   uint32_t* tails;   // [E] slots where padding begins, up to the end of the block; kNoSlot: none
   uint32_t* totals;  // [2][kMaxWavesPerBlock]
 };
 
-// Entries of two neighbouring experts, in all and before the workgroup's first.
-struct ExpertCounts {
-  TwoWords total, before;
-};
-
-// Which of the experts e and e + 1 exist and are is_local(), as bits.
-template <bool kAny>
+// Which of the experts e ... e + kAtOnce - 1 exist and are is_local(), as bits.
+template <bool kAny, int kAtOnce>
 __device__ __forceinline__ uint32_t local_experts(const SortShape& shape,
                                                   const int32_t* expert_mask, int e) {
   const int behind = kAny ? shape.num_real : shape.num_experts;
   uint32_t bits = 0;
   AITER_UNROLL
-  for (int i = 0; i < kExpertsPerThread; ++i) {
+  for (int i = 0; i < kAtOnce; ++i) {
     if (e + i < behind && is_local(expert_mask, e + i)) bits |= 1u << i;
   }
   return bits;
@@ -241,23 +233,24 @@ __device__ __forceinline__ void write_num_valid_ids(const SortShape& shape, cons
   out.num_valid_ids[1] = num_local;
 }
 
-// Gives the experts e and e + 1 the blocks from `block` on: fills what LDS holds of them and, if `writes_ids`, writes
-// the blocks' ids, of which `id` is that of the first expert that is local.
-template <bool kAny>
+// Gives the experts from e on the blocks from `block` on: fills what LDS holds of them and, if `writes_ids`, writes the
+// blocks' ids, of which `id` is that of the first expert that is local.
+template <bool kAny, int kAtOnce>
 __device__ __forceinline__ void place_experts(const SortShape& shape, int e, uint32_t local,
-                                              const ExpertCounts& counts,
-                                              const uint32_t (&num_blocks)[kExpertsPerThread],
-                                              uint32_t block, uint32_t id, bool writes_ids,
-                                              const SortLds& lds, const SortParams& out) {
-  TwoWords starts, tails;
+                                              const ExpertCounts<kAtOnce>& counts,
+                                              const uint32_t (&num_blocks)[kAtOnce], uint32_t block,
+                                              uint32_t id, bool writes_ids, const SortLds& lds,
+                                              const SortParams& out) {
   AITER_UNROLL
-  for (int i = 0; i < kExpertsPerThread; ++i) {
+  for (int i = 0; i < kAtOnce; ++i) {
     const bool is_there = (local >> i & 1) != 0;
     const uint32_t start = block * shape.block_size;
-    const uint32_t total = counts.total.word[i];
-    const bool has_start = is_there || (kAny && shape.flat_ids);
-    starts.word[i] = has_start ? start + counts.before.word[i] : kNoSlot;
-    tails.word[i] = total != num_blocks[i] * shape.block_size ? start + total : kNoSlot;
+    const uint32_t total = counts.total[i];
+    if (e + i < shape.num_experts) {
+      const bool has_start = is_there || (kAny && shape.flat_ids);
+      lds.starts[e + i] = has_start ? start + counts.before[i] : kNoSlot;
+      lds.tails[e + i] = total != num_blocks[i] * shape.block_size ? start + total : kNoSlot;
+    }
     if (writes_ids) {
       write_expert_ids(out.sorted_expert_ids, block, num_blocks[i],
                        kAny && !is_there ? kNoExpertId : id);
@@ -265,23 +258,17 @@ __device__ __forceinline__ void place_experts(const SortShape& shape, int e, uin
     block += num_blocks[i];
     if (is_there) ++id;
   }
-  if (e < shape.num_experts) {
-    *reinterpret_cast<TwoWords*>(lds.starts + e) = starts;
-    *reinterpret_cast<TwoWords*>(lds.tails + e) = tails;
-  }
 }
 
 // Gives every expert its blocks: fills lds.starts and lds.tails, writes num_valid_ids if `writes`, and
-// sorted_expert_ids if `writes_ids`. counts_of(e) is called once for every two experts, by the thread
-// e / 2 % num_threads; `first_local` is local_experts() of the thread's first two, asked for early; `wave` is
-// uniform_wave_idx(). Waves beyond the last expert only pass the barriers, and where one wave has all experts
-// there is none within. Needs one before and after.
-template <bool kAny = false, typename CountsOf>
+// sorted_expert_ids if `writes_ids`. counts_of(e) is called once for every kAtOnce experts from e on, by the thread
+// e / kAtOnce % num_threads; `first_local` is local_experts() of the thread's first ones, asked for early; `wave` is
+// uniform_wave_idx(). Waves beyond the last expert only pass the barriers. Needs one before and after.
+template <bool kAny, int kAtOnce, typename CountsOf>
 __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
                                               uint32_t first_local, bool writes, bool writes_ids,
                                               int wave, int num_threads, const SortLds& lds,
                                               const SortParams& out, CountsOf counts_of) {
-  constexpr int kAtOnce = kExpertsPerThread;
   uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
   const bool has_mask = leaves_out<kAny>(shape, out);
   const bool is_flat = kAny && shape.flat_ids;
@@ -291,37 +278,35 @@ __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_lo
   for (int first = 0; first < shape.num_experts; first += kAtOnce * num_threads) {
     const int e = first + kAtOnce * static_cast<int>(threadIdx.x);
     const int num_left = shape.num_experts - first;
-    const bool is_one_wave = num_left <= kAtOnce * kWaveSize;
-    const int num_waves =
-        is_one_wave ? 1 : active_waves((num_left + kAtOnce - 1) / kAtOnce, num_threads);
+    const int num_waves = active_waves((num_left + kAtOnce - 1) / kAtOnce, num_threads);
     uint32_t local = first_local;
-    ExpertCounts counts{};
+    ExpertCounts<kAtOnce> counts{};
     uint32_t num_blocks[kAtOnce] = {};
     WavePrefix blocks{}, locals{};
     if (first != 0) __syncthreads();
     if (wave < num_waves) {
-      if (first != 0) local = local_experts<kAny>(shape, out.expert_mask, e);
+      if (first != 0) local = local_experts<kAny, kAtOnce>(shape, out.expert_mask, e);
       if (e < shape.num_experts) counts = counts_of(e);
+      uint32_t sum = 0;
       AITER_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        uint32_t& total = counts.total.word[i];
-        if (is_flat ? e + i >= shape.num_experts : (local >> i & 1) == 0) total = 0;
-        num_blocks[i] = shape.by_block_size.quotient(total + shape.block_size - 1);
+        const bool counts_it = is_flat ? e + i < shape.num_experts : (local >> i & 1) != 0;
+        if (!counts_it) counts.total[i] = 0;
+        num_blocks[i] = shape.by_block_size.quotient(counts.total[i] + shape.block_size - 1);
+        sum += num_blocks[i];
       }
-      blocks = wave_prefix_sum(num_blocks[0] + num_blocks[1]);
-      if (has_mask) locals = wave_prefix_sum(__popc(local));
-      if (!is_one_wave) {
-        post_total(lds.totals, blocks);
-        if (has_mask) post_total(local_totals, locals);
+      blocks = wave_prefix_sum(sum);
+      post_total(lds.totals, blocks);
+      if (has_mask) {
+        locals = wave_prefix_sum(__popc(local));
+        post_total(local_totals, locals);
       }
     }
-    if (!is_one_wave) __syncthreads();
+    __syncthreads();
     if (wave >= num_waves) continue;  // only in the last round
 
-    if (!is_one_wave) {
-      blocks = over_workgroup(lds.totals, num_waves, blocks);
-      if (has_mask) locals = over_workgroup(local_totals, num_waves, locals);
-    }
+    blocks = over_workgroup(lds.totals, num_waves, blocks);
+    if (has_mask) locals = over_workgroup(local_totals, num_waves, locals);
     place_experts<kAny>(shape, e, local, counts, num_blocks, blocks_before + blocks.below,
                         has_mask ? local_before + locals.below : e, writes_ids, lds, out);
     blocks_before += blocks.total;
@@ -344,6 +329,9 @@ __device__ __forceinline__ void pad_four(const SortParams& out, uint32_t slot, u
 
 // Pads the slots from `tail` on that are left of its four, which is 1 to 3.
 __device__ __forceinline__ void pad_rest(const SortParams& out, uint32_t tail, uint32_t id) {
+  struct alignas(8) TwoWords {
+    uint32_t word[2];
+  };
   uint32_t slot = tail;
   if (slot % 2 != 0) {
     out.sorted_ids[slot] = static_cast<int32_t>(id);
@@ -389,6 +377,18 @@ __device__ __forceinline__ void write_entry(const SortShape& shape, const SortPa
   if (kAny && shape.flat_ids) id = static_cast<uint32_t>(entry.token * shape.topk + entry.k);
   out.sorted_ids[slot] = static_cast<int32_t>(id);
   out.sorted_weights[slot] = entry.weight;
+}
+
+// As write_entry(); the first entry of a block writes the block's expert id too, if `writes_id`.
+template <bool kAny>
+__device__ __forceinline__ void write_entry_and_id(const SortShape& shape, const SortParams& out,
+                                                   uint32_t slot, const Entry& entry,
+                                                   bool writes_id) {
+  write_entry<kAny>(shape, out, slot, entry);
+  const uint32_t block = shape.by_block_size.quotient(slot);
+  if (writes_id && block * shape.block_size == slot) {
+    out.sorted_expert_ids[block] = static_cast<int32_t>(entry.expert_idx);
+  }
 }
 
 // Zeroes `num_bytes` from `data` on, worker `worker` of `num_workers`; any alignment, any length.

@@ -43,7 +43,7 @@ struct RoutingChoice {
   bool hands_over;
 };
 
-// Waves of a workgroup for `num_rows` rows: all rows at once, a thread per entry, and one per two experts where counts
+// Waves of a workgroup for `num_rows` rows: all rows at once, a thread per entry, and one per one or two experts where counts
 // decide (not so in single_blocks.h); for one token, a thread per store of padding.
 inline int choose_waves(const SortShape& shape, const RowChoice& rows, int num_rows, bool is_alone,
                         bool one_token, const DeviceLimits& limits) {
@@ -61,7 +61,7 @@ inline int choose_waves(const SortShape& shape, const RowChoice& rows, int num_r
     const int64_t entry_rows = hands_over ? shape.num_tokens : std::min(num_rows, shape.block_size);
     const int entry_waves = waves_for(entry_rows * shape.topk);
     const int expert_waves =
-        waves_for((shape.num_experts + kExpertsPerThread - 1) / kExpertsPerThread);
+        waves_for((shape.num_experts + rows.experts_per_thread() - 1) / rows.experts_per_thread());
     if (hands_over) {
       wanted = std::max({row_waves, entry_waves, expert_waves});
     } else if (is_alone && shape.num_tokens <= shape.block_size) {  // has single blocks

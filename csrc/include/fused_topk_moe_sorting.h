@@ -17,7 +17,7 @@
 //   3 padding  all threads     all blocks, whole
 //   4 entries  a thread each   over the padding; expert ids
 // and otherwise
-//   3 assign   a thread per two experts   counts of the experts, popcounts of their columns or, in a cluster, what
+//   3 assign   a thread per one or two experts   counts of the experts, popcounts of their columns or, in a cluster, what
 //                              top-k has counted and sends to all workgroups; blocks for the experts, by all alike
 //   4 write    all threads     own entries to start + rank, and the expert ids of their blocks; its share of the
 //                              padding
@@ -63,11 +63,15 @@
 //   hit experts set only where they may be asked for        1.33   2.44    4.51             1.45   3.04    7.43
 //
 // Counts of a cluster by LDS atomics during top-k, two in a word, instead of popcounts behind it that each wave makes
-// for a receiver; two experts a thread; expert ids with the entries (strict clock, 2026-11-27; bits unchanged):
-//   E=896 K=16, M = 16, 64, 256   6.47 7.68 10.3 -> 5.57 6.85 8.6     E=512 K=10   4.83 5.59 7.20 -> 4.38 4.98 6.2
-//   E=256 K=8                     3.21 3.67 4.66 -> 3.25 3.37 4.27    E=128 K=4    2.27 3.03 3.42 -> 2.25 3.10 3.47
+// for a receiver; two experts a thread where there are many; expert ids with the entries (strict clock, 2026-11-27; bits unchanged):
+//   E=896 K=16, M = 1, 16, 64, 256   2.90 6.47 7.68 10.3 -> 3.07 5.59 6.85 8.6
+//   E=512 K=10                       2.58 4.83 5.59 7.20 -> 2.58 4.47 5.03 6.3
+//   E=256 K=8                        1.92 3.21 3.67 4.66 -> 1.88 3.16 3.34 4.3
+//   E=128 K=4                        1.70 2.28 3.03 3.42 -> 1.66 2.18 3.02 3.37
 // What is sent takes about 0.1 cycles a byte: words took 2,300 cycles for 8 workgroups and 5,200 for 16 with E=896.
 // Bytes instead of halves: 8.3 us for E=896, M = 256, but more to unpack, 3.67 for E=128, M = 64.
+// The mask's words are not so much as compared before top-k where there is no mask (DeepSeek-V3's rule, M = 1: 3.15
+// -> 3.05).
 // Rejected: kernels with all arguments in one struct on targets that have no argument registers (1.71 -> 1.75 us for
 // E=128, M = 1, 2.88 -> 3.20 for E=896: nvcc then loads them where they are used).
 //
@@ -149,6 +153,18 @@ struct FusedParams {
   FusedLds lds;
   uint32_t* ticket;  // for kHandsOver
 };
+
+// E rounded up, so that what LDS holds of all experts ends on a 16-byte boundary.
+__host__ __device__ constexpr int padded_experts(int num_experts) {
+  return static_cast<int>((static_cast<uint32_t>(num_experts) + 3) / 4 * 4);
+}
+
+// Experts of rows that a thread gives their blocks: two, but for short rows (expert_sort.h).
+template <typename Rows>
+constexpr int kExpertsPerThread = 2;
+template <typename T, int kLanes, int kValues, int kBest>
+constexpr int kExpertsPerThread<GroupRows<T, kLanes, kValues, kBest>> =
+    experts_per_thread(kLanes * kValues);
 
 // Words of a workgroup's counts, two in a word, which are sent four words at a time. Sums over a cluster are of no
 // more bits, so that its tokens are at most kMaxClusterTokens.
@@ -237,19 +253,20 @@ struct ClusterCounts {
     }
     wait_for_inbox(inbox);
   }
-  // Of the experts e and e + 1.
-  __device__ __forceinline__ ExpertCounts of_two(int e) const {
-    constexpr int kAtOnce = 8;
+  // Of the experts e ... e + kAtOnce - 1, which are in a word.
+  template <int kAtOnce>
+  __device__ __forceinline__ ExpertCounts<kAtOnce> of(int e) const {
+    constexpr int kLoads = 8;
     const uint32_t* const column = lds_counts + e / 2;
     uint32_t sum = 0, before = 0;
     int r = 0;
     AITER_LOOP
-    for (; r + kAtOnce <= size; r += kAtOnce) {
-      uint32_t two[kAtOnce];
+    for (; r + kLoads <= size; r += kLoads) {
+      uint32_t two[kLoads];
       AITER_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) two[i] = column[(r + i) * stride];
+      for (int i = 0; i < kLoads; ++i) two[i] = column[(r + i) * stride];
       AITER_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         if (r + i == rank) before = sum;
         sum += two[i];
       }
@@ -259,7 +276,14 @@ struct ClusterCounts {
       if (r == rank) before = sum;
       sum += column[r * stride];
     }
-    return {{{sum & 0xffff, sum >> 16}}, {{before & 0xffff, before >> 16}}};
+    ExpertCounts<kAtOnce> counts;
+    AITER_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int shift = 16 * ((e + i) % 2);
+      counts.total[i] = sum >> shift & 0xffff;
+      counts.before[i] = before >> shift & 0xffff;
+    }
+    return counts;
   }
 };
 
@@ -296,7 +320,7 @@ struct NoRule {
 };
 
 // Phases 3 to 5. The same for all kernels, so compilers that do not inline everything have it once.
-template <bool kAny>
+template <bool kAny, int kAtOnce>
 __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block,
                                  uint32_t first_local, char* lds_base) {
   const auto words = [&](uint32_t offset) {
@@ -328,11 +352,11 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   }
   const bool is_first = block.rank == 0;
   const bool has_mask = leaves_out<kAny>(p.shape, p.sort);
-  assign_blocks<kAny>(p.shape, block.num_local, first_local, is_first, is_first && has_mask,
-                      block.wave, block.num_threads, sort_lds, p.sort, [&](int e) {
-                        return is_alone ? ExpertCounts{hits.count_two(e), TwoWords{}}
-                                        : block.counts.of_two(e);
-                      });
+  assign_blocks<kAny, kAtOnce>(
+      p.shape, block.num_local, first_local, is_first, is_first && has_mask, block.wave,
+      block.num_threads, sort_lds, p.sort, [&](int e) {
+        return is_alone ? hits.template counts<kAtOnce>(e) : block.counts.template of<kAtOnce>(e);
+      });
   __syncthreads();
 
   AITER_LOOP
@@ -342,11 +366,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     if (start == kNoSlot) continue;
     const int row = entry.token - block.first_token;
     const uint32_t slot = start + hits.rank(row, entry.expert_idx);
-    write_entry<kAny>(p.shape, p.sort, slot, entry);
-    const uint32_t block_idx = p.shape.by_block_size.quotient(slot);
-    if (!has_mask && block_idx * p.shape.block_size == slot) {
-      p.sort.sorted_expert_ids[block_idx] = static_cast<int32_t>(entry.expert_idx);
-    }
+    write_entry_and_id<kAny>(p.shape, p.sort, slot, entry, !has_mask);
   }
   // The last threads pad first, as the first ones have most of the entries.
   write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,
@@ -458,6 +478,7 @@ template <typename Rows, typename Rule>
 __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams& p,
                                       const Rule& rule, int place, char* lds_base) {
   constexpr bool kAny = Rule::kAnySort;
+  constexpr int kAtOnce = kExpertsPerThread<Rows>;
   RoutingBlock block = routing_block<kAny>(first, p, place, lds_base);
   const int rows_there = first.num_tokens - block.first_token;
   const int last_row = rows_there - 1;
@@ -482,12 +503,12 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   const FusedParams& early = loaded_anew(p, sizeof(FusedFirst));
   // Words of the mask for the thread's first experts; 0 where there is no such expert.
   const int num_masked = kAny ? early.shape.num_real : first.num_experts;
-  const int first_expert = kExpertsPerThread * static_cast<int>(threadIdx.x);
-  TwoWords mask{};
-  AITER_UNROLL
-  for (int i = 0; i < kExpertsPerThread; ++i) {
-    if (first_expert + i < num_masked) {
-      mask.word[i] = first.expert_mask != nullptr ? first.expert_mask[first_expert + i] : 1;
+  const int first_expert = kAtOnce * static_cast<int>(threadIdx.x);
+  uint32_t mask[kAtOnce] = {};
+  if (first.expert_mask != nullptr) {
+    AITER_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first_expert + i < num_masked) mask[i] = first.expert_mask[first_expert + i];
     }
   }
   if constexpr (kUsesLds<Rows>) {
@@ -534,8 +555,8 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   }
   uint32_t first_local = 0;
   AITER_UNROLL
-  for (int i = 0; i < kExpertsPerThread; ++i) {
-    if (awaited(mask.word[i]) != 0) first_local |= 1u << i;
+  for (int i = 0; i < kAtOnce; ++i) {
+    if (awaited(mask[i]) != 0) first_local |= 1u << i;
   }
   const FusedParams& rest = loaded_anew(p, sizeof(FusedFirst));
   // NOTE: also loaded again, as AMD GPUs have no scalar registers to keep these in during top-k.
@@ -549,11 +570,14 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
   if (first.hands_over()) {
     if (!take_over(rest, block, again.num_routing(), lds_base)) return;
   }
-  block.sets.add_mask<kAny>(rest.shape, rest.sort, first_local, block.num_threads);
+  if (again.expert_mask == nullptr) {
+    first_local = local_experts<kAny, kAtOnce>(rest.shape, nullptr, kAtOnce * threadIdx.x);
+  }
+  block.sets.add_mask<kAny, kAtOnce>(rest.shape, rest.sort, first_local, block.num_threads);
   __syncthreads();
   block.hits.stride = padded_experts(again.num_experts);
   block.hits.num_words = hit_words(anew(block.lds_rows));
-  sort_rows<kAny>(rest, block, first_local, lds_base);
+  sort_rows<kAny, kAtOnce>(rest, block, first_local, lds_base);
 }
 
 // What the workgroups do that do not route.

@@ -49,7 +49,7 @@ struct OpusParams {
   int num_tiles;
 };
 
-// LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], E rounded up, bitmask [tile_words][E]. An expert's tail
+// LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], bitmask [tile_words][E]. An expert's tail
 // takes the place of its count, and whether a tile has repeats that of the first total.
 struct OpusLds {
   uint32_t* counts;
@@ -65,18 +65,17 @@ struct OpusLds {
 };
 
 __host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
-  return sizeof(uint32_t) * (size_t{2} * padded_experts(num_experts) +
-                             static_cast<size_t>(num_experts) * tile_words + 2 * kMaxWavesPerBlock);
+  return sizeof(uint32_t) *
+         (static_cast<size_t>(num_experts) * (2 + tile_words) + 2 * kMaxWavesPerBlock);
 }
 
 __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
   uint32_t* const totals = reinterpret_cast<uint32_t*>(lds_base);
   uint32_t* const counts = totals + 2 * kMaxWavesPerBlock;
-  const int padded = padded_experts(p.shape.num_experts);
-  uint32_t* const starts = counts + padded;
+  uint32_t* const starts = counts + p.shape.num_experts;
   return {counts,
           {starts, counts, totals},
-          HitMask{starts + padded, p.shape.num_experts, p.tile_words}};
+          HitMask{starts + p.shape.num_experts, p.shape.num_experts, p.tile_words}};
 }
 
 constexpr uint32_t kNoExpert = 0xffffffffu;
@@ -136,7 +135,8 @@ __device__ __forceinline__ void count_entries(const OpusParams& p, TokenRange to
 __device__ __forceinline__ void write_entry_at(const OpusParams& p, uint32_t start, uint32_t rank,
                                                uint32_t i, uint32_t expert_idx, int token) {
   const int k = static_cast<int>(i) - token * p.shape.topk;
-  write_entry<true>(p.shape, p.sort, start + rank, {expert_idx, token, k, p.topk_weights[i]});
+  write_entry_and_id<true>(p.shape, p.sort, start + rank, {expert_idx, token, k, p.topk_weights[i]},
+                           !leaves_out<true>(p.shape, p.sort));
 }
 
 // Moves an expert's first slot on by the entries before, unless expert_mask drops the expert.
@@ -203,13 +203,10 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
 // From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
 __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
                                                const OpusLds& lds) {
-  const uint32_t first_local =
-      local_experts<true>(p.shape, p.sort.expert_mask, kExpertsPerThread * threadIdx.x);
-  assign_blocks<true>(p.shape, num_local, first_local, true, true, uniform_wave_idx(), blockDim.x,
-                      lds.sort, p.sort, [&](int e) {
-                        return ExpertCounts{*reinterpret_cast<const TwoWords*>(lds.counts + e),
-                                            TwoWords{}};
-                      });
+  const uint32_t first_local = local_experts<true, 1>(p.shape, p.sort.expert_mask, threadIdx.x);
+  assign_blocks<true, 1>(p.shape, num_local, first_local, true, leaves_out<true>(p.shape, p.sort),
+                         uniform_wave_idx(), blockDim.x, lds.sort, p.sort,
+                         [&](int e) { return ExpertCounts<1>{{lds.counts[e]}, {0}}; });
   __syncthreads();
   write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
 }
@@ -217,7 +214,7 @@ __device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_loca
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
                                                   char* lds_base) {
   const OpusLds lds = opus_lds(p, lds_base);
-  clear_words(lds.counts, padded_experts(p.shape.num_experts));
+  clear_words(lds.counts, p.shape.num_experts);
   __syncthreads();
   count_entries(p, {0, num_local}, lds.counts);
   __syncthreads();
@@ -292,8 +289,8 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusPa
   let_next_launch_begin();
   const OpusLds lds = opus_lds(p, lds_base);
   const int num_experts = p.shape.num_experts;
-  for (int e = threadIdx.x; e < padded_experts(num_experts); e += blockDim.x) {
-    lds.counts[e] = e < num_experts ? sum_over_tiles(p.workspace + e, num_experts, p.num_tiles) : 0;
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+    lds.counts[e] = sum_over_tiles(p.workspace + e, num_experts, p.num_tiles);
   }
   __syncthreads();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);

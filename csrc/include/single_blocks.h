@@ -33,10 +33,11 @@ struct ExpertSet {
   __device__ __forceinline__ void add(uint32_t expert_idx) const {
     atomicOr(&words[expert_idx / kBitsPerWord % kMaxSetWords], 1u << (expert_idx % kBitsPerWord));
   }
-  // Adds those of the experts e and e + 1 whose bit is set; e is even.
-  __device__ __forceinline__ void add_two(uint32_t e, uint32_t bits) const {
-    if (bits != 0 && e < kMaxSetExperts)
+  // Adds those of the experts from e on whose bit is set, which do not cross a word.
+  __device__ __forceinline__ void add_bits(uint32_t e, uint32_t bits) const {
+    if (bits != 0 && e < kMaxSetExperts) {
       atomicOr(&words[e / kBitsPerWord], bits << e % kBitsPerWord);
+    }
   }
   __device__ __forceinline__ bool has(uint32_t expert_idx) const {
     return (words[expert_idx / kBitsPerWord] >> (expert_idx % kBitsPerWord) & 1) != 0;
@@ -90,17 +91,17 @@ struct SingleBlocks {
     hit.clear();
     local.clear();
   }
-  // By all threads; `first_local` is local_experts() of the thread's first two, asked for early.
-  template <bool kAny = false>
+  // By all threads; `first_local` is local_experts() of the thread's first kAtOnce, asked for early.
+  template <bool kAny, int kAtOnce>
   __device__ __forceinline__ void add_mask(const SortShape& shape, const SortParams& out,
                                            uint32_t first_local, int num_threads) const {
     if (!leaves_out<kAny>(shape, out)) return;
     uint32_t bits = first_local;
     AITER_LOOP
-    for (int e = kExpertsPerThread * threadIdx.x; e < shape.num_experts;) {
-      local.add_two(e, bits);
-      e += kExpertsPerThread * num_threads;
-      if (e < shape.num_experts) bits = local_experts<kAny>(shape, out.expert_mask, e);
+    for (int e = kAtOnce * threadIdx.x; e < shape.num_experts;) {
+      local.add_bits(e, bits);
+      e += kAtOnce * num_threads;
+      if (e < shape.num_experts) bits = local_experts<kAny, kAtOnce>(shape, out.expert_mask, e);
     }
   }
 };

@@ -66,6 +66,11 @@ struct RowChoice {
   RowFormat format;
   int64_t row_stride;   // in items of the class of rows
   int max_threads = 0;  // of a workgroup; 0 for those of max_row_threads()
+
+  // That a thread of the fused launch gives their blocks.
+  int experts_per_thread() const {
+    return by == RowsBy::lists ? aiter::experts_per_thread(group.lanes * group.values) : 2;
+  }
 };
 
 // The measurements are in group_topk.h and key_topk.h. Lists of f32 logits are for short rows and few tokens. For

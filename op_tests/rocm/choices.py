@@ -66,6 +66,7 @@ class RowChoice:
         item_bytes: of what row strides count; 0 for a logit.
         lds_bytes: of each wave.
         max_threads: of a workgroup; 0 for what `values` allows.
+        experts_per_thread: that a thread of the fused launch gives their blocks.
     """
 
     name: str
@@ -75,6 +76,7 @@ class RowChoice:
     item_bytes: int = 0
     lds_bytes: int = 0
     max_threads: int = 0
+    experts_per_thread: int = 2
 
 
 def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) -> RowChoice:
@@ -99,7 +101,9 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
     if by_lists:
         lanes, values, best = group_shape(num_tokens, num_experts, topk)
         name = f"GroupRows<{dtype}, {lanes}, {values}, {best}>"
-        return RowChoice(name, values * (2 if is_f32 else 1), wave_size // lanes, wide)
+        registers = values * (2 if is_f32 else 1)
+        per_thread = 1 if lanes * values <= 128 else 2
+        return RowChoice(name, registers, wave_size // lanes, wide, experts_per_thread=per_thread)
     lanes, values, best = key_group_shape(num_experts, topk)
     name = f"KeyRows<{lanes}, {values}, {best}>"
     lds_bytes = 8 * CANDIDATES_PER_LANE * wave_size
@@ -183,7 +187,7 @@ def fused_threads(
         hands_over = num_rows < num_tokens
         entries = num_tokens if hands_over else min(num_rows, block_size)
         entry_waves = waves_for(entries * topk)
-        expert_waves = waves_for((num_experts + 1) // 2)
+        expert_waves = waves_for(-(-num_experts // rows.experts_per_thread))
         if hands_over:
             wanted = max(row_waves, entry_waves, expert_waves)
         elif num_tokens <= block_size:
