@@ -8,7 +8,12 @@ additions, where the bits are promised, and else PyTorch's, which is the faster 
 As in `calls`, a call with a launch of ours is first looked for among the known ones
 (`known.router_again`). That is all where there is one launch. Where the product is a launch of its own,
 that launch is what is remembered, of a call whose arguments all passed, and the routing behind it is a
-known call of `calls`.
+known call of `calls`. On the CPU of an AMD EPYC (2026-11-27, `python op_tests/bench_host.py --tokens 1`,
+fastest rounds) a known call takes 2.0 us for this module, 0.25 us for finding it and 2.5 us for six
+allocations, beside its launch; when it was checked and bound anew every time, all of that took 11.7 us.
+
+Rejected: a known call that holds both launches of the other way, as the second belongs to another
+compiled module, whose own table knows it.
 """
 
 from __future__ import annotations
