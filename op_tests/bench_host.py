@@ -8,7 +8,9 @@ as servers call: where gradients are on, a call asks for them as well, which tak
 as well is slower for seconds at a time: `time` is the median of a piece's rounds, and the fastest and
 the slowest round stand beside it. A piece that launches nothing is pure host time on every device. A
 known call is found by the compiled function, which asks whether the logits are negated before it looks
-at the outputs; negated ones show what that takes without outputs and launch. What launches, on a GPU,
+at the outputs; negated ones show what that takes without outputs and launch. Calls from hidden states
+[M, D] are measured likewise; where dispatch makes our product alone, the routing behind it is a known
+call of its own, and part of the time. What launches, on a GPU,
 is host time as long as the device keeps up, as it does at decode sizes, and stands beside the launch
 of a kernel that does nothing; on the cpu target a launch is over when the kernel has been executed,
 and the row says so.
@@ -37,6 +39,11 @@ from aiter.cli.table import format_table
 from aiter.cli.tune import Shape, parse_shape
 from aiter.jit import module_for
 from aiter.ops.device import current_device
+from aiter.ops.fused_router_sorting import (
+    RouterCalls,
+    fused_router_sorting_check,
+    router_calls,
+)
 from aiter.ops.fused_topk_moe_sorting import FusedCalls, fused_calls
 from aiter.routing import buffers as moe_buffers
 from aiter.routing import known as remembered
@@ -46,7 +53,11 @@ from aiter.routing.request import Request
 ROUNDS = 9
 PIECE_CALLS = 100  # of a piece that launches nothing, per repeat
 BLOCK_SIZE = 32
-KNOWN = "topk_softmax_sorting without its op, known call"
+# What answers in the place of a launch, by piece.
+KNOWN: dict[str, tuple[str, object]] = {
+    "topk_softmax_sorting without its op, known call": ("again", ()),
+    "router_topk_sorting without its op, known call": ("router_again", ((), None)),
+}
 
 Pieces = dict[str, Callable[[], object]]
 
@@ -67,8 +78,8 @@ class Row:
 def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
     """What is measured, by name: what launches nothing, and what does.
 
-    The first are to be called while plans are made by `silent_plan` and no call is known, but for
-    `KNOWN`.
+    The first are to be called while plans are made by `silent_plans` and no call is known, but for
+    those in `KNOWN`.
     """
     num_experts, topk, model_dim = shape
     tokens, device = logits.shape[0], logits.device
@@ -102,7 +113,7 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "outputs: check of given ones (the chain's)": lambda: moe_buffers.given(out, plan.buffers),
         "topk_softmax_sorting without its op, first call, out given": lambda: routing(out=out),
         "topk_softmax_sorting without its op, first call, allocating": routing,
-        KNOWN: routing,
+        [*KNOWN][0]: routing,
         "a known call found but for its outputs, compiled function": found,
         "binding and checks of 7 tensors, compiled function": lambda: checked(*sort),
         "binding and checks of 4 tensors, compiled function": lambda: selecting(*nothing),
@@ -117,8 +128,55 @@ def pieces(logits: torch.Tensor, shape: Shape) -> tuple[Pieces, Pieces]:
         "topk_softmax_sorting, chain, out given": lambda: routing(out=out, dispatch_policy=1),
         "topk_softmax_sorting, chain, allocating": lambda: routing(dispatch_policy=1),
     }
+    for own, others in zip((silent, launching), from_hidden(out, shape), strict=True):
+        own.update(others)
     if device.type == "cuda":
         launching["torch.cuda._sleep(0), an empty kernel"] = bench_timing.empty_kernel
+    return silent, launching
+
+
+def from_hidden(out: fused_moe.SortedBuffers, shape: Shape) -> tuple[Pieces, Pieces]:
+    """The same for `router_topk_sorting` into `out`."""
+    num_experts, topk, model_dim = shape
+    tokens, device = len(out[4]), out[4].device
+    hidden = torch.randn(tokens, model_dim, device=device).bfloat16()
+    weight = (torch.randn(num_experts, model_dim, device=device) / model_dim**0.5).bfloat16()
+    bias, logits = torch.randn(num_experts, device=device), torch.empty(tokens, num_experts)
+    logits = logits.to(device)
+    request = (*request_of(shape), False)
+    sizes = (device, tokens, model_dim, num_experts, False, *request[:-1])
+    plan = routing_plan.plan_router(*sizes)
+    into, again = router_calls(device)
+    checks = (hidden, weight, logits, *out, num_experts, topk, BLOCK_SIZE)
+    inputs = (weight, bias, None, None, None, None)
+    into(request, hidden, *inputs, out, logits, plan.buffers, None, None, True)
+    negated, given = torch._neg_view(hidden), (*inputs, out, logits)
+    if again(request, hidden, *given) is None or again(request, negated, *given) is not None:
+        raise RuntimeError("the known call: expected to be found unless negated, got otherwise")
+
+    def routing(**options: object) -> object:
+        return fused_moe.router_topk_sorting(
+            hidden, weight, topk, num_experts, model_dim, torch.bfloat16, router_bias=bias,
+            **options,
+        )  # fmt: skip
+
+    first = "router_topk_sorting without its op, first call"
+    silent: Pieces = {
+        f"{first}, out and logits_out given": lambda: routing(out=out, logits_out=logits),
+        f"{first}, allocating": routing,
+        [*KNOWN][1]: routing,
+        "a known call from hidden states found but for its outputs, compiled function": (
+            lambda: again(request, negated, *given)
+        ),
+        "fused_router_sorting_check of 9 tensors, compiled function": (
+            lambda: fused_router_sorting_check(*checks, router_bias=bias)
+        ),
+    }
+    known = "router_topk_sorting, known call"
+    launching: Pieces = {
+        f"{known}, out and logits_out given": lambda: routing(out=out, logits_out=logits),
+        f"{known}, allocating": routing,
+    }
     return silent, launching
 
 
@@ -143,14 +201,22 @@ def request_of(shape: Shape) -> Request:
 
 @contextmanager
 def silent_plans() -> Iterator[None]:
-    """Plans of routings have a fused launch that does nothing and that nobody remembers."""
-    made = routing_plan.plan_routing
+    """Plans of routings have one launch, which does nothing and which nobody remembers."""
+    made, made_router = routing_plan.plan_routing, routing_plan.plan_router
 
     def silent(*sizes: Any) -> routing_plan.Plan:
         return made(*sizes)._replace(fused=FusedCalls(lambda *_: True, remembered._never))
 
+    def silent_router(*sizes: Any) -> routing_plan.Plan:
+        plan = made_router(*sizes)
+        router = plan.router._replace(calls=RouterCalls(lambda *_: True, remembered._never))
+        return plan._replace(path="router", router=router)
+
     remembered.forget()
-    with mock.patch.object(routing_plan, "plan_routing", silent):
+    with (
+        mock.patch.object(routing_plan, "plan_routing", silent),
+        mock.patch.object(routing_plan, "plan_router", silent_router),
+    ):
         yield
     remembered.forget()
 
@@ -189,8 +255,8 @@ def measure(logits: torch.Tensor, shape: Shape, rounds: int) -> list[Row]:
     for _ in range(rounds):
         with silent_plans():
             for name, piece in silent.items():
-                again = (lambda *_: ()) if name == KNOWN else remembered._never
-                with mock.patch.object(remembered, "again", again):
+                asked, answer = KNOWN.get(name, ("again", None))
+                with mock.patch.object(remembered, asked, lambda *_, found=answer: found):
                     times[name].append(bench_timing.host_us(piece, device, PIECE_CALLS).us)
         for name, piece in launching.items():
             times[name].append(bench_timing.host_us(piece, device).us)

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SESSION_SECONDS = 25 * 60
 PYTHON = sys.executable
 TEST_PROCESSES = 12
+ROUTERS = ("2880,128,4", "7168,256,8", "4096,512,10")
 BENCH = "op_tests/bench_fused_topk_moe_sorting.py"
 SOAK = "op_tests/fire/soak.py"
 PASSED, FAILED, LATE, SKIPPED = "passed", "FAILED", "OUT OF TIME", "skipped"
@@ -76,6 +77,10 @@ def steps(folder: Path, kind: str) -> list[Step]:
     tuned = (
         [part for shape in SHAPES for part in ("--shape", shape)] if gpu else ["--dry-run", *small]
     )
+    routers = (
+        [part for shape in ROUTERS for part in ("--router", shape)] if gpu
+        else ["--dry-run", "--device", "cpu", "--router", "136,32,4", "--tokens", "1,4"]
+    )  # fmt: skip
     tests = ["op_tests", *(f"--ignore=op_tests/{name}" for name in ("jit", "rocm", "fire"))]
     if importlib.util.find_spec("xdist") is not None:
         tests += ["-n", str(TEST_PROCESSES)]
@@ -95,8 +100,9 @@ def steps(folder: Path, kind: str) -> list[Step]:
             [BENCH, "--clusters", "1,8,16", "--tokens", "16,32,64,122,256,1024",
              *figures("clusters")] if kind == "cuda" else None,
         ),
-        # NOTE: the last one that measures, as the others are to run by the rule of capacity.
+        # NOTE: the last ones that measure, as the others are to run by the rule of capacity.
         Step("tune", 120, ["-m", "aiter", "tune", *tuned]),
+        Step("tune-router", 60, ["-m", "aiter", "tune", *routers]),
         Step("soak", 690, [SOAK, "--minutes", "10" if gpu else "0.2"], beside=True),
         Step("tests", 450, ["-m", "pytest", "-q", "--durations=15", *tests] if gpu else None),
         *(

@@ -8,6 +8,8 @@ Long because the kernel, the call and its dispatch are judged by the same logits
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from targets import Target
 from torch import Tensor
 
 from aiter import fused_moe, reference
+from aiter.jit.load import default_loader
 from aiter.ops.fused_router_sorting import router_product
 from aiter.routing import basis, dispatch, known
 
@@ -274,7 +277,7 @@ def test_dispatch_goes_by_rows() -> None:
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942", "gfx950", "gfx1201", "cpu"])
 def test_rows_of_architectures(arch: str) -> None:
     measured, modelled = dispatch.router_rows_of(arch), dispatch.router_modelled_of(arch)
-    assert bool(measured) == arch.startswith("sm_9") and bool(modelled) == arch.startswith("gfx9")
+    assert bool(measured) == arch.startswith("sm_9") and bool(modelled) == arch.startswith("gfx")
     for each in (*measured, *modelled):
         assert 0 <= each.fused_tokens <= dispatch.MOST_ROUTER_TOKENS, each
 
@@ -318,6 +321,38 @@ def test_threads_at_the_same_time(target: Target) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+WARM = """
+import os
+import aiter
+print(*(ready.module for ready in aiter.warmup(devices=["cpu"])))
+os.environ["AITER_NO_BUILD"] = "1"
+import torch
+from aiter.fused_moe import last_path, router_topk_sorting
+for tokens, policy, rule in ((4, 0, None), (70, 0, None), (4, 1, "sigmoid"), (4, 2, None)):
+    router_topk_sorting(
+        torch.ones(tokens, 24), torch.ones(16, 24), 2, 16, 8, torch.bfloat16,
+        router_bias=torch.zeros(16), rule=rule and aiter.RoutingRule(rule), dispatch_policy=policy,
+        batch_invariant=tokens > 64,
+    )
+    print(last_path())
+"""
+
+
+def test_a_warm_server_builds_nothing() -> None:
+    """In a process of its own, where what is loaded was loaded by `warmup`."""
+    done = subprocess.run(
+        [sys.executable, "-c", WARM],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "AITER_DISPATCH": "capacity"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    modules, *paths = done.stdout.splitlines()
+    assert modules.split() == default_loader().modules()
+    assert paths == ["router", "fused", "oneshot", "multiphase"]
 
 
 @pytest.fixture

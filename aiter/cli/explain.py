@@ -167,10 +167,10 @@ def _origin(choice: dispatch.Choice | dispatch.RouterChoice, device: torch.devic
     """Where a choice comes from: the caller, the environment, a file or the built-in table."""
     if choice.rule == "policy":
         return "the caller's dispatch_policy"
-    row = choice.row
-    # NOTE: `tune` measures nothing from hidden states.
-    is_router = isinstance(choice, dispatch.RouterChoice)
-    origin = "the built-in table" if is_router and row else basis_of(device).origin
+    row, basis = choice.row, basis_of(device)
+    origin = basis.origin
+    if isinstance(choice, dispatch.RouterChoice):
+        origin = basis.router_origin(choice.row)
     return f"{origin}: {row.source}, {row.date}, `{row.command}`" if row else origin
 
 
@@ -210,11 +210,12 @@ def _table(device: torch.device) -> str:
         for name, family in dispatch.MEASURED.items()
         if not family
     ]
+    speaking = (*basis.router_rows, *basis.router_modelled)
     router = [
         (where, row.width, row.num_experts, row.topk, row.fused_tokens, row.source, row.date,
          row.command)
         for where, family in (
-            (str(device), (*basis.router_rows, *basis.router_modelled)),
+            (str(device), speaking),
             *((name, dispatch.router_rows_of(name)) for name in dispatch.ROUTER_TIMES),
         )
         for row in family
@@ -223,7 +224,8 @@ def _table(device: torch.device) -> str:
     headers = ("where", "E", "K", "D", "fused up to", "oneshot up to", "source", "date", "command")
     return (
         f"{device}: decided by {basis.origin}\n\n{format_table(headers, rows)}"
-        f"\n\nfrom hidden states\n\n{format_table(router_headers, router)}"
+        f"\n\nfrom hidden states: decided by {basis.router_origin(next(iter(speaking), None))}"
+        f"\n\n{format_table(router_headers, router)}"
     )
 
 

@@ -7,7 +7,7 @@ nothing is, and raises `Skipped` where the device cannot show it. What they comp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import fused_moe, reference
 from ..ops.expert_load import expert_load
+from ..ops.fused_router_sorting import fused_router_sorting_fwd, router_product
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..ops.rule import RoutingRule
 from ..ops.topk_softmax import topk_softmax
@@ -130,6 +131,65 @@ def _rules(device: torch.device, policy: int) -> str:
     return ""
 
 
+def _router_problems() -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Any]]]:
+    """Name, (hidden states, weight) and options: tails of D', every dtype, a bias, a rule."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, m, width, e, k, with_bias in (
+        (torch.bfloat16, 1, 2880, 128, 4, True),
+        (torch.bfloat16, 16, 520, 160, 8, False),
+        (torch.float16, 33, 141, 96, 4, True),
+        (torch.float32, 64, 264, 40, 10, False),
+    ):
+        hidden = torch.randn(m, width, generator=generator).to(dtype)
+        weight = (torch.randn(e, width, generator=generator) / width**0.5).to(dtype)
+        bias = torch.randn(e, generator=generator).to(dtype) if with_bias else None
+        name = f"M={m} D'={width} E={e} K={k} {dtype}{', a bias' if with_bias else ''}"
+        yield name, (hidden, weight), {"topk": k, "router_bias": bias}
+    # NOTE: a row of hidden states picks a column of the weight, so that scores are exact, as in _rules.
+    steps = torch.randint(0, 3, (256, 33), generator=generator)
+    weight = torch.tensor((-200.0, 0.0, 20.0))[steps]
+    options = {
+        "topk": 8,
+        "router_bias": None,
+        "rule": RoutingRule("sigmoid", 8, 4, routed_scaling_factor=2.5),
+        "correction_bias": torch.randint(-4, 5, (256,), generator=generator) / 4,
+    }
+    yield "M=33 D'=33 E=256 K=8, sigmoid", (torch.eye(33), weight), options
+
+
+def _router(device: torch.device, way: str) -> str:
+    """Logits to the bit and what is made of them, in one launch, in two, or as dispatch has it."""
+    for name, inputs, options in _router_problems():
+        hidden, weight = (tensor.to(device) for tensor in inputs)
+        on_device: dict[str, Any] = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in options.items()
+        }
+        m, e, k = len(hidden), len(weight), options["topk"]
+        sizes: dict[str, Any] = {"num_experts": e, "model_dim": 37, "moebuf_dtype": torch.bfloat16}
+        expected = reference.router_topk_sorting(hidden, weight, **sizes, **on_device)
+        expected_logits = reference.router_logits(hidden, weight, on_device["router_bias"])
+        logits = torch.full((m, e), float("nan"), device=device)
+        if way == "automatic":
+            got = fused_moe.router_topk_sorting(
+                hidden, weight, logits_out=logits, **sizes, **on_device
+            )
+        elif way == "one launch":
+            got = fused_moe.empty_sorted_buffers(m, k, e, 37, torch.bfloat16, device=device)
+            fused_router_sorting_fwd(
+                hidden, weight, logits, *got, e, unit_size=BLOCK_SIZE, **on_device
+            )
+        else:
+            router_product(hidden, weight, logits, router_bias=on_device.pop("router_bias"))
+            got = fused_moe.topk_routing_sorting(logits, **sizes, **on_device)
+        if not torch.equal(logits, expected_logits):
+            return f"{name}: logits: expected the bits of the reference, got others"
+        wrong = difference(got, expected)
+        if wrong:
+            return f"{name}: {wrong}"
+    return ""
+
+
 def _moe_sorting(device: torch.device, policy: int) -> str:
     for m, e, k in ((1, 8, 2), (70, 128, 4), (600, 896, 2)):
         weights, ids = reference.topk_softmax(logits_of(device, m, e), k, True)
@@ -206,6 +266,32 @@ def _graph(device: torch.device, policy: int) -> str:
     return ""
 
 
+def _router_graph(device: torch.device) -> str:
+    """What workgroups hand over from hidden states has to be as it was before every replay."""
+    _need_gpu(device)
+    hidden = logits_of(device, 16, 520)
+    weight = logits_of(device, 128, 520, 9)
+    logits = torch.empty(16, 128, device=device)
+    buffers = fused_moe.empty_sorted_buffers(16, 4, 128, 37, torch.bfloat16, device=device)
+
+    def call() -> None:
+        fused_router_sorting_fwd(hidden, weight, logits, *buffers, 128, 4, BLOCK_SIZE)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for seed in range(1, 4):
+        hidden.copy_(logits_of(device, 16, 520, seed))
+        graph.replay()
+        if not torch.equal(logits, reference.router_logits(hidden, weight)):
+            return f"replay {seed}: logits: expected the bits of the reference, got others"
+        wrong = difference(buffers, expected_route(logits))
+        if wrong:
+            return f"replay {seed}: {wrong}"
+    return ""
+
+
 def _side_stream(device: torch.device) -> str:
     """A call belongs to the current stream: behind what that holds, and before nothing else."""
     _need_gpu(device)
@@ -259,12 +345,15 @@ CHECKS: dict[str, Check] = {
     "moe_sorting, multiphase": partial(_moe_sorting, policy=2),
     **{f"routing rules, {name}": partial(_rules, policy=policy)
        for policy, name in POLICY_NAMES.items()},
+    **{f"hidden states, {way}": partial(_router, way=way)
+       for way in ("automatic", "one launch", "two launches")},
     "expert_load": _expert_load,
     "fused_moe_from_logits": _layer,
     "largest M of the fused launch": _largest,
     "error, then a right call": _bad_argument,
     **{f"graph replay, {name}": partial(_graph, policy=policy)
        for policy, name in POLICY_NAMES.items()},
+    "graph replay, hidden states": _router_graph,
     "side stream": _side_stream,
     "two streams at once": _two_streams,
     "a device that is not current": _other_device,

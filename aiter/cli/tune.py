@@ -12,6 +12,10 @@ AITER_DISPATCH=capacity leaves them aside, and removing the file forgets them.
     python -m aiter tune --experts E,K,D,inter ...
 
 measures the tiles of the Triton backend instead; `--experts 32,4,2880,2880 --help` has the options.
+
+    python -m aiter tune --router D',E,K ...
+
+measures routing from hidden states instead; `--router 2880,128,4 --help` has the options.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from ..routing import dispatch, known, tuned
 from ..routing.basis import basis_of
 from ..routing.dispatch import Crossover
 from ..routing.graph import fused_topk_moe_sorting_fwd
-from . import timing, tune_experts
+from . import timing, tune_experts, tune_router
 from .options import MOST, MOST_TOKENS, PROGRAM, Parser, check_memory, existing_device, whole
 from .table import format_table
 
@@ -55,8 +59,11 @@ Clock = Callable[[Shape, int, Sequence[dispatch.Path]], dict[str, float]]
 
 def main(argv: Sequence[str]) -> int:
     """Measures what the options say; 0 if everything was measured and kept, 1 if nothing was."""
-    if any(word.partition("=")[0] == "--experts" for word in argv):
+    words = [word.partition("=")[0] for word in argv]
+    if "--experts" in words:
         return tune_experts.main(argv)
+    if "--router" in words:
+        return tune_router.main(argv)
     parser = make_parser()
     options = parser.parse_args(argv)
     device = current_device(options.device)
@@ -90,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
             print("\nkept nothing, as --dry-run asks")
             return 0
         try:
-            path = tuned.keep(device, measured)
+            path = tuned.keep(device, measured, tuned.LOGITS)
         except OSError as error:
             print(f"error: expected to write the cache folder, got {error}", file=sys.stderr)
             return 1

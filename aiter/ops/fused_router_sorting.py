@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..jit import compile_ops, module_for
+from ..jit.target import cpu_wave_override
 from .device import current_device
 from .rule import Packed, RoutingRule
 
+_Sorted = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+RouterAgain = Callable[..., tuple[_Sorted, Tensor | None] | None]
+
+
+class RouterCalls(NamedTuple):
+    """The launches from hidden states on a device, as `fused_topk_moe_sorting.FusedCalls`.
+
+    Attributes:
+        into: called as (request, hidden_states, router_weight, router_bias, expert_mask,
+            num_local_tokens, correction_bias, topk_out, out, logits, expected, layouts,
+            logits_layouts, in_one), makes everything in one launch or, once all arguments are
+            checked, `router_product`. `request` is a `routing.request.Request` and `batch_invariant`
+            in one tuple; the layouts are None for what the caller of the call gave.
+        again: called as (request, hidden_states, router_weight, router_bias, expert_mask,
+            num_local_tokens, correction_bias, topk_out, out, logits_out), makes the launch of an
+            earlier call that is like this one, and returns the sorted buffers, and the logits if it was
+            the product alone, else None; or launches nothing and returns None.
+    """
+
+    into: Callable[..., bool]
+    again: RouterAgain
+
+
 _MODULE = "module_fused_router_sorting"
+_modules: dict[tuple[torch.device, int | None], ModuleType] = {}
 
 
 @compile_ops(_MODULE)
@@ -107,6 +136,21 @@ def router_product(
     Raises:
         ValueError, TypeError, aiter.jit.JitError: as there.
     """
+
+
+def router_calls(device: torch.device) -> RouterCalls:
+    """The launches for tensors on `device`, at the cpu target's wave width of the moment."""
+    key = (device, cpu_wave_override.get())
+    if key not in _modules:
+        _modules[key] = module_for(_MODULE, device)
+    compiled = _modules[key]
+    return RouterCalls(compiled.fused_router_sorting_into, compiled.fused_router_sorting_again)
+
+
+def fused_router_sorting_forget() -> None:
+    """Drops the remembered calls of all devices."""
+    for module in tuple(_modules.values()):
+        module.fused_router_sorting_forget()
 
 
 def fused_router_sorting_max_tokens(

@@ -1,6 +1,6 @@
 """From router logits, or ready top-k ids, to the buffers that the expert GEMMs read.
 
-Every function here makes a `Request` of what its caller asks for and hands it to `_route`, which
+Every function here makes a `Request` of what its caller asks for and hands it to `route`, which
 
 1. asks whether such a call was made before (`known.again`), which launches and is all;
 2. gives a call that somebody records to the registered op of its name (`graph`);
@@ -133,7 +133,7 @@ def topk_softmax_sorting(
         ValueError, TypeError: an argument does not fit; nothing was launched.
         aiter.jit.JitError: a module could not be built or loaded (first call on a device).
     """
-    return _route(
+    return route(
         (
             topk, num_experts, model_dim, moebuf_dtype, need_renorm, block_size, dispatch_policy,
             "slot",
@@ -178,7 +178,7 @@ def topk_routing_sorting(
         The others, the returned tensors and the errors: as in `topk_softmax_sorting`, with K+S in
             place of K, and with E+Z in place of E for flat ids.
     """
-    return _route(
+    return route(
         (
             topk, num_experts, model_dim, moebuf_dtype, rule_key(rule), block_size,
             dispatch_policy, id_format,
@@ -187,7 +187,7 @@ def topk_routing_sorting(
     )  # fmt: skip
 
 
-def _route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers:
+def route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers:
     """A routing of logits: a `Request` without its last field, and `Tensors`, as plain tuples."""
     # NOTE: the first half is the beginning of the second, 0.1 us quicker where gradients are off.
     if (is_grad_enabled() or forward_ad._current_level >= 0) and gradients_matter(*arguments):

@@ -4,7 +4,7 @@ Three things, from the quickest to the slowest:
 
 1. `again`, of the compiled module that was called last, knows the calls that took the fused launch by
    their `Request` and by what their tensors are like (csrc/include/known_calls.h). It launches without
-   a lookup or a check.
+   a lookup or a check. `router_again` does the same for those from hidden states.
 2. Plans, one per device, sizes and `Request`, in an LRU memo that tells types apart: `True` is not
    `1`, so a bool for an int is refused every time. A lookup takes 0.3 us.
 3. What a device is fastest at (`basis`).
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from ..ops.fused_router_sorting import RouterAgain, fused_router_sorting_forget
 from ..ops.fused_topk_moe_sorting import FusedAgain, fused_topk_moe_sorting_forget
 from . import dispatch, plan
 from .basis import basis_of
@@ -41,6 +42,7 @@ def _never(*arguments: object) -> None:
 
 last = _Last()
 again: FusedAgain = _never  # of the module that was called last
+router_again: RouterAgain = _never
 _memos: dict[str, _Memo] = {}
 _others: list[Callable[[], None]] = []
 
@@ -72,10 +74,11 @@ def on_forget(forget_too: Callable[[], None]) -> None:
 
 def forget() -> None:
     """Drops plans, remembered calls and what is known of devices: the next call looks again."""
-    global again
-    again = _never
+    global again, router_again
+    again = router_again = _never
     _memos.clear()
     fused_topk_moe_sorting_forget()
+    fused_router_sorting_forget()
     basis_of.cache_clear()
     for forget_too in _others:
         forget_too()

@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..jit import module_for
-from ..ops.fused_router_sorting import fused_router_sorting_max_tokens
+from ..ops.fused_router_sorting import (
+    RouterCalls,
+    fused_router_sorting_max_tokens,
+    router_calls,
+)
 from ..ops.fused_topk_moe_sorting import (
     FusedCalls,
     fused_calls,
@@ -55,11 +59,11 @@ class Router(NamedTuple):
     """The router's product on a device.
 
     Attributes:
-        by_us: whether logits are made in our order, not by PyTorch.
+        calls: our launches, of everything or of the product alone; None where PyTorch makes it.
         layouts: how logits are allocated that the caller does not ask for.
     """
 
-    by_us: bool
+    calls: RouterCalls | None
     layouts: Layouts
 
 
@@ -161,7 +165,8 @@ def plan_router(
         tokens, request.num_sorted_experts, slots, width, request.dispatch_policy, "f32"
     )
     choice = choose_router(problem, max_tokens, device, batch_invariant)
-    router = Router(choice.path != "linear", logits_layouts(tokens, experts, device))
+    calls = None if choice.path == "linear" else router_calls(device)
+    router = Router(calls, logits_layouts(tokens, experts, device))
     # NOTE: "fused" stands for whatever the routing of the logits takes.
     path: dispatch.Path = "router" if choice.path == "fused" else "fused"
     return Plan(path, 0, buffers, sorted_layouts(buffers, device), router=router)

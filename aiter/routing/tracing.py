@@ -38,6 +38,16 @@ def traced(tensor: object) -> bool:
     return simulated(tensor)
 
 
+def recorded() -> bool:
+    """What `traced` asks, but for the tensor: whether a call may be recorded or transformed now."""
+    return (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or transforms_active()
+        or tracing_state() is not None
+    )
+
+
 def simulated(tensor: object) -> bool:
     """What `traced` asks of the tensor: whether it is a meta one, or dispatches by itself."""
     if not isinstance(tensor, Tensor):

@@ -190,4 +190,24 @@ inline FusedFirst fused_first(const FusedTopkMoeSortingArgs& args, const SortSha
   return first;
 }
 
+// Puts a launch on other memory, for FusedTensors as far as the logits and the inputs behind them.
+inline void move_launch(void* const* memory, void* expert_mask, void* num_local_tokens,
+                        void* correction_bias, FusedFirst& first, FusedParams& params,
+                        FusedRule& rule) {
+  SortParams& sort = params.sort;
+  sort.sorted_ids = static_cast<int32_t*>(memory[kSortedIds]);
+  sort.sorted_weights = static_cast<float*>(memory[kSortedWeights]);
+  sort.sorted_expert_ids = static_cast<int32_t*>(memory[kSortedExpertIds]);
+  sort.num_valid_ids = static_cast<int32_t*>(memory[kNumValidIds]);
+  sort.moe_buf = static_cast<unsigned char*>(memory[kMoeBuf]);
+  sort.expert_mask = static_cast<const int32_t*>(expert_mask);
+  sort.num_local_tokens = static_cast<const int32_t*>(num_local_tokens);
+  first.gating = memory[kGatingOutput];
+  first.num_local_tokens = sort.num_local_tokens;
+  first.expert_mask = sort.expert_mask;
+  rule.row.bias = correction_bias;
+  rule.topk_weights = static_cast<float*>(memory[kTopkWeights]);
+  rule.topk_ids = static_cast<int32_t*>(memory[kTopkIds]);
+}
+
 }  // namespace aiter

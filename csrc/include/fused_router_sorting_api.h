@@ -1,6 +1,8 @@
 // The launch from hidden states as bindings call it: checked arguments in, one launch out.
 #pragma once
 
+#include <algorithm>
+
 #include "fused_topk_moe_sorting_api.h"
 
 namespace aiter {
@@ -20,6 +22,46 @@ struct FusedRouterSortingArgs {
 void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream);
 // Everything but that M fits in LDS, and nothing else.
 void fused_router_sorting_check(const FusedRouterSortingArgs& args);
+// The tensors of a launch, outputs first; as of a FusedTensor as far as the logits, which are written here.
+enum RouterTensor {
+  kRouterLogits = kGatingOutput,
+  kHiddenStates,
+  kRouterWeight,
+  kRouterBias,
+  kRouterExpertMask,
+  kRouterNumLocalTokens,
+  kRouterCorrectionBias
+};
+constexpr int kNumRouterOutputs = kHiddenStates;
+constexpr int kNumRouterTensors = kRouterCorrectionBias + 1;
+
+// Null for one that is absent.
+inline std::array<const TensorView*, kNumRouterTensors> tensors_of(
+    const FusedRouterSortingArgs& args) {
+  std::array<const TensorView*, kNumRouterTensors> views{};
+  const auto routing = tensors_of(args.routing);
+  std::copy_n(routing.begin(), kNumRouterOutputs, views.begin());
+  views[kHiddenStates] = &args.router.hidden_states;
+  views[kRouterWeight] = &args.router.router_weight;
+  views[kRouterBias] = or_null(args.router.router_bias);
+  views[kRouterExpertMask] = routing[kExpertMask];
+  views[kRouterNumLocalTokens] = routing[kNumLocalTokens];
+  views[kRouterCorrectionBias] = routing[kCorrectionBias];
+  return views;
+}
+
+using RouterMemory =
+    std::array<void*, kNumRouterTensors>;  // where each lies; null for an absent one
+
+// In two steps, as a FusedLaunch: all in one launch, or the product alone, with all arguments checked, behind
+// which the caller routes.
+struct RouterLaunch;
+std::shared_ptr<const RouterLaunch> prepare_router_launch(const FusedRouterSortingArgs& args,
+                                                          bool in_one);
+bool is_in_one(const RouterLaunch& prepared);
+void make_router_launch(const RouterLaunch& prepared, void* stream);
+void make_router_launch(const RouterLaunch& prepared, const RouterMemory& memory, void* stream);
+
 // The product alone, for any M.
 void router_product(const RouterTensors& router, const TensorView& logits_out, void* stream);
 

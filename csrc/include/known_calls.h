@@ -7,11 +7,15 @@
 // the tensors lie, they go by two things: the position relative to the widest load and store, in which
 // calls have to agree, and whether an output shares memory with another tensor, which is asked at every
 // call. Plain arguments are compared as Python objects, exact ints by value, all else by identity: True
-// is not 1. So is the type of the logits, by which a caller knows a tracer. What the exchange does not
-// tell, whether the logits are negated and which stream is current, is left to the caller to ask at
-// every call.
+// is not 1. So is the type of the first input (logits or hidden states), by which a caller knows a tracer.
+// What the exchange does not tell, whether an input is negated and which stream is current, is left to the
+// caller to ask at every call.
 //
-// A call that was given no outputs is known with the allocator and the layouts that its own came from.
+// Outputs come in groups, each of which a call is given or allocates. A call that allocates is known with
+// the allocator and the layouts that its own came from.
+//
+// A `Kind` is what the calls of one op have in common: the type of their prepared `Launch`; kNumPlain,
+// their plain arguments; kNumTensors and kNumOutputs, their tensors, outputs first; kNumGroups, of outputs.
 //
 // The table is direct-mapped: a call that lands on another's place takes it over. Rejected: a hash map
 // with an order of use, which costs every call more than it saves the rare one that is pushed out; and
@@ -24,7 +28,6 @@
 #include <optional>
 #include <utility>
 
-#include "fused_topk_moe_sorting_api.h"
 #include "pybind_args.h"
 
 namespace aiter {
@@ -87,19 +90,19 @@ struct KnownTensor {
   }
 };
 
-// What a call is known by, besides its tensors: the plain arguments, and whether it allocates.
+// What a call is known by, besides its tensors: the plain arguments, and what it allocates.
+template <size_t kNumPlain>
 struct CallKey {
-  static constexpr size_t kNumPlain = 9;
   using Plain = std::array<py::handle, kNumPlain>;
 
   std::array<int64_t, kNumPlain> value;  // of an int, or the address of what is none
   uint32_t ints = 0;                     // bit i: plain argument i is an int
-  bool allocates = false;
+  uint32_t allocated = 0;                // bit g: group g of the outputs
 
   // Nothing if an argument is an int that may be anything when it is asked, or too large.
-  static std::optional<CallKey> of(const Plain& plain, bool allocates) {
+  static std::optional<CallKey> of(const Plain& plain, uint32_t allocated) {
     CallKey key;
-    key.allocates = allocates;
+    key.allocated = allocated;
     for (size_t i = 0; i < kNumPlain; ++i) {
       PyObject* const object = plain[i].ptr();
       if (!PyLong_Check(object) || PyBool_Check(object)) {
@@ -116,66 +119,73 @@ struct CallKey {
   }
 
   bool operator==(const CallKey& other) const {
-    return value == other.value && ints == other.ints && allocates == other.allocates;
+    return value == other.value && ints == other.ints && allocated == other.allocated;
   }
 };
 
 // A call that passed the checks.
+template <typename Kind>
 struct KnownCall {
-  CallKey key;
-  py::tuple plain;         // keeps alive what the key knows by its address
-  py::object gating_type;  // of Python; a tracer's tensors are of types of their own
-  std::array<KnownTensor, kNumFusedTensors> tensors;
-  py::tuple layouts;  // an aiter.routing.buffers.Layouts, of a call that allocates
-  std::shared_ptr<const FusedLaunch> launch;
+  using Memory = std::array<void*, Kind::kNumTensors>;  // where each lies; null for an absent one
 
-  // Whether the outputs are like those of the call that is known; sets where they lie. `topk_out` is a
-  // tuple of two or None.
-  bool takes(py::handle sorted, py::handle topk_out, FusedMemory& memory) const {
-    const auto all = [&](py::handle tuple, int first, int last) {
-      if (!is_tuple_of(last - first, tuple)) return false;
-      for (int i = first; i < last; ++i) {
-        if (!tensors[i].is(PyTuple_GET_ITEM(tuple.ptr(), i - first), memory[i])) return false;
-      }
-      return true;
-    };
-    if (!all(sorted, 0, kNumSortedBuffers)) return false;
-    if (!topk_out.is_none()) return all(topk_out, kNumSortedBuffers, kNumFusedOutputs);
-    memory[kTopkWeights] = memory[kTopkIds] = nullptr;
-    return tensors[kTopkWeights].is_absent();
+  CallKey<Kind::kNumPlain> key;
+  py::tuple plain;  // keeps alive what the key knows by its address
+  py::object
+      first_type;  // of Python, of the first input; a tracer's tensors are of types of their own
+  std::array<KnownTensor, Kind::kNumTensors> tensors;
+  std::array<py::object, Kind::kNumGroups>
+      layouts;  // an aiter.routing.buffers.Layouts, if allocated
+  std::shared_ptr<const typename Kind::Launch> launch;
+
+  // Whether the tensors from `first` to `last`, a tuple of them or None, are like those of the call that
+  // is known; sets where they lie.
+  bool takes(py::handle tuple, int first, int last, Memory& memory) const {
+    if (tuple.is_none()) {
+      std::fill(memory.begin() + first, memory.begin() + last, nullptr);
+      return tensors[first].is_absent();
+    }
+    if (tensors[first].is_absent() || !is_tuple_of(last - first, tuple)) return false;
+    for (int i = first; i < last; ++i) {
+      if (!tensors[i].is(PyTuple_GET_ITEM(tuple.ptr(), i - first), memory[i])) return false;
+    }
+    return true;
   }
 
   // Whether an output shares memory with another tensor.
-  bool overlaps(const FusedMemory& memory) const {
-    MemoryRange ranges[kNumFusedTensors];
-    for (int i = 0; i < kNumFusedTensors; ++i) {
+  bool overlaps(const Memory& memory) const {
+    MemoryRange ranges[Kind::kNumTensors];
+    for (int i = 0; i < Kind::kNumTensors; ++i) {
       ranges[i] = MemoryRange::of(memory[i], tensors[i].extent_bytes);
     }
-    return find_overlap(ranges, kNumFusedTensors, kNumFusedOutputs).has_value();
+    return find_overlap(ranges, Kind::kNumTensors, Kind::kNumOutputs).has_value();
   }
 };
 
 // To be used with the GIL held.
+template <typename Kind>
 class KnownCalls {
  public:
-  // A known call like this one, as far as its outputs are not concerned, or null; sets where the other
-  // tensors lie.
-  std::shared_ptr<const KnownCall> find(const CallKey& key, py::handle gating_output,
-                                        py::handle expert_mask, py::handle num_local_tokens,
-                                        py::handle correction_bias, FusedMemory& memory) const {
-    dlpack::Tensor gating;
-    if (!detail::exchange(gating_output, gating) || gating.ndim != 2) return nullptr;
+  using Call = KnownCall<Kind>;
+  using Key = CallKey<Kind::kNumPlain>;
+  static constexpr int kNumInputs = Kind::kNumTensors - Kind::kNumOutputs;
+
+  // A known call like this one, as far as its outputs are not concerned, or null; sets where the inputs
+  // lie.
+  std::shared_ptr<const Call> find(const Key& key, const std::array<py::handle, kNumInputs>& inputs,
+                                   typename Call::Memory& memory) const {
+    dlpack::Tensor first;
+    if (!detail::exchange(inputs[0], first) || first.ndim != 2) return nullptr;
     // NOTE: held, as reading the tensors below may run Python code, which may forget the call.
-    const std::shared_ptr<const KnownCall> call =
-        calls_[place_of(key, {gating.shape[0], gating.strides[0], dlpack::packed(gating.dtype),
-                              gating.device.device_id})];
-    if (call == nullptr || !(call->key == key) ||
-        type_of(gating_output) != call->gating_type.ptr() ||
-        !call->tensors[kGatingOutput].is(gating, memory[kGatingOutput]) ||
-        !call->tensors[kExpertMask].is(expert_mask, memory[kExpertMask]) ||
-        !call->tensors[kNumLocalTokens].is(num_local_tokens, memory[kNumLocalTokens]) ||
-        !call->tensors[kCorrectionBias].is(correction_bias, memory[kCorrectionBias])) {
+    const std::shared_ptr<const Call> call =
+        calls_[place_of(key, {first.shape[0], first.strides[0], dlpack::packed(first.dtype),
+                              first.device.device_id})];
+    constexpr int kFirst = Kind::kNumOutputs;
+    if (call == nullptr || !(call->key == key) || type_of(inputs[0]) != call->first_type.ptr() ||
+        !call->tensors[kFirst].is(first, memory[kFirst])) {
       return nullptr;
+    }
+    for (int i = 1; i < kNumInputs; ++i) {
+      if (!call->tensors[kFirst + i].is(inputs[i], memory[kFirst + i])) return nullptr;
     }
     return call;
   }
@@ -184,23 +194,29 @@ class KnownCalls {
   uint64_t generation() const { return generation_; }
 
   // Remembers a call that passed the checks, unless something forgot all calls since it had begun.
-  // `layouts` are those of one that allocated, else None. Left out is what could not be told from
-  // others, or has no quick allocator.
-  void remember(uint64_t generation, const FusedTopkMoeSortingArgs& args, py::handle gating_output,
-                py::tuple plain, py::handle layouts, std::shared_ptr<const FusedLaunch> launch) {
-    if (plain.size() != CallKey::kNumPlain) {
-      throw py::type_error("plain arguments: expected " + std::to_string(CallKey::kNumPlain) +
+  // `views` are its tensors, null for an absent one; `layouts` those of the groups that it allocated, else
+  // None. Left out is what could not be told from others, or has no quick allocator.
+  void remember(uint64_t generation, const std::array<const TensorView*, Kind::kNumTensors>& views,
+                py::handle first_input, py::tuple plain,
+                const std::array<py::handle, Kind::kNumGroups>& layouts,
+                std::shared_ptr<const typename Kind::Launch> launch) {
+    if (plain.size() != Kind::kNumPlain) {
+      throw py::type_error("plain arguments: expected " + std::to_string(Kind::kNumPlain) +
                            ", got " + std::to_string(plain.size()));
     }
     if (generation != generation_) return;
-    const bool allocates = !layouts.is_none();
-    if (allocates && PyTuple_GET_ITEM(layouts.ptr(), 0) == Py_None) return;
-    CallKey::Plain objects;
+    auto call = std::make_shared<Call>();
+    uint32_t allocated = 0;
+    for (size_t group = 0; group < layouts.size(); ++group) {
+      if (layouts[group].is_none()) continue;
+      if (PyTuple_GET_ITEM(layouts[group].ptr(), 0) == Py_None) return;
+      allocated |= 1u << group;
+      call->layouts[group] = py::reinterpret_borrow<py::object>(layouts[group]);
+    }
+    typename Key::Plain objects;
     std::copy_n(plain.begin(), objects.size(), objects.begin());
-    const auto key = CallKey::of(objects, allocates);
+    const auto key = Key::of(objects, allocated);
     if (!key) return;
-    auto call = std::make_shared<KnownCall>();
-    const auto views = tensors_of(args);
     for (size_t i = 0; i < views.size(); ++i) {
       if (views[i] == nullptr) continue;
       const auto known = KnownTensor::of(*views[i]);
@@ -209,13 +225,12 @@ class KnownCalls {
     }
     call->key = *key;
     call->plain = std::move(plain);
-    call->gating_type = py::reinterpret_borrow<py::object>(type_of(gating_output));
-    if (allocates) call->layouts = py::reinterpret_borrow<py::tuple>(layouts);
+    call->first_type = py::reinterpret_borrow<py::object>(type_of(first_input));
     call->launch = std::move(launch);
-    const KnownTensor& gating = call->tensors[kGatingOutput];
+    const KnownTensor& first = call->tensors[Kind::kNumOutputs];
     const size_t place =
-        place_of(*key, {gating.shape[0], gating.stride[0], gating.dtype, gating.device_index});
-    std::shared_ptr<const KnownCall> replaced = std::move(call);
+        place_of(*key, {first.shape[0], first.stride[0], first.dtype, first.device_index});
+    std::shared_ptr<const Call> replaced = std::move(call);
     calls_[place].swap(replaced);
   }
 
@@ -230,15 +245,15 @@ class KnownCalls {
   static constexpr int kPlaceBits = 10;
 
   // By what calls of one process differ in: the plain arguments, and shape, row stride, dtype and device
-  // of the logits. A product spreads it over the high bits.
-  static size_t place_of(const CallKey& key, const std::array<int64_t, 4>& gating) {
-    uint64_t mixed = key.allocates ? 1 : 0;
+  // of the first input. A product spreads it over the high bits.
+  static size_t place_of(const Key& key, const std::array<int64_t, 4>& first) {
+    uint64_t mixed = key.allocated;
     const auto mix = [&mixed](int64_t value) {
       mixed = (mixed ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
       mixed ^= mixed >> 32;
     };
     for (const int64_t value : key.value) mix(value);
-    for (const int64_t value : gating) mix(value);
+    for (const int64_t value : first) mix(value);
     return mixed * 0x9e3779b97f4a7c15u >> (64 - kPlaceBits);
   }
 
@@ -246,7 +261,7 @@ class KnownCalls {
     return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
   }
 
-  using Table = std::array<std::shared_ptr<const KnownCall>, size_t{1} << kPlaceBits>;
+  using Table = std::array<std::shared_ptr<const Call>, size_t{1} << kPlaceBits>;
 
   Table calls_;
   uint64_t generation_ = 0;

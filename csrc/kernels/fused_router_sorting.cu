@@ -1,4 +1,6 @@
 // The checked launcher of the launch from hidden states, and of the product alone.
+//
+// Long because both share the checks, the tiles, and what of a launch is kept for later calls like it.
 #include <limits>
 #include <type_traits>
 
@@ -236,17 +238,23 @@ bool has_plain_kernel(const RowChoice& rows) {
   return has;
 }
 
-// What is launched.
+}  // namespace
+
 struct RouterLaunch {
+  RouterProduct product;
+  LaunchShape shape;
+  DeviceLimits limits;
+  int device_index;
+  int num_tokens;
+  bool in_one;  // else the product alone, which has nothing of the rest
   FusedFirst first;
   FusedParams params;
   FusedRule rule;
-  RouterProduct product;
   RowChoice rows;
   bool by_rule;
-  LaunchShape shape;
-  DeviceLimits limits;
 };
+
+namespace {
 
 RouterLaunch checked_launch(const FusedRouterSortingArgs& args) {
   const FusedTopkMoeSortingArgs& routing = args.routing;
@@ -254,8 +262,10 @@ RouterLaunch checked_launch(const FusedRouterSortingArgs& args) {
   const Problem problem = problem_of(routing);
   check_all(args, problem);
   RouterLaunch made{};
+  made.in_one = true;
   made.by_rule = problem.by_rule;
-  made.limits = device_limits(logits.device_index);
+  made.device_index = logits.device_index;
+  made.limits = device_limits(made.device_index);
   const bool is_asked = args.num_workgroups.has_value();
   const int num_workgroups =
       is_asked ? static_cast<int>(*args.num_workgroups) : made.limits.num_compute_units;
@@ -306,34 +316,6 @@ void fused_router_sorting_check(const FusedRouterSortingArgs& args) {
   check_all(args, problem_of(args.routing));
 }
 
-void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream) {
-  RouterLaunch made = checked_launch(args);
-  const int device_index = args.routing.gating_output.device_index;
-  const DeviceGuard guard(device_index);
-  const auto on_stream = static_cast<hipStream_t>(stream);
-  made.params.ticket = ticket_for(device_index, on_stream);
-  const FusedFirst& first = made.first;
-  const auto make = [&](auto kernel, const auto&... rest) {
-    launch(kernel, made.limits, made.shape, on_stream, first.gating, first.row_stride,
-           first.num_local_tokens, first.expert_mask, first.num_tokens, first.num_experts,
-           first.topk, first.tokens_per_block, first.num_threads, first.flags, made.params, rest...,
-           made.product);
-  };
-  try {
-    if (made.by_rule) {
-      make(router_rules_kernel(made.rule.row), made.rule);
-      return;
-    }
-    dispatch_rows(DType::f32, made.rows, [&](auto tag) {
-      using Rows = typename decltype(tag)::type;
-      if constexpr (HasPlainKernel<Rows>::value) make(fused_router_sorting_kernel<Rows>);
-    });
-  } catch (...) {
-    forget_arrivals(made.params.ticket);
-    throw;
-  }
-}
-
 namespace {
 
 // Calls f(kernel) with the one for the product's tile. All rounds of 7,168 items are ahead where the tile leaves
@@ -360,27 +342,93 @@ void dispatch_product(const RouterProduct& p, F f) {
   f(router_product_kernel<1, 1, 0, Items>);
 }
 
+// Of checked arguments.
+RouterLaunch product_launch(const RouterTensors& router, const TensorView& logits) {
+  RouterLaunch made{};
+  made.device_index = logits.device_index;
+  made.limits = device_limits(made.device_index);
+  made.num_tokens = static_cast<int>(logits.shape[0]);
+  made.product = product_of(kTilesAlone, router, logits, made.limits.num_compute_units);
+  made.shape.num_blocks = made.product.num_tiles;
+  made.shape.num_threads = kPartialSums;
+  made.shape.lds_bytes = lds_bytes_alone(made.product.tile);
+  made.shape.cluster_size = 1;
+  made.shape.waits_itself = true;
+  return made;
+}
+
+void make_product_launch(const RouterLaunch& made, hipStream_t stream) {
+  if (made.num_tokens == 0) return;
+  dispatch_product(made.product, [&](auto kernel) {
+    launch(kernel, made.limits, made.shape, stream, made.product, made.num_tokens);
+  });
+}
+
+void make_launch_in_one(const RouterLaunch& made, hipStream_t stream) {
+  const FusedFirst& first = made.first;
+  FusedParams params = made.params;
+  params.ticket = ticket_for(made.device_index, stream);
+  const auto make = [&](auto kernel, const auto&... rest) {
+    launch(kernel, made.limits, made.shape, stream, first.gating, first.row_stride,
+           first.num_local_tokens, first.expert_mask, first.num_tokens, first.num_experts,
+           first.topk, first.tokens_per_block, first.num_threads, first.flags, params, rest...,
+           made.product);
+  };
+  try {
+    if (made.by_rule) {
+      make(router_rules_kernel(made.rule.row), made.rule);
+      return;
+    }
+    dispatch_rows(DType::f32, made.rows, [&](auto tag) {
+      using Rows = typename decltype(tag)::type;
+      if constexpr (HasPlainKernel<Rows>::value) make(fused_router_sorting_kernel<Rows>);
+    });
+  } catch (...) {
+    forget_arrivals(params.ticket);
+    throw;
+  }
+}
+
 }  // namespace
+
+std::shared_ptr<const RouterLaunch> prepare_router_launch(const FusedRouterSortingArgs& args,
+                                                          bool in_one) {
+  if (in_one) return std::make_shared<const RouterLaunch>(checked_launch(args));
+  fused_router_sorting_check(args);
+  return std::make_shared<const RouterLaunch>(
+      product_launch(args.router, args.routing.gating_output));
+}
+
+bool is_in_one(const RouterLaunch& prepared) { return prepared.in_one; }
+
+void make_router_launch(const RouterLaunch& prepared, void* stream) {
+  const DeviceGuard guard(prepared.device_index);
+  const auto make = prepared.in_one ? make_launch_in_one : make_product_launch;
+  make(prepared, static_cast<hipStream_t>(stream));
+}
+
+void make_router_launch(const RouterLaunch& prepared, const RouterMemory& memory, void* stream) {
+  RouterLaunch moved = prepared;
+  moved.product.hidden = static_cast<const unsigned char*>(memory[kHiddenStates]);
+  moved.product.weight = static_cast<const unsigned char*>(memory[kRouterWeight]);
+  moved.product.bias = memory[kRouterBias];
+  moved.product.logits = static_cast<float*>(memory[kRouterLogits]);
+  if (prepared.in_one) {
+    move_launch(memory.data(), memory[kRouterExpertMask], memory[kRouterNumLocalTokens],
+                memory[kRouterCorrectionBias], moved.first, moved.params, moved.rule);
+  }
+  make_router_launch(moved, stream);
+}
+
+void fused_router_sorting_fwd(const FusedRouterSortingArgs& args, void* stream) {
+  make_router_launch(checked_launch(args), stream);
+}
 
 void router_product(const RouterTensors& router, const TensorView& logits_out, void* stream) {
   check_router(router, logits_out);
-  const int device_index = logits_out.device_index;
-  const DeviceLimits limits = device_limits(device_index);
-  const int64_t num_tokens = logits_out.shape[0];
-  if (num_tokens == 0) return;
-  const RouterProduct product =
-      product_of(kTilesAlone, router, logits_out, limits.num_compute_units);
-  LaunchShape shape{};
-  shape.num_blocks = product.num_tiles;
-  shape.num_threads = kPartialSums;
-  shape.lds_bytes = lds_bytes_alone(product.tile);
-  shape.cluster_size = 1;
-  shape.waits_itself = true;
-  const DeviceGuard guard(device_index);
-  dispatch_product(product, [&](auto kernel) {
-    launch(kernel, limits, shape, static_cast<hipStream_t>(stream), product,
-           static_cast<int>(num_tokens));
-  });
+  make_router_launch(product_launch(router, logits_out), stream);
 }
+
+bool is_current_device(int device_index) { return current_device() == device_index; }
 
 }  // namespace aiter

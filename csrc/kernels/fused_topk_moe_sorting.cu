@@ -218,20 +218,8 @@ void make_fused_launch(const FusedLaunch& prepared, void* stream) {
 
 void make_fused_launch(const FusedLaunch& prepared, const FusedMemory& memory, void* stream) {
   FusedLaunch moved = prepared;
-  SortParams& sort = moved.params.sort;
-  sort.sorted_ids = static_cast<int32_t*>(memory[kSortedIds]);
-  sort.sorted_weights = static_cast<float*>(memory[kSortedWeights]);
-  sort.sorted_expert_ids = static_cast<int32_t*>(memory[kSortedExpertIds]);
-  sort.num_valid_ids = static_cast<int32_t*>(memory[kNumValidIds]);
-  sort.moe_buf = static_cast<unsigned char*>(memory[kMoeBuf]);
-  sort.expert_mask = static_cast<const int32_t*>(memory[kExpertMask]);
-  sort.num_local_tokens = static_cast<const int32_t*>(memory[kNumLocalTokens]);
-  moved.first.gating = memory[kGatingOutput];
-  moved.first.num_local_tokens = sort.num_local_tokens;
-  moved.first.expert_mask = sort.expert_mask;
-  moved.rule.row.bias = memory[kCorrectionBias];
-  moved.rule.topk_weights = static_cast<float*>(memory[kTopkWeights]);
-  moved.rule.topk_ids = static_cast<int32_t*>(memory[kTopkIds]);
+  move_launch(memory.data(), memory[kExpertMask], memory[kNumLocalTokens], memory[kCorrectionBias],
+              moved.first, moved.params, moved.rule);
   make_fused_launch(moved, stream);
 }
 

@@ -32,6 +32,7 @@ from aiter.cli import (
     selftest,
     tune,
     tune_experts,
+    tune_router,
 )
 from aiter.cli.main import OWN_PARSERS, main, make_parser, verbs
 from aiter.jit import compilers, paths
@@ -158,15 +159,17 @@ def _stub_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(layers: Any, chosen: Any, device: Any, record: demo.Record) -> None:
         record.routing_us, record.experts_us, record.paths = [1.0], [1.0], {"fused"}
 
-    for module in (explain, tune, demo):
+    for module in (explain, tune, tune_router, demo):
         monkeypatch.setattr(module, "fused_topk_moe_sorting_max_tokens", lambda *a, **o: 64)
-    monkeypatch.setattr(explain, "fused_router_sorting_max_tokens", lambda *a, **o: 64)
+    for module in (explain, tune_router):
+        monkeypatch.setattr(module, "fused_router_sorting_max_tokens", lambda *a, **o: 64)
     monkeypatch.setattr(explain, "moe_sorting_opus_get_workspace_size", lambda *a, **o: 0)
     monkeypatch.setattr(explain.fused_moe, "topk_softmax_sorting", route)
     monkeypatch.setattr(
         tune, "device_clock", lambda *a: lambda shape, m, used: {path: 1.0 for path in used}
     )
-    monkeypatch.setattr(tune.tuned, "keep", lambda device, measured: Path("kept"))
+    monkeypatch.setattr(tune_router, "device_clock", lambda *a: lambda shape, m: (1.0, 2.0))
+    monkeypatch.setattr(tune.tuned, "keep", lambda device, measured, kind: Path("kept"))
     monkeypatch.setattr(selftest, "_report", lambda *arguments: None)
     monkeypatch.setattr(demo, "_make_layer", lambda *arguments: None)
     monkeypatch.setattr(demo, "_warm_up", lambda *arguments: None)
@@ -202,10 +205,12 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
         return demo_model.make_parser()
     if verb == "tune --experts":
         return tune_experts.make_parser()
+    if verb == "tune --router":
+        return tune_router.make_parser()
     return MODULES[verb].make_parser() if verb in MODULES else verbs(make_parser())[verb]
 
 
-VERBS = [*verbs(make_parser()), "demo --model", "tune --experts"]
+VERBS = [*verbs(make_parser()), "demo --model", "tune --experts", "tune --router"]
 
 
 def test_every_verb_is_drawn() -> None:
@@ -239,6 +244,11 @@ REFUSED = [
     (["demo", "--model", "mixtral", "--layers", "0"], "argument --layers: expected"),
     (["explain", "--tokens", "0", "--experts", "4", "--topk", "1"], "argument --tokens: expected"),
     (["tune", "--tokens", "4,0"], "argument --tokens: expected M,M,..., each from 1"),
+    (["tune", "--router", "64,8"], "argument --router: expected D',E,K or several of these"),
+    (["tune", "--router", "64,8,2,9"], "argument --router: expected D',E,K or several of these"),
+    (["tune", "--router=64,8,9"], "argument --router: expected 1 <= K <= E, got '64,8,9'"),
+    (["tune", "--router", "64,8,2", "--tokens", "1,65"], "argument --tokens: expected M,M,..., each"),
+    (["tune", "--router", "99999999,99999999,2", "--device", "cpu"], "fit the memory"),
     (["tune", "--shape", "4,5,64"], "argument --shape: expected 1 <= K <= E, got '4,5,64'"),
     (["explain", "--tokens", "1", "--experts", "4", "--topk", "5"], "argument --topk: expected at mo"),
     (["demo", "--experts", "4", "--topk", "5"], "--topk: expected at most --experts, which is 4"),

@@ -82,6 +82,29 @@ def test_a_wrong_op_fails(
     assert CHECKS["expert_load"](CPU) == "load: expected the counts of the ids, got others"
 
 
+@pytest.mark.parametrize("way", ["automatic", "one launch", "two launches"])
+def test_wrong_logits_are_seen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    right = selftest_checks.reference.router_logits
+
+    def wrong(*arguments: torch.Tensor) -> torch.Tensor:
+        return right(*arguments).nextafter(torch.tensor(9.0))
+
+    monkeypatch.setattr(selftest_checks.reference, "router_logits", wrong)
+    assert "logits: expected the bits" in CHECKS[f"hidden states, {way}"](CPU)
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [("one launch", "fused_router_sorting_fwd"), ("two launches", "router_product")],
+)
+def test_a_wrong_launch_from_hidden_states_is_seen(
+    monkeypatch: pytest.MonkeyPatch, way: str, name: str
+) -> None:
+    """Each way makes the launch that it is named after."""
+    monkeypatch.setattr(selftest_checks, name, lambda *arguments, **options: None)
+    assert "M=1 D'=2880 E=128 K=4" in CHECKS[f"hidden states, {way}"](CPU)
+
+
 @pytest.mark.parametrize(
     ("index", "value", "message"),
     [

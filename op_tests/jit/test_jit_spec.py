@@ -32,6 +32,22 @@ def test_defaults(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("built_for", TARGETS, ids=lambda target: target.kind)
+def test_every_op_is_in_the_packages_own_config(built_for: Target) -> None:
+    """What `build --all`, wheels and `warmup` go by: what the ops ask for, no more and no less."""
+    ops = Path(paths.__file__).parents[1] / "ops"
+    asked = {
+        name
+        for source in ops.glob("*.py")
+        for name in re.findall(r'"(module_[a-z_]+)"', source.read_text())
+    }
+    names = module_names(paths.config_path(), paths.csrc_dir())
+    assert asked == set(names) and len(names) == len(asked)
+    for name in names:
+        loaded = load_spec(paths.config_path(), name, paths.csrc_dir(), built_for)
+        assert f"{name.removeprefix('module_')}_pybind.cpp" in {src.name for src in loaded.srcs}
+
+
+@pytest.mark.parametrize("built_for", TARGETS, ids=lambda target: target.kind)
 def test_the_packages_own_config_is_valid(built_for: Target) -> None:
     names = module_names(paths.config_path(), paths.csrc_dir())
     assert names[0] == "module_fused_topk_moe_sorting"

@@ -21,8 +21,10 @@ from launches import Device  # noqa: E402
 from router_calls import run_router  # noqa: E402
 from router_launches import choose_tile, op_of  # noqa: E402
 from targets import Target  # noqa: E402
+from write_router import GPUS, Gpu, _of_one_unit  # noqa: E402
 
 from aiter.jit.device_kernels import ARCHS  # noqa: E402
+from aiter.routing import modelled_router  # noqa: E402
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # The case, D' and the number of workgroups: every tile and every way to read rows.
@@ -58,3 +60,13 @@ def test_tiles_are_those_of_the_names() -> None:
     assert [choose_tile(1, 8, 3, bf16), choose_tile(3, 8, 9, bf16)] == [(1, 1), (4, 1)]
     assert [choose_tile(9, 8, 8, bf16), choose_tile(16, 8, 2, bf16)] == [(4, 4), (8, 4)]
     assert [choose_tile(4, 8, 5, wide), choose_tile(2, 8, 20, wide)] == [(4, 1), (1, 1)]
+
+
+def test_a_unit_gets_its_share_of_the_product() -> None:
+    """Of four tiles of 8 x 8: the first, or every second; all units together get every tile once."""
+    hidden, weight = torch.zeros(16, 8), torch.zeros(16, 8)
+    assert _of_one_unit(hidden, weight, Gpu("a test", 4, 1.0)) == (0,)
+    assert _of_one_unit(hidden, weight, Gpu("a test", 2, 1.0)) == (0, 2)
+    assert set(GPUS) == set(modelled_router.ROWS)
+    for rows in modelled_router.ROWS.values():
+        assert all(most in (0, 1, 4, 16, 64) for *_, most in rows)

@@ -10,8 +10,10 @@ start at once, have a compute unit each and a share of the same size, so that th
 share when any of them does. One workgroup with a full share is replayed, in the place of the one that
 arrives last: its product, its stores to the device's memory, the trip to the ticket, the loads of the
 logits that others have left there, and the routing: the arrival of the last share + the hand-over + the
-routing. The fused launch behind our own product is as `write_model.py` has modelled and kept it, which
-is to be run before this where that launch has changed.
+routing. Our own product has a workgroup for every tile: where that is more than there are compute
+units, those that a unit gets are replayed on it together, in step from barrier to barrier. The fused
+launch behind it is as `write_model.py` has modelled and kept it, which is to be run before this where
+that launch has changed.
 
 What that leaves out, beside what `model` does: that all workgroups arrive at one address, and the
 memory's bandwidth. Every segment comes after the latency of memory, however many workgroups ask at
@@ -37,7 +39,13 @@ from amdgcn.timing import LAUNCH_GAP_US, Program, Timing, replay  # noqa: E402
 from crossovers import Table  # noqa: E402
 from launches import Device  # noqa: E402
 from model import BLOCK_SIZE, Routed, _outputs  # noqa: E402
-from router_launches import fused_router_sorting_fwd, router_product  # noqa: E402
+from router_launches import (  # noqa: E402
+    BF16,
+    TILES_ALONE,
+    choose_tile,
+    fused_router_sorting_fwd,
+    router_product,
+)
 from torch import Tensor  # noqa: E402
 
 from aiter import reference  # noqa: E402
@@ -63,7 +71,8 @@ class Gpu:
 
     Attributes:
         name: for people.
-        compute_units: as HIP counts them, which is what the launcher goes by.
+        compute_units: as HIP counts them, which is what the launcher goes by; from gfx10 on workgroup
+            processors, of two compute units each.
         terabytes: per second, the peak of its memory by AMD's data sheet.
     """
 
@@ -72,7 +81,7 @@ class Gpu:
     terabytes: float
 
 
-GPUS = {"gfx942": Gpu("MI300X", 304, 5.3)}
+GPUS = {"gfx942": Gpu("MI300X", 304, 5.3), "gfx1201": Gpu("RX 9070 XT", 32, 0.64)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def times(arch: str, width: int, routed: Routed, kept: Table) -> Times:
     hidden = torch.randn(routed.tokens, width, generator=generator).bfloat16()
     weight = (torch.randn(routed.num_experts, width, generator=generator) / width**0.5).bfloat16()
     logits = reference.router_logits(hidden, weight)
-    product = Device(arch, traced=True, workgroups=_OnlyTheFirst())
+    product = Device(arch, traced=True, workgroups=_Only(_of_one_unit(hidden, weight, gpu)))
     router_product(product, hidden, weight, logits.clone(), compute_units=gpu.compute_units)
     num_bytes = (hidden.numel() + weight.numel()) * hidden.element_size()
     return Times(
@@ -116,7 +125,7 @@ def _one_launch(
     outputs = _outputs(routed)
     found = logits.clone()
     units = GPUS[arch].compute_units
-    device = Device(arch, traced=True, workgroups=_OnlyTheFirst())
+    device = Device(arch, traced=True, workgroups=_Only((0,)))
     fused_router_sorting_fwd(
         device, hidden, weight, found, *outputs, routed.num_experts, routed.topk, BLOCK_SIZE,
         num_workgroups=units, arrived=units - 1,
@@ -131,18 +140,27 @@ def _one_launch(
     return _timing(device)
 
 
-class _OnlyTheFirst(dict[str, tuple[int, ...]]):
-    """Workgroup 0 of any kernel."""
+def _of_one_unit(hidden: Tensor, weight: Tensor, gpu: Gpu) -> tuple[int, ...]:
+    """The workgroups of our own product that the first compute unit gets."""
+    rows, experts = choose_tile(len(hidden), len(weight), gpu.compute_units, BF16, TILES_ALONE)
+    num_tiles = -(-len(hidden) // rows) * -(-len(weight) // experts)
+    return tuple(range(0, num_tiles, gpu.compute_units))
+
+
+class _Only(dict[str, tuple[int, ...]]):
+    """The same workgroups of any kernel."""
+
+    def __init__(self, workgroups: tuple[int, ...]) -> None:
+        self.workgroups = workgroups
 
     def get(self, key: str, default: object = None) -> tuple[int, ...]:  # type: ignore[override]
-        return (0,)
+        return self.workgroups
 
 
 def _timing(device: Device) -> Timing:
     ((_, statistics),) = device.statistics.items()
     program = Program.of(statistics.instructions, device.arch)
-    (traces,) = statistics.traces.values()
-    return replay(program, traces)
+    return replay(program, [trace for traces in statistics.traces.values() for trace in traces])
 
 
 def worst_table(kernels: list[KernelCode]) -> str:
