@@ -54,6 +54,8 @@ class Tile:
     desc: bool = False
     prefetch: int = 0
     persistent: int = 0
+    halves: bool = False
+    tails: bool = False
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
             ("WEIGHT_FIRST", call.weight_first), ("COMPLETE", call.complete), ("TWO", two),
             ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
-            ("PERSISTENT", bool(tile.persistent)),
+            ("PERSISTENT", bool(tile.persistent)), ("HALVES", _halves(call, tile)),
         ),
         _options(call.device, tile.warps, tile.stages),
     )  # fmt: skip
@@ -240,7 +240,8 @@ def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], An
             ("OVERLAP", overlaps(call.device)), ("PREFETCH", _prefetch(call, tile)),
             ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
-            ("PERSISTENT", bool(tile.persistent)),
+            ("PERSISTENT", bool(tile.persistent)), ("HALVES", _halves(call, tile)),
+            ("TAIL", 0 if desc else _tail(model_dim, tile)),
         ),
         _options(call.device, tile.warps, tile.stages),
     )  # fmt: skip
@@ -322,6 +323,17 @@ def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, 
         ("num_warps", warps), ("num_stages", stages), ("enable_fp_fusion", True),
     )  # fmt: skip
     return (*options, ("launch_pdl", True)) if overlaps(device) else options
+
+
+def _halves(call: Call, tile: Tile) -> bool:
+    """Whether a row tile whose second half is padding is multiplied as half a tile."""
+    return tile.halves and not tile.persistent and call.block % tile.rows == 0
+
+
+def _tail(width: int, tile: Tile) -> int:
+    """Columns of a last tile that needs at most half of the others', 0 if it needs more."""
+    rest = _power(width % tile.columns) if width % tile.columns else tile.columns
+    return max(16, rest) if tile.tails and not tile.persistent and 2 * rest <= tile.columns else 0
 
 
 def _prefetch(call: Call, tile: Tile) -> int:
