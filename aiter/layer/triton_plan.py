@@ -326,14 +326,19 @@ def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, 
 
 
 def _halves(call: Call, tile: Tile) -> bool:
-    """Whether a row tile whose second half is padding is multiplied as half a tile."""
-    return tile.halves and not tile.persistent and call.block % tile.rows == 0
+    """Whether a row tile whose second half is padding is multiplied as half a tile.
+
+    Not where a block ends within the tile; and a product has 16 rows at least.
+    """
+    return tile.halves and not tile.persistent and tile.rows >= 32 and call.block % tile.rows == 0
 
 
 def _tail(width: int, tile: Tile) -> int:
-    """Columns of a last tile that needs at most half of the others', 0 if it needs more."""
-    rest = _power(width % tile.columns) if width % tile.columns else tile.columns
-    return max(16, rest) if tile.tails and not tile.persistent and 2 * rest <= tile.columns else 0
+    """Columns of a narrower last tile; 0 if it needs more than half of the others' columns."""
+    rest = max(16, _power(width % tile.columns))
+    if not tile.tails or tile.persistent or not width % tile.columns or 2 * rest > tile.columns:
+        return 0
+    return rest
 
 
 def _prefetch(call: Call, tile: Tile) -> int:
