@@ -43,6 +43,7 @@ class Tile:
         desc: weights by tensor descriptors, where the device and the strides allow it.
         prefetch: lines of 128 bytes per column that the second product asks for before it waits.
         persistent: programs per multiprocessor that share the tiles; 0 for a program per tile.
+        specialised: warps of their own load (`triton_hopper`), where the device and the layer allow it.
         halves: a row tile whose second half is padding is multiplied as half a tile.
         tails: a last column tile of the second product that needs at most half of the columns is
             multiplied as a narrower one.
@@ -57,6 +58,7 @@ class Tile:
     desc: bool = False
     prefetch: int = 0
     persistent: int = 0
+    specialised: bool = False
     halves: bool = False
     tails: bool = False
 

@@ -435,10 +435,12 @@ def second_product(
 
 
 @triton.jit
-def _weighted(entry, place, sorted_weights, row, n, D: tl.constexpr,
-              WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr):  # fmt: skip
-    """Row `row` of `entry` in float32, weighted; zero if it is not there."""
+def _weighted(entry, place, sorted_weights, row, n, D: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+              COMPLETE: tl.constexpr, BY_SLOT: tl.constexpr):  # fmt: skip
+    """Entry `row`, which lies in its slot if BY_SLOT, in float32, weighted; zero if it is nowhere."""
     slot = tl.load(place + row)
+    if BY_SLOT:
+        row = slot.to(tl.int64)
     here = n < D
     if not COMPLETE:
         here = (n < D) & (slot + tl.zeros_like(n) >= 0)
@@ -455,7 +457,7 @@ def _weighted(entry, place, sorted_weights, row, n, D: tl.constexpr,
 def sum_over_slots(
     entry, place, sorted_weights, out,
     D: tl.constexpr, TOPK: tl.constexpr, WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr,
-    OVERLAP: tl.constexpr, BN: tl.constexpr,
+    BY_SLOT: tl.constexpr, OVERLAP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [M, D]; a program is BN columns of one token."""
     COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
@@ -469,10 +471,14 @@ def sum_over_slots(
     first = token.to(tl.int64) * TOPK
     if TOPK <= UNROLLED:
         for k in tl.static_range(TOPK):
-            acc += _weighted(entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE)
+            acc += _weighted(
+                entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE, BY_SLOT
+            )  # fmt: skip
     else:
         for k in range(TOPK):
-            acc += _weighted(entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE)
+            acc += _weighted(
+                entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE, BY_SLOT
+            )  # fmt: skip
     tl.store(out + token.to(tl.int64) * D + n, acc.to(out.dtype.element_ty), mask=n < D)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..routing.buffers import Layouts, scratch_layouts
-from . import triton_configs, triton_tuned
+from . import triton_configs, triton_specialised, triton_tuned
 from .triton_configs import Family, Layout, Row, Tile
 from .triton_launch import ALIGNMENT, TYPES, Kernel, Place, address, itself, make_launch
 from .types import ActivationType
@@ -164,6 +164,7 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
         first_tile = replace(first_tile, columns=first_tile.columns // 2, desc=False)
     first, describe1 = first_kernel(call, first_tile)
     second, describe2 = second_kernel(call, row.second)
+    by_slot = second.name == triton_specialised.NAME
     columns = min(SUM_COLUMNS, _power(model_dim))
     last = Kernel(
         "sum_over_slots",
@@ -171,23 +172,34 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
         (True,) * 4,
         (
             ("D", model_dim), ("TOPK", call.topk), ("WEIGHT_FIRST", call.weight_first),
-            ("COMPLETE", call.complete), ("OVERLAP", overlaps(call.device)), ("BN", columns),
+            ("COMPLETE", call.complete), ("BY_SLOT", by_slot), ("OVERLAP", overlaps(call.device)),
+            ("BN", columns),
         ),
         _options(call.device, 4, 1),
     )  # fmt: skip
 
-    def programs(tile: Tile, width: int) -> int:
-        tiles = blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
-        return min(tiles, tile.persistent * processors(call.device)) if tile.persistent else tiles
+    def launch(kernel: Kernel, tile: Tile, width: int) -> Callable[..., None]:
+        programs = blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
+        shared = kernel.name == triton_specialised.NAME or tile.persistent
+        if shared:
+            programs = min(programs, max(1, tile.persistent) * processors(call.device))
+        return make_launch(kernel, programs, call.device)
 
+    first_launch = launch(first, first_tile, inter)
+    second_launch = launch(second, row.second, model_dim)
+    slots = blocks * call.block
+    if first.name == triton_specialised.NAME:
+        first_launch = triton_specialised.first_launch(first_launch, call, first_tile, slots)
+    if by_slot:
+        second_launch = triton_specialised.second_launch(second_launch, call, row.second, slots)
     return _assemble(
         call,
         (
-            make_launch(first, programs(first_tile, inter), call.device),
-            make_launch(second, programs(row.second, model_dim), call.device),
+            first_launch,
+            second_launch,
             make_launch(last, call.tokens * _tiles(model_dim, columns), call.device),
         ),
-        ((blocks * call.block, inter), (entries, model_dim), (entries,)),
+        ((slots, inter), (slots if by_slot else entries, model_dim), (entries,)),
         call.dtype,
         (describe1, describe2),
     )
@@ -195,6 +207,9 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
 
 def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`first_product` for a call, and what makes its weights' argument."""
+    if triton_specialised.specialised(call, tile, True, _capability(call.device)):
+        tail = _tail(call.shape2[2], tile)
+        return triton_specialised.hopper_kernel(call, tile, True, tail)
     _, width, model_dim = call.shape1
     inter = call.shape2[2]
     gated = width == 2 * inter
@@ -225,6 +240,9 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
 
 def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`second_product` for a call, and what makes its weights' argument."""
+    if triton_specialised.specialised(call, tile, False, _capability(call.device)):
+        tail = _tail(call.shape2[1], tile)
+        return triton_specialised.hopper_kernel(call, tile, False, tail)
     _, model_dim, inter = call.shape2
     desc = tile.desc and _describable(call, call.strides2)
     weight, describe = _weight(call, call.strides2, tile.columns, tile.inner, desc)
@@ -309,13 +327,16 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _capability(device: torch.device) -> int:
+    """Major compute capability of an NVIDIA GPU, 0 of everything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may start up before the one in front of it is over."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] >= 9
-    )
+    return _capability(device) >= 9
 
 
 def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, Any], ...]:
@@ -364,7 +385,8 @@ def _weight(
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         view = weight if by_inner else weight.transpose(1, 2)
-        return TensorDescriptor(Place(weight), list(view.shape), list(view.stride()), box)
+        place = Place(weight.data_ptr(), weight.dtype)
+        return TensorDescriptor(place, list(view.shape), list(view.stride()), box)
 
     return f"tensordesc<{TYPES[call.dtype]}{box}>", describe
 
