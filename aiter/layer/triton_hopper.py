@@ -14,8 +14,13 @@ when its copies have, and the descriptor's bytes count), `empty[stage]` that of 
 
 A tile is BM slots of one block by WIDTH columns of the weights. A block's slots are filled from the
 front: a second half of a tile's slots that is padding is not multiplied (HALVES), and padding rows are
-not loaded. The last column tile is multiplied as TAIL columns if that is not 0. A store is a box of BM
-rows all the same: what it writes to padding rows of the output is never read.
+not loaded. A store is a box of BM rows all the same: what it writes to padding rows is never read.
+
+Programs take every num_programs-th tile, so those at work share weights and rows in the L2 as long as
+their tiles take equally long. Half tiles end that: the first product of Qwen3 loses 12 % by them
+(M=8192: 809 us against 724), although it multiplies 5 % less, and never takes them. The second product,
+whose weights are smaller, gains (398 against 439). The form in which Triton itself gives the loads to
+other warps (`tl.range(warp_specialize=True)`, 3.6) takes no gathered rows, and hung where it compiled.
 
 Both outputs lie in the order of the slots: `middle` [slots, INTER] and `entry` [slots, D], where
 `sum_over_slots` finds a token's entries by `place`, which the second product writes.
@@ -135,30 +140,22 @@ def _gated(gate, up, ACTIVATION: gl.constexpr, LIMIT: gl.constexpr):
 
 
 @gluon.jit
-def _weights_of(smem, stage, TAKEN: gl.constexpr, WIDTH: gl.constexpr, BY_INNER: gl.constexpr):
-    """The first TAKEN of a stage's WIDTH columns, as [BK, TAKEN]."""
-    w = smem.index(stage)
+def _weights_of(smem, stage, BY_INNER: gl.constexpr):
+    """A stage's weights as [BK, columns]."""
     if BY_INNER:
-        if TAKEN < WIDTH:
-            w = w.slice(0, TAKEN, dim=0)
-        return w.permute((1, 0))
+        return smem.index(stage).permute((1, 0))
     else:
-        if TAKEN < WIDTH:
-            w = w.slice(0, TAKEN, dim=1)
-        return w
+        return smem.index(stage)
 
 
 @gluon.jit
-def _store_tile(value, to, smem, row, column, BM: gl.constexpr, OUT: gl.constexpr,
-                ROWS: gl.constexpr, TAKEN: gl.constexpr):  # fmt: skip
-    """Begins to store ROWS by TAKEN values; waits for the store before it to have read its own."""
+def _store_tile(value, to, smem, row, column, BM: gl.constexpr, ROWS: gl.constexpr):
+    """Begins to store ROWS rows of a tile; waits for the store before it to have read its own."""
     tma.store_wait(0)
     barrier()
     part = smem
     if ROWS < BM:
         part = part.slice(0, ROWS, dim=0)
-    if TAKEN < OUT:
-        part = part.slice(0, TAKEN, dim=1)
     part.store(value)
     fence_async_shared()
     barrier()
@@ -172,16 +169,16 @@ def _multiply_tile(
     FIRST: gl.constexpr, STEPS: gl.constexpr, BIAS_E: gl.constexpr, BIAS_COLUMNS: gl.constexpr,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, LIMIT: gl.constexpr,
     BY_INNER: gl.constexpr, TWO: gl.constexpr, BM: gl.constexpr, WIDTH: gl.constexpr,
-    OUT: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, TAKEN: gl.constexpr,
+    OUT: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by TAKEN columns of a tile; returns the stages that were read so far."""
+    """ROWS rows of a tile; returns the stages that were read so far."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0],
         [8, 1] if ROWS == 128 else [4, 2],
-        [16, TAKEN if ROWS == 128 else TAKEN // 2, 16],
+        [16, WIDTH if ROWS == 128 else WIDTH // 2, 16],
     )
-    acc = gl.zeros((ROWS, TAKEN), gl.float32, SUMS)
-    acc_up = gl.zeros((ROWS, TAKEN if TWO else 1), gl.float32, SUMS)
+    acc = gl.zeros((ROWS, WIDTH), gl.float32, SUMS)
+    acc_up = gl.zeros((ROWS, WIDTH if TWO else 1), gl.float32, SUMS)
     for step in range(STEPS):
         stage = count % STAGES
         mbarrier.wait(ready.index(stage), (count // STAGES) & 1)
@@ -189,10 +186,10 @@ def _multiply_tile(
         x = x_smem.index(stage)
         if ROWS < BM:
             x = x.slice(0, ROWS, dim=0)
-        w = _weights_of(w_smem, stage, TAKEN, WIDTH, BY_INNER)
+        w = _weights_of(w_smem, stage, BY_INNER)
         acc = warpgroup_mma(x, w, acc, is_async=True)
         if TWO:
-            w = _weights_of(up_smem, stage, TAKEN, WIDTH, BY_INNER)
+            w = _weights_of(up_smem, stage, BY_INNER)
             acc_up = warpgroup_mma(x, w, acc_up, is_async=True)
             acc, acc_up = warpgroup_mma_wait(2, deps=[acc, acc_up])
         else:
@@ -208,7 +205,7 @@ def _multiply_tile(
     dtype: gl.constexpr = to.dtype
     if HAS_BIAS:
         expert = gl.load(sorted_expert_ids + row_tile).to(gl.int64)
-        n = tile * WIDTH + gl.arange(0, TAKEN, gl.SliceLayout(0, SUMS))
+        n = tile * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, SUMS))
         row = bias + expert * BIAS_E
         here = gl.load(row + n, mask=n < BIAS_COLUMNS, other=0.0)
         acc += here.to(dtype).to(gl.float32)[None, :]
@@ -219,13 +216,11 @@ def _multiply_tile(
         if TWO:
             value = _gated(acc, acc_up, ACTIVATION, LIMIT)
         else:
-            gate, up = gl.split(gl.reshape(acc, (ROWS, TAKEN // 2, 2)))
+            gate, up = gl.split(gl.reshape(acc, (ROWS, WIDTH // 2, 2)))
             value = _gated(gate, up, ACTIVATION, LIMIT)
     else:
         value = acc
-    _store_tile(
-        value.to(dtype), to, out_smem, row_tile * BM, tile * OUT, BM, OUT, ROWS, value.shape[1]
-    )
+    _store_tile(value.to(dtype), to, out_smem, row_tile * BM, tile * OUT, BM, ROWS)
     return count
 
 
@@ -237,7 +232,7 @@ def _multiply_tiles(
     BIAS_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
     LIMIT: gl.constexpr, BY_INNER: gl.constexpr, TWO: gl.constexpr, COLUMN_TILES: gl.constexpr,
     BM: gl.constexpr, WIDTH: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, HALVES: gl.constexpr, TAIL: gl.constexpr,
+    STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """What the multiplying warps do."""
     count = 0
@@ -248,27 +243,17 @@ def _multiply_tiles(
             half = ((middle_id >> TOKEN_BITS) & 255) >= TOPK
         else:
             half: gl.constexpr = False
-        if TAIL:
-            tail = tile == COLUMN_TILES - 1
-        else:
-            tail: gl.constexpr = False
-        if tail:
+        if half:
             count = _multiply_tile(
                 count, row_tile, tile, bias, sorted_expert_ids, to, x_smem, w_smem, up_smem,
                 out_smem, ready, empty, FIRST, STEPS, BIAS_E, BIAS_COLUMNS, HAS_BIAS, ACTIVATION,
-                LIMIT, BY_INNER, TWO, BM, WIDTH, OUT, STAGES, BM, TAIL,
-            )  # fmt: skip
-        elif half:
-            count = _multiply_tile(
-                count, row_tile, tile, bias, sorted_expert_ids, to, x_smem, w_smem, up_smem,
-                out_smem, ready, empty, FIRST, STEPS, BIAS_E, BIAS_COLUMNS, HAS_BIAS, ACTIVATION,
-                LIMIT, BY_INNER, TWO, BM, WIDTH, OUT, STAGES, BM // 2, WIDTH,
+                LIMIT, BY_INNER, TWO, BM, WIDTH, OUT, STAGES, BM // 2,
             )  # fmt: skip
         else:
             count = _multiply_tile(
                 count, row_tile, tile, bias, sorted_expert_ids, to, x_smem, w_smem, up_smem,
                 out_smem, ready, empty, FIRST, STEPS, BIAS_E, BIAS_COLUMNS, HAS_BIAS, ACTIVATION,
-                LIMIT, BY_INNER, TWO, BM, WIDTH, OUT, STAGES, BM, WIDTH,
+                LIMIT, BY_INNER, TWO, BM, WIDTH, OUT, STAGES, BM,
             )  # fmt: skip
     tma.store_wait(0)
 
@@ -281,7 +266,6 @@ def hopper_product(
     ACTIVATION: gl.constexpr, LIMIT: gl.constexpr, BY_INNER: gl.constexpr, TWO: gl.constexpr,
     COMPLETE: gl.constexpr, BM: gl.constexpr, WIDTH: gl.constexpr, BK: gl.constexpr,
     OUT: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    TAIL: gl.constexpr,
 ):  # fmt: skip
     """`middle` of rows of `hidden` (FIRST), or `entry` of rows of `middle`.
 
@@ -321,7 +305,7 @@ def hopper_product(
                 bias, sorted_ids, sorted_expert_ids, to, x_smem, w_smem, up_smem, out_smem, ready,
                 empty, row_tiles, tiles, FIRST, INNER // BK, TOPK, BIAS_E,
                 COLUMNS * (2 if FIRST and not TWO else 1), HAS_BIAS, ACTIVATION, LIMIT, BY_INNER, TWO,
-                COLUMN_TILES, BM, WIDTH, OUT, GROUP, STAGES, HALVES, TAIL,
+                COLUMN_TILES, BM, WIDTH, OUT, GROUP, STAGES, HALVES,
             )),
             (_load_tiles, (
                 source, w, sorted_ids, sorted_expert_ids, place, x_smem, w_smem, up_smem, ready,

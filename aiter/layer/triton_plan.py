@@ -208,8 +208,7 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
 def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`first_product` for a call, and what makes its weights' argument."""
     if triton_specialised.specialised(call, tile, True, _capability(call.device)):
-        tail = _tail(call.shape2[2], tile)
-        return triton_specialised.hopper_kernel(call, tile, True, tail)
+        return triton_specialised.hopper_kernel(call, tile, True)
     _, width, model_dim = call.shape1
     inter = call.shape2[2]
     gated = width == 2 * inter
@@ -241,8 +240,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
 def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`second_product` for a call, and what makes its weights' argument."""
     if triton_specialised.specialised(call, tile, False, _capability(call.device)):
-        tail = _tail(call.shape2[1], tile)
-        return triton_specialised.hopper_kernel(call, tile, False, tail)
+        return triton_specialised.hopper_kernel(call, tile, False)
     _, model_dim, inter = call.shape2
     desc = tile.desc and _describable(call, call.strides2)
     weight, describe = _weight(call, call.strides2, tile.columns, tile.inner, desc)

@@ -65,9 +65,7 @@ def specialised(call: Call, tile: Tile, first: bool, capability: int) -> bool:
     )
 
 
-def hopper_kernel(
-    call: Call, tile: Tile, first: bool, tail: int
-) -> tuple[Kernel, Callable[[Tensor], Any]]:
+def hopper_kernel(call: Call, tile: Tile, first: bool) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """The product as `hopper_product`, and what makes its weights' argument."""
     shape, strides = (call.shape1, call.strides1) if first else (call.shape2, call.strides2)
     bias = call.bias1 if first else call.bias2
@@ -100,8 +98,7 @@ def hopper_kernel(
             ("LIMIT", call.limit if call.activation == ActivationType.Swiglu else 0.0),
             ("BY_INNER", by_inner), ("TWO", two), ("COMPLETE", call.complete), ("BM", tile.rows),
             ("WIDTH", width), ("BK", tile.inner), ("OUT", tile.columns), ("GROUP", tile.group),
-            ("STAGES", tile.stages), ("HALVES", tile.halves),
-            ("TAIL", tail * (width // tile.columns)),
+            ("STAGES", tile.stages), ("HALVES", tile.halves and not first),
         ),
         (("num_warps", tile.warps), ("enable_fp_fusion", True), ("launch_pdl", True)),
     )  # fmt: skip
