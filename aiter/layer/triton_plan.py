@@ -7,6 +7,8 @@ server compiles as many variants as there are rows, and plans are cheap: they sh
 
 Sizes and strides are constants of the kernels: all layers of a model have the same, and the compiler
 leaves out masks, folds the multiplications away and sees which loads are contiguous. M is none.
+
+Long because every kernel's constants are written out where its launch is made.
 """
 
 from __future__ import annotations
