@@ -1,9 +1,10 @@
 """Which launches are a layer on the Triton backend? A pure function of what its tensors are like.
 
-A `Call` is everything that decides, a `Plan` the launches with their grids and the layout of what lies
-between them: made once per call's shape, found again by one lookup. It depends on M through the grids
-alone, which are upper bounds, and through the row of tiles that M leads to (`triton_configs`). So a
-server compiles as many variants as there are rows, and plans are cheap: they share the compiled kernels.
+A `Call` is everything that decides (`triton_call`), a `Plan` the launches with their grids and the layout
+of what lies between them: made once per call's shape, found again by one lookup. It depends on M through
+the grids alone, which are upper bounds, and through the row of tiles that M leads to (`triton_configs`).
+So a server compiles as many variants as there are rows, and plans are cheap: they share the compiled
+kernels.
 
 Sizes and strides are constants of the kernels: all layers of a model have the same, and the compiler
 leaves out masks, folds the multiplications away and sees which loads are contiguous. M is none.
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from ..routing.buffers import Layouts, scratch_layouts
 from . import triton_configs, triton_specialised, triton_tuned
+from .triton_call import Call as Call
+from .triton_call import Choice as Choice
 from .triton_configs import Family, Layout, Row, Tile
 from .triton_launch import ALIGNMENT, TYPES, Kernel, Place, address, itself, make_launch
 from .types import ActivationType
@@ -56,39 +59,6 @@ def family_for(device: torch.device, shape1: tuple[int, ...], strides1: tuple[in
         if found is not None:
             return found
     return triton_configs.family_of(arch_of(device), layout)
-
-
-class Call(NamedTuple):
-    """Everything about a call that decides its launches; hashable."""
-
-    device: torch.device
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    tokens: int
-    topk: int
-    slots: int  # of sorted_ids
-    block: int
-    shape1: tuple[int, ...]
-    shape2: tuple[int, ...]
-    hidden_strides: tuple[int, ...]
-    strides1: tuple[int, ...]
-    strides2: tuple[int, ...]
-    bias1: tuple[Any, ...] | None  # dtype and strides
-    bias2: tuple[Any, ...] | None
-    activation: int
-    interleaved: bool
-    limit: float  # of Swiglu
-    weight_first: bool
-    complete: bool
-    aligned: bool
-    choice: Choice | None = None
-
-
-class Choice(NamedTuple):
-    """Tiles that a measurement asks for instead of the known ones."""
-
-    family: Family
-    row: Row
 
 
 class Plan(NamedTuple):
@@ -209,7 +179,7 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
 
 def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`first_product` for a call, and what makes its weights' argument."""
-    if triton_specialised.specialised(call, tile, True, _capability(call.device)):
+    if tile.specialised and triton_specialised.allowed(call, tile, True, _capability(call.device)):
         return triton_specialised.hopper_kernel(call, tile, True)
     _, width, model_dim = call.shape1
     inter = call.shape2[2]
@@ -241,7 +211,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
 
 def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`second_product` for a call, and what makes its weights' argument."""
-    if triton_specialised.specialised(call, tile, False, _capability(call.device)):
+    if tile.specialised and triton_specialised.allowed(call, tile, False, _capability(call.device)):
         return triton_specialised.hopper_kernel(call, tile, False)
     _, model_dim, inter = call.shape2
     desc = tile.desc and _describable(call, call.strides2)

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from .triton_call import Call
 from .triton_configs import Tile
 from .triton_launch import ALIGNMENT, TYPES, Kernel, Place
 from .types import ActivationType
-
-if TYPE_CHECKING:
-    from .triton_plan import Call
 
 ROWS = 128
 INNER = 64
@@ -38,15 +36,14 @@ def _gluon() -> bool:
     return True
 
 
-def specialised(call: Call, tile: Tile, first: bool, capability: int) -> bool:
+def allowed(call: Call, tile: Tile, first: bool, capability: int) -> bool:
     """Whether a product is done by `triton_hopper`, on a device of a major compute capability."""
     shape, strides = (call.shape1, call.strides1) if first else (call.shape2, call.strides2)
     _, columns, inner = shape
     outer = columns * strides[1] if strides[2] == 1 else inner * strides[2]
     bias = call.bias1 if first else call.bias2
     return (
-        tile.specialised
-        and capability == 9
+        capability == 9
         and call.dtype.itemsize == 2
         and tile.rows == call.block == ROWS
         and tile.inner == INNER

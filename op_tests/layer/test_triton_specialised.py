@@ -16,8 +16,8 @@ from targets import Target
 from aiter import fused_moe as layer
 from aiter.layer import triton_configs, triton_experts, triton_plan, triton_specialised
 from aiter.layer.parts import Experts
+from aiter.layer.triton_call import Call
 from aiter.layer.triton_configs import Row, Tile
-from aiter.layer.triton_plan import Call
 from aiter.layer.types import ActivationType
 from aiter.reference.layer import moe_layer
 
@@ -130,13 +130,12 @@ def test_machine_code(columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_specialised, "_gluon", lambda: True)
-    taken = triton_specialised.specialised
+    taken = triton_specialised.allowed
     for columns in (True, False):
         call = call_of(columns)
         for tile, first in ((FIRST, True), (SECOND, False)):
             assert taken(call, tile, first, 9)
             assert not taken(call, tile, first, 10) and not taken(call, tile, first, 0)
-            assert not taken(call, replace(tile, specialised=False), first, 9)
             for other in (
                 {"dtype": torch.float32}, {"block": 256}, {"weight_first": True},
                 {"aligned": False}, {"activation": int(ActivationType.Gelu)},
