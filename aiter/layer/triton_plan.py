@@ -1,7 +1,7 @@
 """Which launches are a layer on the Triton backend? A pure function of what its tensors are like.
 
-A `Call` is everything that decides (`triton_call`), a `Plan` the launches with their grids and the layout
-of what lies between them: made once per call's shape, found again by one lookup. It depends on M through
+A `Call` is everything that decides (`triton_call`), a `Plan` the launches with their grids and layout of
+what lies between them: made once per call's shape, found again by one lookup. It depends on M through
 the grids alone, which are upper bounds, and through the row of tiles that M leads to (`triton_configs`).
 So a server compiles as many variants as there are rows, and plans are cheap: they share the compiled
 kernels.
