@@ -9,7 +9,9 @@ With p a slot of the sorted buffers, (e, t, k) and r the expert, token, slot num
 `middle` and `entry` are of the layer's dtype, as the formula of `fused_moe` has it; sums are float32.
 A tile of the products is BM slots of one block, so of one expert, by BN columns. Programs past
 num_valid_ids return at once, and nothing is read back. Padding rows multiply row 0 of `hidden`, or
-whatever `middle` holds, and are not written.
+whatever `middle` holds, and are not written. Slots fill a block from its front: with HALVES, a tile
+whose second half is padding is multiplied as half a tile, and with TAIL a narrow last column tile as that
+many columns. The bits are the same, as the order of the sums is.
 
 For one token, where a row of a tile would be one in 16, the same is done without matrix units, over
 blocks of one slot (`first_vector`, `second_vector`): every weight is read once, by the whole GPU. The
@@ -19,6 +21,8 @@ adds the others' sums, in their order and not in that of arrival, so that the bi
 No float is added atomically. `place[t * K + k]` says in which slot an entry lies, -1 for an entry that
 is nowhere (masked, behind num_local_tokens, no expert): the first product writes the -1, the second
 the slots. If every entry is known to be there (COMPLETE), nobody writes or asks for a -1.
+`triton_hopper` has the products for the largest M on compute capability 9.0; its entries lie by slot
+(BY_SLOT), entry[p], and are summed here.
 
 OVERLAP (compute capability 9.0): a launch may start up while the one before it still runs, and waits
 by `griddepcontrol.wait` before it touches what that one writes. The first product lets the next launch
