@@ -10,8 +10,8 @@ With p a slot of the sorted buffers, (e, t, k) and r the expert, token, slot num
 A tile of the products is BM slots of one block, so of one expert, by BN columns. Programs past
 num_valid_ids return at once, and nothing is read back. Padding rows multiply row 0 of `hidden`, or
 whatever `middle` holds, and are not written. Slots fill a block from its front: with HALVES, a tile
-whose second half is padding is multiplied as half a tile, and with TAIL a narrow last column tile as that
-many columns. The bits are the same, as the order of the sums is.
+whose second half is padding is multiplied as half a tile, and with TAIL a narrow last column tile as
+that many columns. The bits are the same, as the order of the sums is.
 
 For one token, where a row of a tile would be one in 16, the same is done without matrix units, over
 blocks of one slot (`first_vector`, `second_vector`): every weight is read once, by the whole GPU. The
