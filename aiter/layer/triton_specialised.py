@@ -24,11 +24,16 @@ from .types import ActivationType
 ROWS = 128
 INNER = 64
 NAME = "hopper_product"
+OLDEST = (3, 6)  # of Triton: `warp_specialize` took its arguments in another form before
 
 
 @cache
 def _gluon() -> bool:
-    """Whether Triton brings what `triton_hopper` is written in; Gluon's names come and go."""
+    """Whether Triton brings the Gluon that `triton_hopper` is written in; its names come and go."""
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return False
     try:
         from . import triton_hopper  # noqa: F401
     except (ImportError, AttributeError):
