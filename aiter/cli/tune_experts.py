@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
             rows.append(row)
             tiles = [
                 f"{t.rows}x{t.columns}x{t.inner} w{t.warps} s{t.stages} g{t.group}"
-                f"{' desc' if t.desc else ''}"
+                f"{' desc' if t.desc else ''}{' specialised' if t.specialised else ''}"
+                f"{' halves' if t.halves else ''}{' tails' if t.tails else ''}"
                 for t in (row.first, row.second)
             ]
             cells.append([tokens, row.block, *tiles, f"{row_us:.1f}"])
@@ -117,7 +118,7 @@ def candidates(block: int, known: Family, second: bool) -> Iterator[Tile]:
         for warps in (4, 8):
             for stages in (3, 4):
                 tile = Tile(block, columns if second else columns // 2, inner, warps, stages,
-                            group=1 if block == 16 else 8)  # fmt: skip
+                            group=1 if block == 16 else 8, halves=block >= 128)  # fmt: skip
                 yield tile
                 if block >= 64:
                     yield replace(tile, desc=True)

@@ -15,7 +15,7 @@ What 3,200 measurements of single products on an H100 say (2026-11-26; us of a p
   (M=8: 107). Descriptors gain nothing there (Qwen3: 109).
 - Programs that share the tiles (persistent, the loop over tiles flattened with the inner one) gain 0.2 %
   at best (Qwen3's first product at M=16: 169.7 against 170.1) and lose in prefill (gpt-oss' at M=2048:
-  863 against 702). No table takes them.
+  863 against 702). No table takes them. What gains there are loads in warps of their own, below.
 - 32 entries per expert: blocks of 64 slots beat 32 and 16 for gpt-oss (a layer of 256 tokens: 551, 605
   and 728), although half of the tile is padding: the weights are read once.
 - Prefill: 128 x 256 x 64 with 8 warps. Tiles of 128 x 128 are a third slower (gpt-oss at M=8192: 2,514
@@ -24,6 +24,23 @@ What 3,200 measurements of single products on an H100 say (2026-11-26; us of a p
   tiles are half as wide (`triton_plan`). In the second product they gain nothing.
 - Fetching the second product's first weights into the L2 while it waits gains 1 us of 32 for a single
   token of Qwen3, and nothing elsewhere.
+
+And for prefill (2026-11-27, same GPU; us of a product; the clock moves figures at M=8192 by 4 %):
+- Half a tile where its second half is padding, by a branch: gpt-oss' first product 520 -> 447 (M=1024)
+  and 666 -> 599 (2048), Qwen3's 312 -> 302 and 358 -> 330; the second one 224 -> 217 and 318 -> 288,
+  165 -> 160 and 185 -> 182; 2 % at M=8192. It takes two registers at most, and the bits stay. Tiles of
+  64 rows are slower from 128 entries on (gpt-oss' first: 511 at M=1024, 753 at 2048), and no faster for
+  Qwen3's 64 entries.
+- A narrow last column tile in the second product (2,880 columns are 11 tiles and a quarter): 288 -> 285
+  (M=2048), 858 -> 844 (8192), nothing at 1,024 (219).
+- Three stages instead of four: 680 against 612 (gpt-oss' first, M=2048); Qwen3's 299 against 303 at
+  M=1024, but 347 against 334 at 2048. Groups of 4 to 32 row tiles differ by 3 %; in the second product 2
+  is the best until M=2048 (8: 3 to 7 % slower for gpt-oss).
+- Loading warps (`triton_hopper`): gpt-oss' first product 573 against 595 with halves (M=2048) and 1,943
+  against 2,008 (8192), Qwen3's 724 against 827 (8192), but 351 against 334 at M=2048; at 1,024 neither
+  gains. The second product: Qwen3's 390 against 421 (8192), but 200 against 185 (2048); gpt-oss' gains
+  nothing (926 against 923).
+- At M=8192 the sum reads and writes at 3.0 TB/s (gpt-oss: 236 MB in 77 us); only fewer bytes would help.
 """
 
 from __future__ import annotations
@@ -43,6 +60,10 @@ class Tile:
         desc: weights by tensor descriptors, where the device and the strides allow it.
         prefetch: lines of 128 bytes per column that the second product asks for before it waits.
         persistent: programs per multiprocessor that share the tiles; 0 for a program per tile.
+        specialised: warps of their own load (`triton_hopper`), where the device and the layer allow it.
+        halves: a row tile whose second half is padding is multiplied as half a tile.
+        tails: a last column tile of the second product that needs at most half of the columns is
+            multiplied as a narrower one.
     """
 
     rows: int
@@ -54,6 +75,9 @@ class Tile:
     desc: bool = False
     prefetch: int = 0
     persistent: int = 0
+    specialised: bool = False
+    halves: bool = False
+    tails: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,19 +127,19 @@ _SM_90: dict[Layout, Family] = {
             Row(10, Tile(16, 32, 128, 4, 5), Tile(16, 32, 256, 2, 4)),
             Row(24, Tile(32, 64, 128, 4, 4), Tile(32, 128, 128, 4, 3)),
             Row(
-                96,
+                48,
                 Tile(64, 128, 64, 4, 4, desc=True),
                 Tile(64, 128, 64, 4, 4, desc=True),
             ),
             Row(
-                400,
-                Tile(128, 128, 64, 8, 4, group=8, desc=True),
-                Tile(128, 256, 64, 8, 4, group=2),
+                180,
+                Tile(128, 128, 64, 8, 4, group=4, desc=True, halves=True),
+                Tile(128, 256, 64, 8, 4, group=2, halves=True),
             ),
             Row(
                 1e9,
-                Tile(128, 128, 64, 8, 3, group=32, desc=True),
-                Tile(128, 256, 64, 8, 4, group=2),
+                Tile(128, 128, 64, 8, 4, group=8, desc=True, specialised=True, halves=True),
+                Tile(128, 256, 64, 8, 3, group=4, specialised=True, halves=True),
             ),
         ),
         _H100,
@@ -133,14 +157,19 @@ _SM_90: dict[Layout, Family] = {
                 Tile(64, 256, 64, 4, 3, group=4),
             ),
             Row(
+                180,
+                Tile(128, 128, 64, 8, 4, group=8, desc=True, halves=True),
+                Tile(128, 256, 64, 8, 4, group=2, halves=True),
+            ),
+            Row(
                 400,
-                Tile(128, 128, 64, 8, 4, group=32, desc=True),
-                Tile(128, 256, 64, 8, 4, group=2),
+                Tile(128, 128, 64, 8, 4, group=8, desc=True, specialised=True, halves=True),
+                Tile(128, 256, 64, 8, 4, group=2, halves=True, tails=True),
             ),
             Row(
                 1e9,
-                Tile(128, 128, 64, 8, 3, group=32, desc=True),
-                Tile(128, 256, 64, 8, 3, group=4),
+                Tile(128, 128, 64, 8, 4, group=8, desc=True, specialised=True, halves=True),
+                Tile(128, 256, 64, 8, 3, group=4, halves=True, tails=True),
             ),
         ),
         _H100,

@@ -26,8 +26,9 @@ from torch.compiler import is_dynamo_compiling
 from ..routing.buffers import SortedBuffers, allocate, sorted_sizes
 from . import triton_configs, triton_tuned
 from .parts import Experts
+from .triton_call import Call, Choice
 from .triton_launch import ALIGNMENT, address, interpreted, itself
-from .triton_plan import MOST_PLANS, Call, Choice, Plan, family_for, make_plan
+from .triton_plan import MOST_PLANS, Plan, family_for, make_plan
 from .types import ActivationType
 
 OLDEST_CAPABILITY = 8  # Triton's oldest, and the first with bfloat16

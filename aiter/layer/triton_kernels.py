@@ -9,7 +9,9 @@ With p a slot of the sorted buffers, (e, t, k) and r the expert, token, slot num
 `middle` and `entry` are of the layer's dtype, as the formula of `fused_moe` has it; sums are float32.
 A tile of the products is BM slots of one block, so of one expert, by BN columns. Programs past
 num_valid_ids return at once, and nothing is read back. Padding rows multiply row 0 of `hidden`, or
-whatever `middle` holds, and are not written.
+whatever `middle` holds, and are not written. Slots fill a block from its front: with HALVES, a tile
+whose second half is padding is multiplied as half a tile, and with TAIL a narrow last column tile as
+that many columns. The bits are the same, as the order of the sums is.
 
 For one token, where a row of a tile would be one in 16, the same is done without matrix units, over
 blocks of one slot (`first_vector`, `second_vector`): every weight is read once, by the whole GPU. The
@@ -19,6 +21,8 @@ adds the others' sums, in their order and not in that of arrival, so that the bi
 No float is added atomically. `place[t * K + k]` says in which slot an entry lies, -1 for an entry that
 is nowhere (masked, behind num_local_tokens, no expert): the first product writes the -1, the second
 the slots. If every entry is known to be there (COMPLETE), nobody writes or asks for a -1.
+`triton_hopper` has the products for the largest M on compute capability 9.0; its entries lie by slot
+(BY_SLOT), entry[p], and are summed here.
 
 OVERLAP (compute capability 9.0): a launch may start up while the one before it still runs, and waits
 by `griddepcontrol.wait` before it touches what that one writes. The first product lets the next launch
@@ -85,11 +89,12 @@ def _tile_of(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def _slots_of(sorted_ids, row_tile, SLOTS: tl.constexpr, TOPK: tl.constexpr, BM: tl.constexpr):
-    """Block, slots, token, slot number and use of a row tile's rows."""
+def _slots_of(sorted_ids, row_tile, SLOTS: tl.constexpr, TOPK: tl.constexpr, BM: tl.constexpr,
+              ROWS: tl.constexpr):  # fmt: skip
+    """Block, slots, token, slot number and use of the first ROWS of a row tile's BM rows."""
     TILES: tl.constexpr = (SLOTS + BM - 1) // BM
     block = row_tile // TILES
-    inside = (row_tile % TILES) * BM + tl.arange(0, BM)
+    inside = (row_tile % TILES) * BM + tl.arange(0, ROWS)
     if SLOTS % BM == 0:
         rows = block * SLOTS + inside
         ids = tl.load(sorted_ids + rows)
@@ -162,23 +167,23 @@ def _row_tile(pointers, k, k_end, STRIDE: tl.constexpr, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def _columns_of(tile, INTER: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _columns_of(column, INTER: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
                 BN: tl.constexpr):  # fmt: skip
-    """The rows of w1 behind the columns of a tile: gate and up take turns if GATED.
+    """The rows of w1 behind BN columns from `column` on: gate and up take turns if GATED.
 
     Clamped, as a column past the end is not written.
     """
     if not GATED:
-        columns = tile * BN + tl.arange(0, BN)
+        columns = column + tl.arange(0, BN)
         if INTER % BN != 0:
             columns = tl.minimum(columns, INTER - 1)
     elif INTERLEAVED:
-        columns = tile * 2 * BN + tl.arange(0, 2 * BN)
+        columns = column * 2 + tl.arange(0, 2 * BN)
         if INTER % BN != 0:
             columns = tl.minimum(columns, 2 * INTER - 1)
     else:
         pair = tl.arange(0, 2 * BN)
-        columns = tile * BN + pair // 2
+        columns = column + pair // 2
         if INTER % BN != 0:
             columns = tl.minimum(columns, INTER - 1)
         columns = columns + (pair % 2) * INTER
@@ -191,8 +196,19 @@ def _split_pairs(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _half_is_enough(sorted_ids, row_tile, SLOTS: tl.constexpr, TOPK: tl.constexpr,
+                    BM: tl.constexpr):  # fmt: skip
+    """Whether the second half of a row tile is padding. Slots fill a block from its front.
+
+    Looks at all ids, so that they are in the L1 when the tile reads them.
+    """
+    block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM, BM)
+    return tl.sum(used.to(tl.int32)) <= BM // 2
+
+
+@triton.jit
 def _first_tile(
-    program, row_tiles,
+    row_tile, column,
     hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids, middle,
     D: tl.constexpr, INTER: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
     HIDDEN_ROW: tl.constexpr, HIDDEN_COLUMN: tl.constexpr,
@@ -201,30 +217,28 @@ def _first_tile(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, TWO: tl.constexpr, DESC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `first_product`."""
-    COLUMN_TILES: tl.constexpr = (INTER + BN - 1) // BN
-    row_tile, tile = _tile_of(program, row_tiles, COLUMN_TILES, GROUP)
-    block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM)
+    """The first ROWS rows of a row tile, BN columns from `column` on, of `first_product`."""
+    block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM, ROWS)
     expert = tl.load(sorted_expert_ids + block)
     WIDTH: tl.constexpr = 2 * BN if GATED and not TWO else BN
     MASK_K: tl.constexpr = D % BK != 0
     MASK_N: tl.constexpr = INTER % BN != 0
     from_rows = hidden + token.to(tl.int64)[:, None] * HIDDEN_ROW
-    n = tile * BN + tl.arange(0, BN)
-    columns = n if TWO else _columns_of(tile, INTER, GATED, INTERLEAVED, BN)
+    n = column + tl.arange(0, BN)
+    columns = n if TWO else _columns_of(column, INTER, GATED, INTERLEAVED, BN)
     w = w1 if DESC else w1 + expert.to(tl.int64) * W_E
-    acc = tl.zeros((BM, WIDTH), tl.float32)
-    acc_up = tl.zeros((BM, BN if TWO else 1), tl.float32)
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    acc_up = tl.zeros((ROWS, BN if TWO else 1), tl.float32)
     for start in range(0, D, BK):
         k = start + tl.arange(0, BK)
         x = _row_tile(from_rows, k, D, HIDDEN_COLUMN, MASK_K)
         if DESC:
-            part = _desc_tile(w, expert, start, tile * WIDTH, W_K, BK, WIDTH)
+            part = _desc_tile(w, expert, start, column * (WIDTH // BN), W_K, BK, WIDTH)
             acc = _times(x, part, acc, PRECISION)
             if TWO:
-                part = _desc_tile(w, expert, start, INTER + tile * BN, W_K, BK, BN)
+                part = _desc_tile(w, expert, start, INTER + column, W_K, BK, BN)
                 acc_up = _times(x, part, acc_up, PRECISION)
         else:
             part = _weight_tile(w, k, columns, D, INTER, W_K, W_N, MASK_K, MASK_N and TWO, WIDE)
@@ -249,7 +263,7 @@ def _first_tile(
     if TWO:
         value = _gated(acc, acc_up, ACTIVATION, LIMIT)
     elif GATED:
-        gate, up = _split_pairs(acc, BM, BN)
+        gate, up = _split_pairs(acc, ROWS, BN)
         value = _gated(gate, up, ACTIVATION, LIMIT)
     else:
         value = _silu_or_gelu(acc, ACTIVATION)
@@ -271,7 +285,7 @@ def first_product(
     WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr,
     TWO: tl.constexpr, DESC: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """middle [slots, INTER] of hidden [M, D], in tiles of BM slots by BN columns.
 
@@ -286,55 +300,71 @@ def first_product(
             index = start + tl.arange(0, FILL)
             tl.store(place + index, tl.full((FILL,), -1, tl.int32), mask=index < entries)
     row_tiles = tl.load(num_valid_ids) // SLOTS * ((SLOTS + BM - 1) // BM)
-    tiles = row_tiles * ((INTER + BN - 1) // BN)
+    COLUMN_TILES: tl.constexpr = (INTER + BN - 1) // BN
+    tiles = row_tiles * COLUMN_TILES
     if PERSISTENT:
         for each in tl.range(program, tiles, tl.num_programs(0), flatten=True):
+            row_tile, tile = _tile_of(each, row_tiles, COLUMN_TILES, GROUP)
             _first_tile(
-                each, row_tiles, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
+                row_tile, tile * BN, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
                 middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E, W_N, W_K, WIDE,
                 BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, LIMIT, WEIGHT_FIRST, TWO, DESC,
-                PRECISION, BM, BN, BK, GROUP,
+                PRECISION, BM, BM, BN, BK,
             )  # fmt: skip
     elif program < tiles:
-        _first_tile(
-            program, row_tiles, hidden, w1, bias1, sorted_ids, sorted_weights, sorted_expert_ids,
-            middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E, W_N, W_K, WIDE,
-            BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, LIMIT, WEIGHT_FIRST, TWO, DESC,
-            PRECISION, BM, BN, BK, GROUP,
-        )  # fmt: skip
+        row_tile, tile = _tile_of(program, row_tiles, COLUMN_TILES, GROUP)
+        if HALVES:
+            half = _half_is_enough(sorted_ids, row_tile, SLOTS, TOPK, BM)
+        else:
+            half: tl.constexpr = False
+        if half:
+            _first_tile(
+                row_tile, tile * BN, hidden, w1, bias1, sorted_ids, sorted_weights,
+                sorted_expert_ids, middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E,
+                W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, LIMIT,
+                WEIGHT_FIRST, TWO, DESC, PRECISION, BM, BM // 2, BN, BK,
+            )  # fmt: skip
+        else:
+            _first_tile(
+                row_tile, tile * BN, hidden, w1, bias1, sorted_ids, sorted_weights,
+                sorted_expert_ids, middle, D, INTER, TOPK, SLOTS, HIDDEN_ROW, HIDDEN_COLUMN, W_E,
+                W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS, GATED, INTERLEAVED, ACTIVATION, LIMIT,
+                WEIGHT_FIRST, TWO, DESC, PRECISION, BM, BM, BN, BK,
+            )  # fmt: skip
 
 
 @triton.jit
 def _second_tile(
-    program, row_tiles,
+    row_tile, column,
     middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
     D: tl.constexpr, INTER: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
     W_E: tl.constexpr, W_N: tl.constexpr, W_K: tl.constexpr, WIDE: tl.constexpr,
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESC: tl.constexpr, WAIT: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `second_product`; WAIT: for the first product, before anything of it is read."""
-    COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
-    row_tile, tile = _tile_of(program, row_tiles, COLUMN_TILES, GROUP)
-    block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM)
+    """The first ROWS rows of a row tile, BN columns from `column` on, of `second_product`.
+
+    WAIT: for the first product, before anything of it is read.
+    """
+    block, rows, token, slot, used = _slots_of(sorted_ids, row_tile, SLOTS, TOPK, BM, ROWS)
     expert = tl.load(sorted_expert_ids + block)
     MASK_K: tl.constexpr = INTER % BK != 0
     MASK_N: tl.constexpr = D % BN != 0
-    n = tile * BN + tl.arange(0, BN)
+    n = column + tl.arange(0, BN)
     w = w2 if DESC else w2 + expert.to(tl.int64) * W_E
     if PREFETCH and not DESC:
-        _prefetch(w, tile * BN, W_K, W_N, BN, PREFETCH)
+        _prefetch(w, column, W_K, W_N, BN, PREFETCH)
     if WAIT:
         gdc_wait()
         gdc_launch_dependents()
     from_rows = middle + rows.to(tl.int64)[:, None] * INTER
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((ROWS, BN), tl.float32)
     for start in range(0, INTER, BK):
         k = start + tl.arange(0, BK)
         x = _row_tile(from_rows, k, INTER, 1, MASK_K)
         if DESC:
-            part = _desc_tile(w, expert, start, tile * BN, W_K, BK, BN)
+            part = _desc_tile(w, expert, start, column, W_K, BK, BN)
         else:
             part = _weight_tile(w, k, n, INTER, D, W_K, W_N, MASK_K, MASK_N, WIDE)
         acc = _times(x, part, acc, PRECISION)
@@ -346,7 +376,7 @@ def _second_tile(
     written = used[:, None] & (n < D)[None, :] if MASK_N else used[:, None]
     tl.store(entry + row[:, None] * D + n[None, :], acc.to(dtype), mask=written)
     # NOTE: a mask and no branch, as a loop over tiles is not flattened around a branch.
-    tl.store(place + row, rows, mask=used & (tile + tl.zeros_like(rows) == 0))
+    tl.store(place + row, rows, mask=used & (column + tl.zeros_like(rows) == 0))
 
 
 @triton.jit
@@ -357,38 +387,64 @@ def second_product(
     BIAS_E: tl.constexpr, BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     DESC: tl.constexpr, OVERLAP: tl.constexpr, PREFETCH: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PERSISTENT: tl.constexpr, HALVES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """entry [M * K, D] of middle [slots, INTER], in tiles of BM slots by BN columns, as above."""
     program = tl.program_id(0)
     row_tiles = tl.load(num_valid_ids) // SLOTS * ((SLOTS + BM - 1) // BM)
-    tiles = row_tiles * ((D + BN - 1) // BN)
+    COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
+    tiles = row_tiles * COLUMN_TILES
     if PERSISTENT:
         if OVERLAP:
             gdc_wait()
             gdc_launch_dependents()
         for each in tl.range(program, tiles, tl.num_programs(0), flatten=True):
+            row_tile, tile = _tile_of(each, row_tiles, COLUMN_TILES, GROUP)
             _second_tile(
-                each, row_tiles, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
+                row_tile, tile * BN, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
                 D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
-                DESC, False, 0, PRECISION, BM, BN, BK, GROUP,
+                DESC, False, 0, PRECISION, BM, BM, BN, BK,
             )  # fmt: skip
     elif program < tiles:
-        _second_tile(
-            program, row_tiles, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
-            D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
-            DESC, OVERLAP, PREFETCH, PRECISION, BM, BN, BK, GROUP,
-        )  # fmt: skip
+        row_tile, tile = _tile_of(program, row_tiles, COLUMN_TILES, GROUP)
+        if TAIL:
+            tail = tile == COLUMN_TILES - 1
+        else:
+            tail: tl.constexpr = False
+        if HALVES:
+            half = _half_is_enough(sorted_ids, row_tile, SLOTS, TOPK, BM)
+        else:
+            half: tl.constexpr = False
+        if tail:
+            _second_tile(
+                row_tile, tile * BN, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
+                D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
+                DESC, OVERLAP, 0, PRECISION, BM, BM, TAIL, BK,
+            )  # fmt: skip
+        elif half:
+            _second_tile(
+                row_tile, tile * BN, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
+                D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
+                DESC, OVERLAP, 0, PRECISION, BM, BM // 2, BN, BK,
+            )  # fmt: skip
+        else:
+            _second_tile(
+                row_tile, tile * BN, middle, w2, bias2, sorted_ids, sorted_expert_ids, entry, place,
+                D, INTER, TOPK, SLOTS, W_E, W_N, W_K, WIDE, BIAS_E, BIAS_N, HAS_BIAS,
+                DESC, OVERLAP, PREFETCH, PRECISION, BM, BM, BN, BK,
+            )  # fmt: skip
     elif OVERLAP:
         # NOTE: waits all the same, as a launch that is over has to mean that those before it are.
         gdc_wait()
 
 
 @triton.jit
-def _weighted(entry, place, sorted_weights, row, n, D: tl.constexpr,
-              WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr):  # fmt: skip
-    """Row `row` of `entry` in float32, weighted; zero if it is not there."""
+def _weighted(entry, place, sorted_weights, row, n, D: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+              COMPLETE: tl.constexpr, BY_SLOT: tl.constexpr):  # fmt: skip
+    """Entry `row`, which lies in its slot if BY_SLOT, in float32, weighted; zero if it is nowhere."""
     slot = tl.load(place + row)
+    if BY_SLOT:
+        row = slot.to(tl.int64)
     here = n < D
     if not COMPLETE:
         here = (n < D) & (slot + tl.zeros_like(n) >= 0)
@@ -405,7 +461,7 @@ def _weighted(entry, place, sorted_weights, row, n, D: tl.constexpr,
 def sum_over_slots(
     entry, place, sorted_weights, out,
     D: tl.constexpr, TOPK: tl.constexpr, WEIGHT_FIRST: tl.constexpr, COMPLETE: tl.constexpr,
-    OVERLAP: tl.constexpr, BN: tl.constexpr,
+    BY_SLOT: tl.constexpr, OVERLAP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [M, D]; a program is BN columns of one token."""
     COLUMN_TILES: tl.constexpr = (D + BN - 1) // BN
@@ -419,10 +475,14 @@ def sum_over_slots(
     first = token.to(tl.int64) * TOPK
     if TOPK <= UNROLLED:
         for k in tl.static_range(TOPK):
-            acc += _weighted(entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE)
+            acc += _weighted(
+                entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE, BY_SLOT
+            )  # fmt: skip
     else:
         for k in range(TOPK):
-            acc += _weighted(entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE)
+            acc += _weighted(
+                entry, place, sorted_weights, first + k, n, D, WEIGHT_FIRST, COMPLETE, BY_SLOT
+            )  # fmt: skip
     tl.store(out + token.to(tl.int64) * D + n, acc.to(out.dtype.element_ty), mask=n < D)
 
 
@@ -457,7 +517,7 @@ def first_vector(
     WIDTH: tl.constexpr = 2 * BN if GATED and not TWO else BN
     n = tile * BN + tl.arange(0, BN)
     MASK_N: tl.constexpr = INTER % BN != 0
-    columns = n if TWO else _columns_of(tile, INTER, GATED, INTERLEAVED, BN)
+    columns = n if TWO else _columns_of(tile * BN, INTER, GATED, INTERLEAVED, BN)
     MASK_K: tl.constexpr = D % BK != 0
     acc = tl.zeros((BK, WIDTH), tl.float32)
     acc_up = tl.zeros((BK, BN if TWO else 1), tl.float32)

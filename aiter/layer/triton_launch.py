@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
     """A kernel and everything that its machine code depends on; hashable.
 
     Attributes:
-        name: of a function in `triton_kernels`.
+        name: of a function in `triton_kernels`, or in `triton_hopper`.
         types: Triton's type of every argument that is not a constant: "*bf16", "i32", ...
         aligned: which of them are pointers to multiples of ALIGNMENT.
         constants: the arguments that are constants, by name, in the function's order.
@@ -50,6 +50,10 @@ def function_of(kernel: Kernel) -> Any:
     """The Triton function."""
     from . import triton_kernels
 
+    if kernel.name.startswith("hopper"):
+        from . import triton_hopper
+
+        return getattr(triton_hopper, kernel.name)
     return getattr(triton_kernels, kernel.name)
 
 
@@ -78,6 +82,8 @@ def compile_for(kernel: Kernel, target: Any = None) -> Any:
         for index, name in enumerate(names)
         if aligned.get(name)
     }
+    if getattr(function, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(function, signature, constants, attributes)
     return triton.compile(source, target=target, options=dict(kernel.options))
 
@@ -125,9 +131,9 @@ def make_launch(kernel: Kernel, programs: int, device: torch.device) -> Callable
 class Place:
     """Where a tensor lies and of what it is, all that a tensor descriptor asks; keeps no memory."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype = tensor.dtype
-        self._address = tensor.data_ptr()
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._address = address
 
     def data_ptr(self) -> int:
         return self._address

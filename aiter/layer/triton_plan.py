@@ -1,12 +1,15 @@
 """Which launches are a layer on the Triton backend? A pure function of what its tensors are like.
 
-A `Call` is everything that decides, a `Plan` the launches with their grids and the layout of what lies
-between them: made once per call's shape, found again by one lookup. It depends on M through the grids
-alone, which are upper bounds, and through the row of tiles that M leads to (`triton_configs`). So a
-server compiles as many variants as there are rows, and plans are cheap: they share the compiled kernels.
+A `Call` is everything that decides (`triton_call`), a `Plan` the launches with their grids and layout of
+what lies between them: made once per call's shape, found again by one lookup. It depends on M through
+the grids alone, which are upper bounds, and through the row of tiles that M leads to (`triton_configs`).
+So a server compiles as many variants as there are rows, and plans are cheap: they share the compiled
+kernels.
 
 Sizes and strides are constants of the kernels: all layers of a model have the same, and the compiler
 leaves out masks, folds the multiplications away and sees which loads are contiguous. M is none.
+
+Long because every kernel's constants are written out where its launch is made.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ import torch
 from torch import Tensor
 
 from ..routing.buffers import Layouts, scratch_layouts
-from . import triton_configs, triton_tuned
+from . import triton_configs, triton_specialised, triton_tuned
+from .triton_call import Call as Call
+from .triton_call import Choice as Choice
 from .triton_configs import Family, Layout, Row, Tile
 from .triton_launch import ALIGNMENT, TYPES, Kernel, Place, address, itself, make_launch
 from .types import ActivationType
@@ -54,39 +59,6 @@ def family_for(device: torch.device, shape1: tuple[int, ...], strides1: tuple[in
         if found is not None:
             return found
     return triton_configs.family_of(arch_of(device), layout)
-
-
-class Call(NamedTuple):
-    """Everything about a call that decides its launches; hashable."""
-
-    device: torch.device
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    tokens: int
-    topk: int
-    slots: int  # of sorted_ids
-    block: int
-    shape1: tuple[int, ...]
-    shape2: tuple[int, ...]
-    hidden_strides: tuple[int, ...]
-    strides1: tuple[int, ...]
-    strides2: tuple[int, ...]
-    bias1: tuple[Any, ...] | None  # dtype and strides
-    bias2: tuple[Any, ...] | None
-    activation: int
-    interleaved: bool
-    limit: float  # of Swiglu
-    weight_first: bool
-    complete: bool
-    aligned: bool
-    choice: Choice | None = None
-
-
-class Choice(NamedTuple):
-    """Tiles that a measurement asks for instead of the known ones."""
-
-    family: Family
-    row: Row
 
 
 class Plan(NamedTuple):
@@ -164,6 +136,7 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
         first_tile = replace(first_tile, columns=first_tile.columns // 2, desc=False)
     first, describe1 = first_kernel(call, first_tile)
     second, describe2 = second_kernel(call, row.second)
+    by_slot = second.name == triton_specialised.NAME
     columns = min(SUM_COLUMNS, _power(model_dim))
     last = Kernel(
         "sum_over_slots",
@@ -171,23 +144,34 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
         (True,) * 4,
         (
             ("D", model_dim), ("TOPK", call.topk), ("WEIGHT_FIRST", call.weight_first),
-            ("COMPLETE", call.complete), ("OVERLAP", overlaps(call.device)), ("BN", columns),
+            ("COMPLETE", call.complete), ("BY_SLOT", by_slot), ("OVERLAP", overlaps(call.device)),
+            ("BN", columns),
         ),
         _options(call.device, 4, 1),
     )  # fmt: skip
 
-    def programs(tile: Tile, width: int) -> int:
-        tiles = blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
-        return min(tiles, tile.persistent * processors(call.device)) if tile.persistent else tiles
+    def launch(kernel: Kernel, tile: Tile, width: int) -> Callable[..., None]:
+        programs = blocks * _tiles(call.block, tile.rows) * _tiles(width, tile.columns)
+        shared = kernel.name == triton_specialised.NAME or tile.persistent
+        if shared:
+            programs = min(programs, max(1, tile.persistent) * processors(call.device))
+        return make_launch(kernel, programs, call.device)
 
+    first_launch = launch(first, first_tile, inter)
+    second_launch = launch(second, row.second, model_dim)
+    slots = blocks * call.block
+    if first.name == triton_specialised.NAME:
+        first_launch = triton_specialised.first_launch(first_launch, call, first_tile, slots)
+    if by_slot:
+        second_launch = triton_specialised.second_launch(second_launch, call, row.second, slots)
     return _assemble(
         call,
         (
-            make_launch(first, programs(first_tile, inter), call.device),
-            make_launch(second, programs(row.second, model_dim), call.device),
+            first_launch,
+            second_launch,
             make_launch(last, call.tokens * _tiles(model_dim, columns), call.device),
         ),
-        ((blocks * call.block, inter), (entries, model_dim), (entries,)),
+        ((slots, inter), (slots if by_slot else entries, model_dim), (entries,)),
         call.dtype,
         (describe1, describe2),
     )
@@ -195,6 +179,8 @@ def _plan_tiles(call: Call, row: Row) -> Plan:
 
 def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`first_product` for a call, and what makes its weights' argument."""
+    if tile.specialised and triton_specialised.allowed(call, tile, True, _capability(call.device)):
+        return triton_specialised.hopper_kernel(call, tile, True)
     _, width, model_dim = call.shape1
     inter = call.shape2[2]
     gated = width == 2 * inter
@@ -216,7 +202,7 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
             ("WEIGHT_FIRST", call.weight_first), ("COMPLETE", call.complete), ("TWO", two),
             ("DESC", desc), ("OVERLAP", overlaps(call.device)), ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
-            ("PERSISTENT", bool(tile.persistent)),
+            ("PERSISTENT", bool(tile.persistent)), ("HALVES", _halves(call, tile)),
         ),
         _options(call.device, tile.warps, tile.stages),
     )  # fmt: skip
@@ -225,6 +211,8 @@ def first_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any
 
 def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], Any]]:
     """`second_product` for a call, and what makes its weights' argument."""
+    if tile.specialised and triton_specialised.allowed(call, tile, False, _capability(call.device)):
+        return triton_specialised.hopper_kernel(call, tile, False)
     _, model_dim, inter = call.shape2
     desc = tile.desc and _describable(call, call.strides2)
     weight, describe = _weight(call, call.strides2, tile.columns, tile.inner, desc)
@@ -240,7 +228,8 @@ def second_kernel(call: Call, tile: Tile) -> tuple[Kernel, Callable[[Tensor], An
             ("OVERLAP", overlaps(call.device)), ("PREFETCH", _prefetch(call, tile)),
             ("PRECISION", _precision(call)),
             ("BM", tile.rows), ("BN", tile.columns), ("BK", tile.inner), ("GROUP", tile.group),
-            ("PERSISTENT", bool(tile.persistent)),
+            ("PERSISTENT", bool(tile.persistent)), ("HALVES", _halves(call, tile)),
+            ("TAIL", 0 if desc else _tail(model_dim, tile)),
         ),
         _options(call.device, tile.warps, tile.stages),
     )  # fmt: skip
@@ -308,13 +297,16 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _capability(device: torch.device) -> int:
+    """Major compute capability of an NVIDIA GPU, 0 of everything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may start up before the one in front of it is over."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] >= 9
-    )
+    return _capability(device) >= 9
 
 
 def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, Any], ...]:
@@ -322,6 +314,22 @@ def _options(device: torch.device, warps: int, stages: int) -> tuple[tuple[str, 
         ("num_warps", warps), ("num_stages", stages), ("enable_fp_fusion", True),
     )  # fmt: skip
     return (*options, ("launch_pdl", True)) if overlaps(device) else options
+
+
+def _halves(call: Call, tile: Tile) -> bool:
+    """Whether a row tile whose second half is padding is multiplied as half a tile.
+
+    Not where a block ends within the tile; and a product has 16 rows at least.
+    """
+    return tile.halves and not tile.persistent and tile.rows >= 32 and call.block % tile.rows == 0
+
+
+def _tail(width: int, tile: Tile) -> int:
+    """Columns of a narrower last tile; 0 if it needs more than half of the others' columns."""
+    rest = max(16, _power(width % tile.columns))
+    if not tile.tails or tile.persistent or not width % tile.columns or 2 * rest > tile.columns:
+        return 0
+    return rest
 
 
 def _prefetch(call: Call, tile: Tile) -> int:
@@ -347,7 +355,8 @@ def _weight(
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         view = weight if by_inner else weight.transpose(1, 2)
-        return TensorDescriptor(Place(weight), list(view.shape), list(view.stride()), box)
+        place = Place(weight.data_ptr(), weight.dtype)
+        return TensorDescriptor(place, list(view.shape), list(view.stride()), box)
 
     return f"tensordesc<{TYPES[call.dtype]}{box}>", describe
 

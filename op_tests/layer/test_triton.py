@@ -96,6 +96,54 @@ def test_tiles(target: Target, case: LayerCase, name: str) -> None:
         check_close(output, expected)
 
 
+@pytest.mark.parametrize("tokens", [3, 24, 70])
+@pytest.mark.parametrize("case", [GPT_OSS, replace(BASE, mask=(1, 0, 1, 0, 0, 0, 1, 1))])
+def test_triton_multiplies_less_for_padding(target: Target, case: LayerCase, tokens: int) -> None:
+    """Half a row tile and a narrow last column tile give the bits that whole ones give."""
+    needs_kernels(target)
+    case = replace(case, num_tokens=tokens, model_dim=80, num_local=tokens - 1)
+    inputs = make_layer(case, target.device)
+    family = triton_configs.family_of("interpreter", "inner")
+    experts = Experts(
+        inputs.w1, inputs.w2, inputs.bias1, inputs.bias2, case.activation, case.interleaved
+    )
+    tile = Tile(32, 64, 16, 4, 2, group=2)
+    outputs = []
+    with target.active():
+        weights, ids = layer.fused_topk(inputs.hidden, inputs.logits, case.topk, True)
+        for less in (False, True):
+            buffers = layer.moe_sorting(
+                ids, weights, case.num_experts, case.model_dim, case.dtype, 32, inputs.mask,
+                inputs.num_local,
+            )  # fmt: skip
+            asked = replace(tile, halves=less, tails=less)
+            choice = triton_plan.Choice(family, Row(0, asked, asked))
+            outputs.append(
+                triton_experts.run_triton(
+                    inputs.hidden, experts, buffers, case.topk, 32,
+                    all_routed=False, weight_first=False, choice=choice,
+                )[: tokens - 1]
+            )  # fmt: skip
+    assert outputs[0].abs().max() > 0.1
+    assert torch.equal(outputs[1], outputs[0])
+
+
+def test_padding_is_left_out_where_it_can_be() -> None:
+    """What the plan asks the kernels for, by the sizes."""
+    tile = Tile(128, 256, 64, 8, 4, halves=True, tails=True)
+    assert triton_plan._tail(2880, tile) == 64 and triton_plan._tail(2948, tile) == 0
+    assert triton_plan._tail(2048, tile) == 0 and triton_plan._tail(2049, tile) == 16
+    assert triton_plan._tail(2880, replace(tile, tails=False)) == 0
+    call = triton_plan.Call(
+        torch.device("cpu"), torch.bfloat16, torch.bfloat16, 64, 4, 4096, 256, (8, 64, 64),
+        (8, 64, 32), (64, 1), (4096, 64, 1), (2048, 32, 1), None, None, 0, False, 7.0, False, True,
+        True,
+    )  # fmt: skip
+    assert triton_plan._halves(call, tile)
+    assert not triton_plan._halves(call._replace(block=192), tile)
+    assert not triton_plan._halves(call, replace(tile, rows=16))
+
+
 def test_triton_layouts(target: Target) -> None:
     """Strided hidden states, sliced and shifted weights, odd sizes: read where they lie."""
     needs_kernels(target)
