@@ -17,10 +17,11 @@ front: a second half of a tile's slots that is padding is not multiplied (HALVES
 not loaded. A store is a box of BM rows all the same: what it writes to padding rows is never read.
 
 Programs take every num_programs-th tile, so those at work share weights and rows in the L2 as long as
-their tiles take equally long. Half tiles end that: the first product of Qwen3 loses 12 % by them
-(M=8192: 809 us against 724), although it multiplies 5 % less, and never takes them. The second product,
-whose weights are smaller, gains (398 against 439). The form in which Triton itself gives the loads to
-other warps (`tl.range(warp_specialize=True)`, 3.6) takes no gathered rows, and hung where it compiled.
+their tiles take equally long. Half tiles seem to end that, by the times alone, as the loop's code is the
+same: the first product of Qwen3 loses 12 % by them (M=8192: 809 us against 724), although it multiplies
+5 % less, and never takes them. The second product, whose weights are smaller, gains (398 against 439).
+The form in which Triton itself gives the loads to other warps (`tl.range(warp_specialize=True)`, 3.6)
+takes no gathered rows, and where it compiled had not returned after a minute.
 
 Both outputs lie in the order of the slots: `middle` [slots, INTER] and `entry` [slots, D], where
 `sum_over_slots` finds a token's entries by `place`, which the second product writes.

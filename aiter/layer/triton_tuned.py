@@ -39,7 +39,8 @@ def kernels() -> str:
     """What the measured kernels are: a hash of their source, and Triton's version."""
     import triton
 
-    source = Path(__file__).with_name("triton_kernels.py").read_bytes()
+    sources = (Path(__file__).with_name(f"triton_{name}.py") for name in ("kernels", "hopper"))
+    source = b"".join(path.read_bytes() for path in sources)
     return f"{hashlib.sha256(source).hexdigest()[:16]}, Triton {triton.__version__}"
 
 

@@ -101,8 +101,8 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
         Crossover(128, 4, 2880, 89088, 256, *_H100),
         Crossover(256, 8, 7168, 42576, 128, *_H100),
         Crossover(512, 10, 4096, 1024, 128, *_H100),
-        # NOTE: by softmax the fused launch is 9 % quicker still for M = 1024, but by Kimi-K3's rule both
-        # take the same for M = 256, and one row speaks for all rules.
+        # NOTE: by softmax the fused launch is 16 % quicker still for M = 1024, but by Kimi-K3's rule the
+        # chain comes close for M = 256 (12.8 and 15.4 us), and one row speaks for all rules.
         Crossover(896, 16, 3584, 256, 128, *_H100),
     ),
     "sm_10": (),
