@@ -20,7 +20,7 @@
 // expert's first slot and tail, the place where padding begins, in LDS; all threads then write entries and
 // padding, four slots per store. Where no expert can have more than one block, single_blocks.h does it.
 //
-// Two experts a thread are for rows of many: of 896 experts the prefix sums of 28 waves took 3,800 cycles on an H100,
+// Two experts a thread are for rows of more than four waves have threads for: of 896 experts the prefix sums of 28 waves took 3,800 cycles on an H100,
 // of 14 waves 1,900, as most of it is the same instructions in every wave (clock64(), M = 16).
 //
 // Rejected: a token x expert table of words (32 times the LDS); atomic counters for ranks
@@ -100,6 +100,12 @@ __device__ __forceinline__ int local_tokens(const int32_t* num_local_tokens, int
 __host__ __device__ constexpr int hit_words(int num_tokens) {
   return static_cast<int>((static_cast<uint32_t>(num_tokens) + kTokensPerWord - 1) /
                           kTokensPerWord);
+}
+
+// Neighbouring experts that a thread handles, of rows with place for `num_places`. Four waves are what a compute unit
+// works on at the same time.
+__host__ __device__ constexpr int experts_per_thread(int num_places, int wave_size) {
+  return num_places <= 4 * wave_size ? 1 : 2;
 }
 
 // Entries of kAtOnce neighbouring experts, in all and before the workgroup's first.

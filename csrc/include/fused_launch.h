@@ -60,8 +60,8 @@ inline int choose_waves(const SortShape& shape, const RowChoice& rows, int num_r
     const bool hands_over = is_alone && num_rows < shape.num_tokens;
     const int64_t entry_rows = hands_over ? shape.num_tokens : std::min(num_rows, shape.block_size);
     const int entry_waves = waves_for(entry_rows * shape.topk);
-    const int expert_waves =
-        waves_for((shape.num_experts + rows.experts_per_thread() - 1) / rows.experts_per_thread());
+    const int per_thread = experts_per_thread(rows.places, limits.wave_size);
+    const int expert_waves = waves_for((shape.num_experts + per_thread - 1) / per_thread);
     if (hands_over) {
       wanted = std::max({row_waves, entry_waves, expert_waves});
     } else if (is_alone && shape.num_tokens <= shape.block_size) {  // has single blocks

@@ -19,8 +19,8 @@
 // and otherwise
 //   3 assign   a thread per one or two experts   counts of the experts, popcounts of their columns or, in a cluster, what
 //                              top-k has counted and sends to all workgroups; blocks for the experts, by all alike
-//   4 write    all threads     own entries to start + rank, and the expert ids of their blocks; its share of the
-//                              padding
+//   4 write    all threads     own entries to start + rank, in a cluster with the expert ids of their blocks; its
+//                              share of the padding
 //
 // Three or four barriers in all, and none for a single token (one_token.h); in a cluster there are two waits
 // more, the first of which is over during top-k. What workgroups of a cluster tell each other is one count per
@@ -159,12 +159,9 @@ __host__ __device__ constexpr int padded_experts(int num_experts) {
   return static_cast<int>((static_cast<uint32_t>(num_experts) + 3) / 4 * 4);
 }
 
-// Experts of rows that a thread gives their blocks: two, but for short rows (expert_sort.h).
+// Experts that a thread gives their blocks.
 template <typename Rows>
-constexpr int kExpertsPerThread = 2;
-template <typename T, int kLanes, int kValues, int kBest>
-constexpr int kExpertsPerThread<GroupRows<T, kLanes, kValues, kBest>> =
-    experts_per_thread(kLanes * kValues);
+constexpr int kExpertsPerThread = experts_per_thread(Rows::kPlaces, kWaveSize);
 
 // Words of a workgroup's counts, two in a word, which are sent four words at a time. Sums over a cluster are of no
 // more bits, so that its tokens are at most kMaxClusterTokens.
@@ -352,8 +349,9 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
   }
   const bool is_first = block.rank == 0;
   const bool has_mask = leaves_out<kAny>(p.shape, p.sort);
+  const bool ids_with_entries = !is_alone && !has_mask;
   assign_blocks<kAny, kAtOnce>(
-      p.shape, block.num_local, first_local, is_first, is_first && has_mask, block.wave,
+      p.shape, block.num_local, first_local, is_first, is_first && !ids_with_entries, block.wave,
       block.num_threads, sort_lds, p.sort, [&](int e) {
         return is_alone ? hits.template counts<kAtOnce>(e) : block.counts.template of<kAtOnce>(e);
       });
@@ -366,7 +364,7 @@ __device__ inline void sort_rows(const FusedParams& p, const RoutingBlock& block
     if (start == kNoSlot) continue;
     const int row = entry.token - block.first_token;
     const uint32_t slot = start + hits.rank(row, entry.expert_idx);
-    write_entry_and_id<kAny>(p.shape, p.sort, slot, entry, !has_mask);
+    write_entry_and_id<kAny>(p.shape, p.sort, slot, entry, ids_with_entries);
   }
   // The last threads pad first, as the first ones have most of the entries.
   write_padding<kAny>(p.shape, block.num_local, sort_lds.tails, p.sort,

@@ -113,11 +113,6 @@ __host__ __device__ constexpr GroupShape group_shape(int num_tokens, int num_exp
   return {8, 16, topk > 4 ? 8 : 4};
 }
 
-// Experts that a thread gives their blocks, by how many a row has place for (expert_sort.h).
-__host__ __device__ constexpr int experts_per_thread(int num_places) {
-  return num_places <= 128 ? 1 : 2;
-}
-
 // Calls: load; when the logits are there, select; winner.
 template <typename T, int kLanes, int kValues, int kBest>
 class GroupRows {
@@ -126,6 +121,7 @@ class GroupRows {
   static constexpr bool kIsUsed = true;
   static constexpr int kMaxThreads = max_row_threads(list_registers<T>(kValues));
   static constexpr int kRowsPerWave = kWaveSize / kLanes;
+  static constexpr int kPlaces = kLanes * kValues;
 
   // Which of the wave's rows this lane works on.
   static __device__ __forceinline__ int row_in_wave() { return lane_idx() / kLanes; }

@@ -48,6 +48,7 @@ class KeyRows {
   static constexpr bool kIsUsed = true;
   static constexpr int kMaxThreads = max_row_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
+  static constexpr int kPlaces = kLanes * kValues;
 
   // Which of the wave's rows this lane works on.
   static __device__ __forceinline__ int row_in_wave() { return lane_idx() / kLanes; }

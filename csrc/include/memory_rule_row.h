@@ -14,6 +14,7 @@ class MemoryRuleRow {
   static constexpr bool kIsUsed = true;
   static constexpr int kMaxThreads = max_row_threads(0);
   static constexpr int kRowsPerWave = 1;
+  static constexpr int kPlaces = kAnyPlaces;
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 

@@ -40,6 +40,9 @@ __host__ __device__ constexpr int max_row_threads(int row_values) {
   return row_values > 16 ? 512 : 1024;
 }
 
+// Experts that a row has place for, where it stays in memory.
+constexpr int kAnyPlaces = 0x7fffffff;
+
 // Registers of a lane that hold a row, as launchers choose them: the least power of two from 2 on that
 // suffices; 0 for memory.
 __host__ __device__ constexpr int row_values(int num_experts, int wave_size) {
@@ -103,6 +106,7 @@ class WaveRow {
   static constexpr bool kIsUsed = kValues * kWaveSize <= kMaxRowExperts;
   static constexpr int kMaxThreads = max_row_threads(kValues);
   static constexpr int kRowsPerWave = 1;
+  static constexpr int kPlaces = kValues * kWaveSize;
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 
@@ -225,6 +229,7 @@ class WaveRow<T, 0> {
   static constexpr bool kIsUsed = true;
   static constexpr int kMaxThreads = max_row_threads(0);
   static constexpr int kRowsPerWave = 1;
+  static constexpr int kPlaces = kAnyPlaces;
 
   static __device__ __forceinline__ int row_in_wave() { return 0; }
 

@@ -78,6 +78,7 @@ inline RowChoice rule_row_choice(const RowRule& row, const TensorView& gating, i
   choice.by = in_memory ? RowsBy::wave : RowsBy::keys;
   choice.values = shape.values;
   choice.rows_per_wave = in_memory ? 1 : wave_size / kRuleLanes;
+  choice.places = in_memory ? kAnyPlaces : kRuleLanes * shape.values;
   choice.lds_bytes = in_memory ? 0 : best_keys_lds_bytes(wave_size);
   choice.max_threads = in_memory ? max_row_threads(0) : max_rule_threads(shape.values);
   choice.row_stride = gating.stride[0] * gating.itemsize;

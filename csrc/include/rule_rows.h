@@ -90,6 +90,7 @@ class RuleRows {
   static constexpr bool kIsUsed = true;
   static constexpr int kMaxThreads = max_rule_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
+  static constexpr int kPlaces = kRuleLanes * kValues;
 
   // Which of the wave's rows this lane works on.
   static __device__ __forceinline__ int row_in_wave() { return lane_idx() / kRuleLanes; }

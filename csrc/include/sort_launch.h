@@ -66,11 +66,7 @@ struct RowChoice {
   RowFormat format;
   int64_t row_stride;   // in items of the class of rows
   int max_threads = 0;  // of a workgroup; 0 for those of max_row_threads()
-
-  // That a thread of the fused launch gives their blocks.
-  int experts_per_thread() const {
-    return by == RowsBy::lists ? aiter::experts_per_thread(group.lanes * group.values) : 2;
-  }
+  int places = 0;       // for experts, as kPlaces of the class
 };
 
 // The measurements are in group_topk.h and key_topk.h. Lists of f32 logits are for short rows and few tokens. For
@@ -103,6 +99,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
                    0,
                    {0, type},
                    gating.stride[0]};
+  choice.places = choice.values == 0 ? kAnyPlaces : choice.values * wave_size;
   if (choice.by == RowsBy::keys && lds_is_full) choice.by = RowsBy::wave;
   if (choice.by == RowsBy::wave) return choice;
   const int num_tokens = static_cast<int>(gating.shape[0]);
@@ -114,6 +111,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
     choice.row_stride *= gating.itemsize;
   }
   choice.values = choice.group.values;
+  choice.places = choice.group.lanes * choice.group.values;
   if (choice.by == RowsBy::lists && type == LogitType::f32) {
     choice.values = list_registers<float>(choice.values);
   }

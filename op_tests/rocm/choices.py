@@ -66,7 +66,7 @@ class RowChoice:
         item_bytes: of what row strides count; 0 for a logit.
         lds_bytes: of each wave.
         max_threads: of a workgroup; 0 for what `values` allows.
-        experts_per_thread: that a thread of the fused launch gives their blocks.
+        places: for experts; 0 for rows that stay in memory.
     """
 
     name: str
@@ -76,7 +76,7 @@ class RowChoice:
     item_bytes: int = 0
     lds_bytes: int = 0
     max_threads: int = 0
-    experts_per_thread: int = 2
+    places: int = 0
 
 
 def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) -> RowChoice:
@@ -94,7 +94,7 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
     by_keys = not by_lists and has_key_group(num_experts, topk) and num_tokens > few
     if not need_renorm or not (by_lists or by_keys):
         values = row_values(num_experts, wave_size)
-        return RowChoice(f"WaveRow<{dtype}, {values}>", values)
+        return RowChoice(f"WaveRow<{dtype}, {values}>", values, places=values * wave_size)
     size = gating.element_size()
     places = (gating.data_ptr(), gating.stride(0) * size, num_experts * size)
     wide = all(place % 16 == 0 for place in places)
@@ -102,12 +102,12 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
         lanes, values, best = group_shape(num_tokens, num_experts, topk)
         name = f"GroupRows<{dtype}, {lanes}, {values}, {best}>"
         registers = values * (2 if is_f32 else 1)
-        per_thread = 1 if lanes * values <= 128 else 2
-        return RowChoice(name, registers, wave_size // lanes, wide, experts_per_thread=per_thread)
+        return RowChoice(name, registers, wave_size // lanes, wide, places=lanes * values)
     lanes, values, best = key_group_shape(num_experts, topk)
     name = f"KeyRows<{lanes}, {values}, {best}>"
     lds_bytes = 8 * CANDIDATES_PER_LANE * wave_size
-    return RowChoice(name, values, wave_size // lanes, wide, 1, lds_bytes)
+    rows = wave_size // lanes
+    return RowChoice(name, values, rows, wide, 1, lds_bytes, places=lanes * values)
 
 
 def group_shape(num_tokens: int, num_experts: int, topk: int) -> tuple[int, int, int]:
@@ -187,7 +187,8 @@ def fused_threads(
         hands_over = num_rows < num_tokens
         entries = num_tokens if hands_over else min(num_rows, block_size)
         entry_waves = waves_for(entries * topk)
-        expert_waves = waves_for(-(-num_experts // rows.experts_per_thread))
+        per_thread = 1 if 0 < rows.places <= 4 * wave_size else 2
+        expert_waves = waves_for(-(-num_experts // per_thread))
         if hands_over:
             wanted = max(row_waves, entry_waves, expert_waves)
         elif num_tokens <= block_size:

@@ -216,4 +216,5 @@ def _choose_rows(row: RowRule, wave_size: int) -> RowChoice:
         item_bytes=1,
         lds_bytes=wave_size * LDS_BYTES_PER_LANE,
         max_threads=256 if values > 16 else 512,
+        places=LANES_PER_ROW * values,
     )
