@@ -1,1 +1,1 @@
-"""The command line: `python -m aiter env|list|build|status|clean|demo`."""
+"""The command line, `python -m aiter`; `main` has its commands."""

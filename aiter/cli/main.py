@@ -12,6 +12,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from ..jit.target import KINDS
 from . import cache_commands, env_command, export
 from .options import PROGRAM, Parser
 
+_NO_MEMORY = re.compile("out of memory|allocate memory")  # as PyTorch says it, of GPU and CPU
 _EPILOG = f"Environment variables: see `{PROGRAM} env`."
 # NOTE: they have parsers of their own and import the ops; nothing else should pay for it.
 OWN_PARSERS = {
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _report(f"expected to read and write files, got {error}", 1, error)
     except Exception as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
             return _report(f"expected a problem that fits the memory, got {error}", 1, error)
         text = f"this is a defect of {PACKAGE}: {type(error).__name__}: {error}"
         return _report(f"{text} (AITER_LOG_LEVEL=DEBUG shows where)", 1, error)

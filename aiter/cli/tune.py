@@ -124,7 +124,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=parse_tokens, metavar="M,...", help="instead of all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
     parser.add_argument("--replays", type=whole(1, 10**6), default=20, help="of a graph, on a GPU")
-    parser.add_argument("--rows", action="store_true", help="print the rows of aiter/dispatch.py")
+    parser.add_argument(
+        "--rows", action="store_true", help="print the rows for MEASURED of routing/dispatch.py"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
     return parser
 

@@ -49,8 +49,6 @@ from .rocm_sort import Pending, available, restore
 
 __all__ = ["available", "fused_moe_from_logits", "restore"]
 
-_SHARED = ("shared_w1", "shared_w2", "shared_w1_scale", "shared_w2_scale")
-
 
 def fused_moe_from_logits(
     hidden_states: Tensor,

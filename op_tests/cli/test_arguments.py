@@ -325,6 +325,16 @@ def _raise(error: Exception) -> Callable[..., Any]:
         (PermissionError(13, "Permission denied", "/x"), 1, "write files, got [Errno 13]"),
         (MemoryError("no room"), 1, "error: expected a problem that fits the memory, got no room"),
         (RuntimeError("CUDA out of memory. Tried"), 1, "expected a problem that fits the memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+            1,
+            "that fits the memory",
+        ),
+        (
+            RuntimeError("CUDA error: an illegal memory access was encountered"),
+            1,
+            "is a defect of aiter",
+        ),
         (KeyError("key"), 1, "error: this is a defect of aiter: KeyError: 'key' (AITER_LOG_LEVEL="),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
