@@ -39,9 +39,10 @@ from .options import (
     MOST_TOPK,
     PROGRAM,
     Parser,
+    add_device,
+    add_wave,
     check_memory,
     check_topk,
-    existing_device,
     whole,
 )
 from .table import format_table
@@ -116,12 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="generate with a small transformers model instead (--model gpt-oss --help shows which"
         " there are, and its options)",
     )
-    parser.add_argument(
-        "--device",
-        type=existing_device,
-        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
-    )
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
+    add_device(parser)
+    add_wave(parser)
     parser.add_argument(
         "--tokens", type=whole(1, MOST_TOKENS), default=8, help="sequences decoded at once (M)"
     )

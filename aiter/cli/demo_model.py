@@ -28,9 +28,10 @@ from .options import (
     MOST_TOPK,
     PROGRAM,
     Parser,
+    add_device,
+    add_wave,
     check_memory,
     check_topk,
-    existing_device,
     whole,
 )
 from .table import format_table
@@ -89,12 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = Parser(f"{PROGRAM} demo --model MODEL", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", choices=MODELS, required=True, help="the architecture")
-    parser.add_argument(
-        "--device",
-        type=existing_device,
-        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
-    )
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
+    add_device(parser)
+    add_wave(parser)
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="of the weights")
     parser.add_argument(
         "--sequences", type=whole(1, MOST_TOKENS), default=2, help="generated at once"

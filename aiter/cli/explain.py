@@ -28,9 +28,9 @@ from .options import (
     MOST_TOPK,
     PROGRAM,
     Parser,
+    add_device,
     check_memory,
     check_topk,
-    existing_device,
     whole,
 )
 from .table import format_table
@@ -90,11 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", type=int, choices=(0, 1, 2), default=0, help="dispatch_policy: 0, 1 or 2"
     )
-    parser.add_argument(
-        "--device",
-        type=existing_device,
-        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
-    )
+    add_device(parser)
     parser.add_argument(
         "--draw", action="store_true", help="route random logits and draw the result"
     )

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from ..jit.errors import TargetError
 from ..jit.paths import PACKAGE
 
 if TYPE_CHECKING:
@@ -51,23 +52,29 @@ def whole(low: int, high: int = MOST) -> Callable[[str], int]:
 
 def existing_device(text: str) -> torch.device:
     """The type of a device that is there: cpu, cuda or cuda:N."""
-    match = re.fullmatch(r"(cpu)|cuda(:[0-9]{1,3})?", text)
-    if not match:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    # NOTE: imported late, as a command line that asks for no device should not pay for it.
-    import torch
+    # NOTE: imported late, as a command line that asks for no device should not pay for PyTorch.
+    from ..jit.core import indexed
 
-    if match[1]:
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(match[2][1:]) if match[2] else 0
-    if index >= count:
-        there = ", ".join(f"cuda:{number}" for number in range(count))
-        raise argparse.ArgumentTypeError(
-            f"expected a GPU that this PyTorch ({torch.__version__}) sees ({there or 'it sees none'}),"
-            f" got {text!r}"
-        )
-    return torch.device("cuda", index if match[2] else torch.cuda.current_device())
+    try:
+        return indexed(text)
+    except TargetError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device: ")) from None
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option `--device`."""
+    parser.add_argument(
+        "--device",
+        type=existing_device,
+        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
+    )
+
+
+def add_wave(parser: argparse.ArgumentParser) -> None:
+    """The option `--wave` of what runs with one of the two."""
+    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
 
 
 def check_topk(parser: argparse.ArgumentParser, topk: int, experts: int) -> None:

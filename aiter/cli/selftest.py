@@ -26,7 +26,7 @@ from ..jit import JitError, cpu_wave
 from ..ops.device import current_device
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from . import env_command, timing
-from .options import PROGRAM, Parser, existing_device
+from .options import PROGRAM, Parser, add_device
 from .selftest_checks import BLOCK_SIZE, CHECKS, POLICY_NAMES, Skipped, difference
 from .table import format_table
 
@@ -87,11 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--device",
-        type=existing_device,
-        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
-    )
+    add_device(parser)
     parser.add_argument("--wave", type=int, choices=(64, 32), help="cpu wave width; else both")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     return parser

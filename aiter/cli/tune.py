@@ -38,7 +38,7 @@ from ..routing.basis import basis_of
 from ..routing.dispatch import Crossover
 from ..routing.graph import fused_topk_moe_sorting_fwd
 from . import timing, tune_experts, tune_router
-from .options import MOST, MOST_TOKENS, PROGRAM, Parser, check_memory, existing_device, whole
+from .options import MOST, MOST_TOKENS, PROGRAM, Parser, add_device, add_wave, check_memory, whole
 from .table import format_table
 
 SHAPES = (
@@ -114,12 +114,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").replace("python -m aiter", PROGRAM),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--device",
-        type=existing_device,
-        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
-    )
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
+    add_device(parser)
+    add_wave(parser)
     parser.add_argument("--shape", action="append", type=parse_shape, metavar="E,K,D")
     parser.add_argument("--tokens", type=parse_tokens, metavar="M,...", help="instead of all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")

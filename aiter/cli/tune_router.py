@@ -40,7 +40,7 @@ from ..routing import dispatch, known, tuned
 from ..routing.basis import basis_of
 from ..routing.dispatch import RouterCrossover
 from . import timing
-from .options import MOST, PROGRAM, Parser, check_memory, existing_device, whole
+from .options import MOST, PROGRAM, Parser, add_device, add_wave, check_memory, whole
 from .table import format_table
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -119,12 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="bf16", help="of hidden states and weight"
     )
     parser.add_argument("--tokens", type=parse_tokens, default=list(TOKENS), metavar="M,...")
-    parser.add_argument(
-        "--device",
-        type=existing_device,
-        help="cpu or cuda[:index]; the GPU if there is one, else cpu",
-    )
-    parser.add_argument("--wave", type=int, choices=(64, 32), default=64, help="cpu wave width")
+    add_device(parser)
+    add_wave(parser)
     parser.add_argument("--replays", type=whole(1, 10**6), default=20, help="of a graph, on a GPU")
     parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
     return parser

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from .errors import LoadError
+from .errors import LoadError, TargetError
 from .target import cpu_wave_override, target_for
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _TENSOR_ANNOTATIONS = (torch.Tensor, "torch.Tensor", "Tensor")
 def module_for(name: str, device: torch.device | str) -> ModuleType:
     """The compiled module `name` for `device`, built first if need be.
 
-    Raises the errors of `Loader.load`; a device without a target is a TargetError.
+    Raises the errors of `Loader.load`; a device that is not there, or has no target, is a TargetError.
     """
     return _default_loader().load(name, target_for(indexed(device)))
 
@@ -116,9 +116,19 @@ def _tensor_parameter(stub: Callable[..., Any]) -> tuple[int, str]:
     )
 
 
-def indexed(device: torch.device | str) -> torch.device:
-    """`device`, with the current GPU's index if it names none."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+def indexed(device: torch.device | str | int) -> torch.device:
+    """`device`, with the current GPU's index if it names none.
+
+    Raises TargetError for a GPU that is not there.
+    """
+    chosen = torch.device(device)
+    if chosen.type != "cuda":
+        return chosen
+    count = torch.cuda.device_count()
+    if not 0 <= (chosen.index or 0) < count:
+        there = ", ".join(f"cuda:{index}" for index in range(count)) or "it sees none"
+        raise TargetError(
+            f"device: expected a GPU that this PyTorch ({torch.__version__}) sees ({there}), got"
+            f" {str(device)!r}"
+        )
+    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())

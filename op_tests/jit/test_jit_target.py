@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aiter.jit import cpu_wave
+from aiter import fused_topk_moe_sorting_max_tokens, warmup
+from aiter.jit import cpu_wave, module_for
 from aiter.jit.errors import EnvError, TargetError
 from aiter.jit.target import (
     Target,
@@ -119,6 +120,25 @@ def test_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert target_for(torch.device("cuda", 0)) == Target("rocm", ("gfx90a", "gfx942"))
     with pytest.raises(TargetError, match="GPU_ARCHS .gfx90a, gfx942.*, got gfx1100"):
         target_for(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "seen"),
+    [(0, "cuda", "it sees none"), (0, "cuda:0", "it sees none"), (2, "cuda:2", "cuda:0, cuda:1")],
+)
+def test_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, count: int, device: str, seen: str
+) -> None:
+    """Before PyTorch is asked for it, which raises an AssertionError."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    message = rf"device: expected a GPU that this PyTorch .* sees \({seen}\), got '{device}'"
+    for ask in (
+        lambda: warmup(devices=[device]),
+        lambda: module_for("module_expert_load", device),
+        lambda: fused_topk_moe_sorting_max_tokens(128, 4, device=device),
+    ):
+        with pytest.raises(TargetError, match=message):
+            ask()
 
 
 def test_detected_nvidia_arch(nvidia_gpu: None) -> None:
