@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def run_build(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    archs = tuple(part.strip() for part in options.arch.replace(",", ";").split(";") if part)
+    archs = tuple(filter(None, map(str.strip, re.split("[;,]", options.arch))))
     modules = known if everything else options.modules
     if options.device_only:
         if options.target != "rocm":
@@ -107,8 +108,9 @@ def run_status(options: argparse.Namespace) -> int:
         module, place = folder.parts[-4], folder.parts[-3]
         named = (place, "", "")
         if entry is not None:
-            archs = ",".join((*entry.target.archs, entry.target.cpu_level)).rstrip(",")
-            named = (entry.target.kind, archs, str(entry.manifest["abi"]))
+            target = entry.target
+            parts = filter(None, (*target.archs, target.cpu_level, target.cpu_check))
+            named = (target.kind, ",".join(parts), str(entry.manifest["abi"]))
         try:
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
             age = _age(time.time() - folder.stat().st_mtime)

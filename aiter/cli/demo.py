@@ -33,6 +33,7 @@ from ..ops.fused_router_sorting import fused_router_sorting_max_tokens
 from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..routing.buffers import TOKEN_MASK
 from ..routing.dispatch import MOST_ROUTER_TOKENS
+from . import timing
 from .options import (
     MOST_SEED,
     MOST_TOKENS,
@@ -182,8 +183,7 @@ def _logits(hidden: Tensor, layer: Layer, options: argparse.Namespace) -> Tensor
 
 
 def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    timing.synchronize(device)
     return time.perf_counter()
 
 

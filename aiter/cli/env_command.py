@@ -113,7 +113,8 @@ def _targets() -> tuple[list[tuple[str, str, str, str, str]], list[str]]:
         archs, found_by, command, version = "-", "-", "-", "-"
         try:
             target = named_target(kind)
-            archs = ", ".join(part for part in (*target.archs, target.cpu_level) if part)
+            parts = (*target.archs, target.cpu_level, target.cpu_check)
+            archs = ", ".join(filter(None, parts))
         except JitError as error:
             notes.append(f"note: {error}")
         try:

@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     num_experts, topk, model_dim, inter = options.experts
     width = inter if options.plain else 2 * inter
-    rows = max(options.tokens) * (2 * model_dim + 4 * num_experts)
-    check_memory(parser, 2 * num_experts * model_dim * (width + inter) + rows, device)
+    activations = max(options.tokens) * (2 * model_dim + 4 * num_experts)
+    check_memory(parser, 2 * num_experts * model_dim * (width + inter) + activations, device)
     experts = _experts(options, device, (num_experts, width, model_dim, inter))
     known = triton_plan.family_for(device, experts.w1.shape, experts.w1.stride())
     rows, cells = [], []
@@ -93,9 +93,7 @@ def fastest(experts: Experts, tokens: int, topk: int, known: Family) -> tuple[Ro
     num_experts = experts.w1.shape[0]
     entries = tokens * topk / num_experts
     found: list[tuple[float, Row]] = []
-    for block in BLOCKS:
-        if block > max(16, 8 * entries) or 16 * block < entries:
-            continue
+    for block in blocks_for(entries):
         best = [
             min(
                 ((measure(experts, tokens, topk, tile, second), tile)
@@ -107,6 +105,15 @@ def fastest(experts: Experts, tokens: int, topk: int, known: Family) -> tuple[Ro
         found.append((best[0][0] + best[1][0], Row(entries, best[0][1], best[1][1])))
     total, row = min(found, key=lambda pair: pair[0])
     return row, total
+
+
+def blocks_for(entries: float) -> list[int]:
+    """The block sizes that are worth a measurement for so many entries per expert, at least one."""
+    return [
+        block
+        for block in BLOCKS
+        if block <= max(BLOCKS[0], 8 * entries) and (16 * block >= entries or block == BLOCKS[-1])
+    ]
 
 
 def candidates(block: int, known: Family, second: bool) -> Iterator[Tile]:

@@ -82,6 +82,26 @@ def test_a_wrong_op_fails(
     assert CHECKS["expert_load"](CPU) == "load: expected the counts of the ids, got others"
 
 
+@pytest.mark.parametrize("error", [ValueError("planted"), KeyError("planted")])
+def test_a_check_that_raises_anything_is_one_that_fails(
+    few: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    """The report goes on behind it, to its last line."""
+
+    def broken(ids: torch.Tensor, load: torch.Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(selftest_checks, "expert_load", broken)
+    assert selftest.main(["--device", "cpu", "--wave", "64", "--quick"]) == 1
+    output = capsys.readouterr()
+    assert f"expert_load: raised {type(error).__name__}: {error}" in output.err
+    assert f"{'error, then a right call':<29}  right" in output.out
+    assert output.out.splitlines()[-1].startswith("selftest: NOT all right on cpu: 1 wrong")
+
+
 @pytest.mark.parametrize("way", ["automatic", "one launch", "two launches"])
 def test_wrong_logits_are_seen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     right = selftest_checks.reference.router_logits

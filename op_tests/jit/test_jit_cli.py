@@ -153,6 +153,19 @@ def test_force_builds_again(installed: Toy, capsys: Output) -> None:
     assert next(folder.glob("*.so")).stat().st_ino != before
 
 
+def test_status_tells_checked_builds_from_others(
+    installed: Toy, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["build", MODULE, "--arch", " wave64 ; "]) == 0
+    monkeypatch.setenv("AITER_CPU_CHECK", "address")
+    assert main(["build", MODULE, "--arch", "wave64"]) == 0
+    capsys.readouterr()
+    assert main(["status"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    plain = ",".join(filter(None, ("wave64", cpu_level())))
+    assert sorted(row[2] for row in rows) == [plain, f"{plain},address"]
+
+
 def test_a_failed_build_is_one_message(installed: Toy, capsys: Output) -> None:
     installed.source.write_text("#error no good\n")
     assert main(["build", MODULE]) == 1

@@ -336,6 +336,22 @@ def test_measured_rows_share_out_the_sizes() -> None:
     assert [row.entries for row in spread] == [16.0, 1e9]
 
 
+@pytest.mark.parametrize(
+    ("entries", "blocks"),
+    [
+        (0.1, [16]),
+        (4, [16, 32]),
+        (64, [16, 32, 64, 128]),
+        (2000, [128]),
+        (2049, [128]),
+        (1e6, [128]),
+    ],
+)
+def test_every_number_of_entries_has_a_block(entries: float, blocks: list[int]) -> None:
+    """M=8192, E=8, K=4 has 4096: more than a block of 128 should see, but there is no larger one."""
+    assert tune_experts.blocks_for(entries) == blocks
+
+
 def test_tune_says_what_it_cannot_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--experts", "8,2,64,64", "--device", "cpu"]) == 1
     assert "expected a GPU with Triton" in capsys.readouterr().err
