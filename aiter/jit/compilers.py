@@ -10,9 +10,10 @@ that is empty or relative means another folder wherever a process happens to be:
 give the compiler, that is an error and not a choice. So is a relative path in CXX or NVCC_CCBIN.
 
 A compiler's identity is its real path and what `--version` prints. The text needs a process, which
-a cache hit must not start, so it is kept in the cache folder under (real path, size, mtime). A
-wrapper script that stays the same while what it calls changes is told apart only by the headers
-that come with the new compiler.
+a cache hit must not start, so it is kept in the cache folder under (real path, size, mtime) and the
+variables that compilers read, as hipcc's text is that of the ROCm that they name. A wrapper script
+that stays the same while what it calls changes is told apart only by the headers that come with the
+new compiler.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ def _is_program(path: str) -> bool:
 
 
 def host_compiler_of_nvcc() -> Compiler | None:
-    """The compiler that nvcc hands host code to: NVCC_CCBIN, else gcc on PATH."""
+    """The compiler that nvcc hands host code to: NVCC_CCBIN, or gcc in that folder, else on PATH."""
     text = envs.compiler_variables().get("NVCC_CCBIN", "gcc")
-    path = _which(text)
+    path = _which(os.path.join(text, "gcc") if os.path.isdir(text) else text)
     return None if path is None else _compiler((path,), "nvcc's host compiler", "gcc")
 
 
@@ -113,18 +114,25 @@ def _find_cpu() -> Compiler:
             raise ToolchainError(
                 f"C++ compiler for cpu: expected CXX to name a program, got CXX={setting!r}"
             )
-        return _compiler((path, *words[1:]), "CXX", "gcc")
+        family = "zig" if os.path.basename(path) == "zig" else "gcc"
+        return _compiler((path, *words[1:]), "CXX", family)
     for name in ("g++", "clang++"):
         path = _which(name)
         if path is not None:
             return _compiler((path,), f"{name} on PATH", "gcc")
-    zig = _package_dir("ziglang") / "zig" if _has_package("ziglang") else None
-    if zig is not None and zig.is_file():
+    zig = zig_of_package()
+    if zig is not None:
         return _compiler((str(zig), "c++"), "the ziglang package", "zig")
     raise ToolchainError(
         "C++ compiler for cpu: expected CXX, g++ or clang++ on PATH, or the ziglang package, got"
         " none of them; install g++ (Debian: apt-get install g++) or `pip install ziglang`"
     )
+
+
+def zig_of_package() -> Path | None:
+    """The program of the Python package ziglang; None where it is not there."""
+    zig = _package_dir("ziglang") / "zig" if _has_package("ziglang") else None
+    return zig if zig is not None and zig.is_file() else None
 
 
 def _find_cuda() -> Compiler:
@@ -203,7 +211,8 @@ def compiler_version(compiler: Compiler, memo_dir: Path, extra_env: dict[str, st
     """The text that `--version` prints, from the memo in `memo_dir` if the file is unchanged."""
     stat = compiler.executable.stat()
     identity = [list(compiler.command), str(compiler.executable), stat.st_size, stat.st_mtime_ns]
-    digest = hashlib.sha256(json.dumps([identity, extra_env]).encode()).hexdigest()[:16]
+    variables = {**envs.compiler_variables(), **extra_env}
+    digest = hashlib.sha256(json.dumps([identity, variables]).encode()).hexdigest()[:16]
     memo = memo_dir / f"{compiler.executable.name}-{digest}.json"
     known = _read_memo(memo, identity)
     if known is not None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import shlex
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from . import envs
 from .builders import build_lock
 from .cache import DEVICE_CODE_DIR, FAILED_DIR, TOOL_DIR
+from .compilers import zig_of_package
 from .device_kernels import KernelCode, arch_of, parse_kernels
 from .driver import Job, JobFailed, first_error, run_jobs
 from .errors import BuildError, CacheError, ConfigError, ToolchainError
@@ -129,14 +129,11 @@ class Assembly:
 
 def clang() -> tuple[tuple[str, ...], str]:
     """The command of the ziglang package's clang, and its version; raises ToolchainError."""
-    spec = importlib.util.find_spec("ziglang")
-    locations = spec.submodule_search_locations if spec is not None else None
-    program = Path(next(iter(locations))) / "zig" if locations else None
-    if program is None or not program.is_file():
+    program = zig_of_package()
+    if program is None:
         raise ToolchainError(
             "device code: expected the Python package ziglang, which carries a clang for every AMD"
-            f" target, got {'none' if program is None else program}; install it:"
-            " pip install ziglang"
+            " target, got none; install it: pip install ziglang"
         )
     return (str(program), "clang"), importlib.metadata.version("ziglang")
 

@@ -15,6 +15,7 @@ from aiter.jit.compilers import (
     Compiler,
     compiler_version,
     find_compiler,
+    host_compiler_of_nvcc,
 )
 from aiter.jit.errors import ToolchainError
 from aiter.jit.load import Loader
@@ -60,6 +61,8 @@ def test_cpu_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     program(bare_path / "own")
     monkeypatch.setenv("CXX", "own g++")
     assert find_compiler("cpu").command == (str(bare_path / "own"), "g++")
+    monkeypatch.setenv("CXX", f"{package / 'zig'} c++")
+    assert find_compiler("cpu").family == "zig"
 
 
 def test_cuda_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +72,21 @@ def test_cuda_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     assert find_compiler("cuda").command == (str(home),)
     assert find_compiler("cuda").found_by == "CUDA_HOME"
+
+
+def test_the_host_compiler_of_nvcc(bare_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVCC_CCBIN is a program or, as nvcc has it, the folder of gcc."""
+    program(bare_path / "gcc")
+    other = program(bare_path.parent / "other" / "gcc")
+    program(other.with_name("clang++-19"))
+    for setting, found in (
+        (None, bare_path / "gcc"), (other.parent, other), (other, other),
+        (other.with_name("clang++-19"), other.with_name("clang++-19")),
+    ):  # fmt: skip
+        if setting is not None:
+            monkeypatch.setenv("NVCC_CCBIN", str(setting))
+        compiler = host_compiler_of_nvcc()
+        assert compiler is not None and compiler.command == (str(found),)
 
 
 def test_rocm_order(bare_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +166,25 @@ def test_the_version_is_asked_once_per_compiler(
         path.write_text("{")
     assert compiler_version(find_compiler("cpu"), memo, {}) == "own 2.0 now"
     assert log.read_text() == "asked\n" * 3
+
+
+def test_what_a_variable_leads_to_has_a_version_of_its_own(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As hipcc prints the version of the ROCm that HIP_PATH or ROCM_PATH names, which decides flags."""
+    text = '#!/bin/sh\necho "HIP version: 6.$HIP_PATH.$ROCM_PATH"\n'
+    program(tmp_path / "bin" / "hipcc", text)
+    monkeypatch.setenv("ROCM_HOME", str(tmp_path))
+    seen = {}
+    for name, value in (("HIP_PATH", "/1"), ("HIP_PATH", "/2"), ("ROCM_PATH", "/3")):
+        monkeypatch.setenv(name, value)
+        plan = toy.loader().plan("module_toy", Target("rocm", ("gfx942",)))
+        seen[plan.key] = plan.inputs["compiler"][1][-1]
+    assert list(seen.values()) == [
+        "HIP version: 6./1.",
+        "HIP version: 6./2.",
+        "HIP version: 6./2./3",
+    ]
 
 
 def test_a_compiler_upgrade_is_a_miss(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
