@@ -183,10 +183,10 @@ def _start(job: Job, folder: Path, environment: dict[str, str]) -> _Running:
     if shutil.which(job.command[0], path=environment.get("PATH")) is None:
         problem = f"cannot start the compiler: no program {job.command[0]}"
         raise JobFailed(job, problem, f"error: {problem}\n")
+    said = open(os.memfd_create("output", os.MFD_CLOEXEC), "w+b")
     with _pipes_lock:
         read_end, pipe_end = os.pipe()
         _pipe_ends.add(pipe_end)
-    said = open(os.memfd_create("output", os.MFD_CLOEXEC), "w+b")
     try:
         process = subprocess.Popen(
             ["/bin/sh", "-c", _SHELL, "sh", *job.command],

@@ -77,7 +77,7 @@ def _make(folder: Path, shared: bool) -> None:
 def _mark(root: Path) -> None:
     """Leaves the mark in a cache folder that is empty."""
     tag = root / MARKER
-    if tag.exists() or any(os.scandir(root)):
+    if tag.exists() or any(root.iterdir()):
         return
     write_atomically(tag, _TAG)
 

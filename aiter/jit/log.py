@@ -20,8 +20,13 @@ class _StderrHandler(logging.Handler):
     """Writes to what stderr is now, and only while no handler of the program's would."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers and sys.stderr is not None:
-            print(f"[{PACKAGE}] {self.format(record)}", file=sys.stderr, flush=True)
+        if logging.getLogger().handlers or sys.stderr is None:
+            return
+        text = self.format(record)
+        try:
+            print(f"[{PACKAGE}] {text}", file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass  # NOTE: nobody reads it, as behind a pipe that was closed; that ends no build.
 
 
 def get_logger() -> logging.Logger:

@@ -54,11 +54,17 @@ class Progress:
         self._shown_at = now
         self._frame = (self._frame + 1) % len(_FRAMES)
         line = f"{_FRAMES[self._frame]} {self._title}: {done}/{self._total} objects"
-        sys.stderr.write(f"\r\033[K{line}, {now - self._start:.1f} s")
-        sys.stderr.flush()
+        self._write(f"\r\033[K{line}, {now - self._start:.1f} s")
 
     def clear(self) -> None:
         """Removes the line."""
         if self._live and self._shown_at >= 0.0:
-            sys.stderr.write("\r\033[K")
+            self._write("\r\033[K")
+
+    def _write(self, text: str) -> None:
+        """To the terminal; one that is gone meanwhile gets no line, and ends no build."""
+        try:
+            sys.stderr.write(text)
             sys.stderr.flush()
+        except (OSError, ValueError):
+            self._live = False

@@ -133,7 +133,7 @@ def load_config(path: Path) -> dict[str, dict[str, Any]]:
 def load_spec(path: Path, name: str, csrc_dir: Path, target: Target) -> ModuleSpec:
     """The checked settings of the module `name`, rendered for `target`; raises ConfigError."""
     config = load_config(path)
-    known = module_names(path, csrc_dir)
+    known = _names_in(config, csrc_dir)
     if name not in known:
         import difflib
 
@@ -150,7 +150,10 @@ def load_spec(path: Path, name: str, csrc_dir: Path, target: Target) -> ModuleSp
 
 def module_names(path: Path, csrc_dir: Path) -> list[str]:
     """The modules of the config in its order, then the ops that its entry `module_*` covers."""
-    config = load_config(path)
+    return _names_in(load_config(path), csrc_dir)
+
+
+def _names_in(config: Mapping[str, Any], csrc_dir: Path) -> list[str]:
     names = [name for name in config if name != EVERY_OP]
     if EVERY_OP in config:
         suffix = _BINDING.format(op="")

@@ -103,8 +103,9 @@ def make_profile(
     if target.kind == "rocm":
         versioned = rocm_flags(hip_version(version_text), target.archs)
         return _rocm(spec, target, versioned, common, prefix_map)
-    make = _cpu if target.kind == "cpu" else _cuda
-    return make(spec, target, compiler, csrc_dir, common, prefix_map)
+    if target.kind == "cuda":
+        return _cuda(spec, target, common, prefix_map)
+    return _cpu(spec, target, compiler, csrc_dir, common, prefix_map)
 
 
 def python_include() -> Path:
@@ -182,14 +183,8 @@ def _cpu(
 
 
 def _cuda(
-    spec: ModuleSpec,
-    target: Target,
-    compiler: Compiler,
-    csrc_dir: Path,
-    common: tuple[str, ...],
-    prefix_map: tuple[str, ...],
+    spec: ModuleSpec, target: Target, common: tuple[str, ...], prefix_map: tuple[str, ...]
 ) -> Profile:
-    del compiler, csrc_dir
     host = ("-Xcompiler", "-fPIC,-fvisibility=hidden", *_through_nvcc(prefix_map))
     archs = tuple(f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in target.archs)
     device = ("-std=c++17", "-O3", "-lineinfo", "--fmad=false", *archs, *host, *common)

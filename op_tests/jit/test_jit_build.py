@@ -349,3 +349,26 @@ def test_a_compiler_that_cannot_start_is_a_build_error(toy: Toy) -> None:
     job = driver.Job(("/no/such/compiler",), toy.root / "out.txt")
     with pytest.raises(driver.JobFailed, match="cannot start the compiler: no program /no/such"):
         driver.run_jobs([job], toy.root, {}, 1, None, Progress("test", 1))
+
+
+GONE = """
+class Gone:
+    def isatty(self): return {terminal}
+    def write(self, text): raise {error}
+    def flush(self): raise {error}
+
+sys.stderr = Gone()
+print(loader.load(MODULE, target).value())
+sys.stderr = None
+"""
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+@pytest.mark.parametrize("error", ["BrokenPipeError(32, 'Broken pipe')", "ValueError('closed')"])
+def test_an_stderr_that_nobody_reads_ends_no_build(toy: Toy, terminal: bool, error: str) -> None:
+    """As behind `| head -1`, or of a terminal that was closed."""
+    command = child_code(toy, GONE.format(terminal=terminal, error=error))
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
