@@ -71,15 +71,15 @@ class BuildWithSources(build_py):
     """`build_py` that also copies the folders in `BUNDLED`, and prebuilds on request."""
 
     def run(self) -> None:
-        super().run()
         package = ROOT / TREE if self.editable_mode else Path(self.build_lib).resolve() / NAME
-        if not self.editable_mode:
-            bundle = package / "_src"
-            # NOTE: the build folder may hold those of an earlier run, which this one must not ship.
-            for old in (bundle, package / "_prebuilt"):
-                shutil.rmtree(old, ignore_errors=True)
+        in_place = package == ROOT / TREE
+        if not in_place:
+            # NOTE: what an earlier run left, such as modules that were renamed since, would be shipped.
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
+        if not in_place:
             for name in BUNDLED:
-                shutil.copytree(ROOT / name, bundle / name)
+                shutil.copytree(ROOT / name, package / "_src" / name)
         if PREBUILD:
             prebuild(package / "_prebuilt")
 
@@ -102,8 +102,7 @@ def prebuild(output: Path) -> None:
         importlib.import_module(f"{NAME}.jit.{part}")
         for part in ("envs", "load", "prebuilt", "spec", "target")
     )
-    if not envs.PREBUILD_KERNELS.get():
-        return
+    envs.PREBUILD_KERNELS.get()  # NOTE: raises for what is neither 1 nor 0.
     loader = load.Loader(cache_dir=output)
     for each in (target.cpu_target(), *map(prebuilt.gpu_target, envs.GPU_ARCHS.get())):
         for module in loader.modules():
