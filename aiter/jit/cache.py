@@ -227,13 +227,6 @@ class Cache:
         """Creates the folder `name` in the cache, for the owner alone where it is new."""
         return make_private_folder(self.root, name)
 
-    def check_trusted(self, folder: Path) -> None:
-        """Raises CacheError if others may write to `folder`, to its files or above them."""
-        root = open_cache(self.root)
-        opened = root.descend(folder.relative_to(self.root).parts) if root is not None else None
-        if opened is not None:
-            opened.check_contents()
-
     def set_aside(self, folder: Path) -> Path:
         """Moves a build out of sight, keeping it for a look; raises CacheError if it cannot."""
         target = self.root / BROKEN_DIR / f"{folder.parts[-4]}-{os.getpid()}-{os.urandom(4).hex()}"

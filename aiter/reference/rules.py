@@ -1,6 +1,6 @@
 """What does a router of any rule choose? A plain PyTorch answer, on any device.
 
-:func:`topk_routing` states section 2b of docs/contract.md step by step, in the order in which a
+:func:`topk_routing` states "any rule" of docs/contract.md step by step, in the order in which a
 kernel has to round, and :func:`topk_routing_sorting` sorts what it chose. Like the functions of
 `aiter.reference.routing` they wait for the device and allocate freely: they are not for serving.
 
@@ -16,8 +16,8 @@ sum of a softmax over all experts has no order that is specified, and is taken i
 
 Where the contract leaves a case open, this is what holds here: `select_on="logit"` takes x, scaled
 and soft-capped, and adds a bias where there is one; a row of a softmax that has no logit above -inf has
-scores of 0 where a bias or groups choose, and section 2's equal ones where nothing does; the logits of
-shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
+scores of 0 where a bias or groups choose, and the plain case's equal ones where nothing does; the
+logits of shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from users import ALICE, BOB, OTHERS, TEAM, as_user, only_root, place_for_all
 from aiter.jit.cache import Cache
 from aiter.jit.errors import CacheError
 from aiter.jit.folders import write_atomically
+from aiter.jit.trust import open_cache
 
 
 def parts(toy: Toy) -> dict[str, Path]:
@@ -119,6 +120,14 @@ def publish(cache: Cache, name: str) -> None:
     write_atomically(folder / "manifest.json", "{}")
 
 
+def check_build(root: Path, folder: Path) -> None:
+    """Raises CacheError if others may write to the folder, to its files or above them."""
+    cache = open_cache(root)
+    opened = cache.descend(folder.relative_to(root).parts) if cache is not None else None
+    assert opened is not None
+    opened.check_contents()
+
+
 @only_root
 def test_two_users_of_one_folder(shared_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = shared_place / "cache"
@@ -130,16 +139,16 @@ def test_two_users_of_one_folder(shared_place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AITER_SHARED_CACHE", "1")
     assert as_user(ALICE, [TEAM], lambda: publish(cache, "first")) == ""
     assert build.stat().st_mode & 0o7777 == 0o2770
-    assert as_user(BOB, [OTHERS, TEAM], lambda: cache.check_trusted(build)) == ""
+    assert as_user(BOB, [OTHERS, TEAM], lambda: check_build(root, build)) == ""
     assert as_user(BOB, [OTHERS, TEAM], lambda: publish(cache, "second")) == ""
-    assert as_user(ALICE, [TEAM], lambda: cache.check_trusted(build.with_name("second"))) == ""
+    assert as_user(ALICE, [TEAM], lambda: check_build(root, build.with_name("second"))) == ""
     os.chown(build / "manifest.json", BOB, OTHERS)
-    refused = as_user(ALICE, [TEAM], lambda: cache.check_trusted(build))
+    refused = as_user(ALICE, [TEAM], lambda: check_build(root, build))
     assert f"got owner {BOB}" in refused
     monkeypatch.delenv("AITER_SHARED_CACHE")
     second = build.with_name("second")
     assert "AITER_SHARED_CACHE=1 trusts" in as_user(
-        ALICE, [TEAM], lambda: cache.check_trusted(second)
+        ALICE, [TEAM], lambda: check_build(root, second)
     )
 
 
@@ -149,6 +158,6 @@ def test_a_group_that_one_is_not_in(shared_place: Path, monkeypatch: pytest.Monk
     root.mkdir()
     os.chown(root, BOB, TEAM)
     monkeypatch.setenv("AITER_SHARED_CACHE", "1")
-    refused = as_user(BOB, [OTHERS], lambda: Cache(root).check_trusted(root))
+    refused = as_user(BOB, [OTHERS], lambda: check_build(root, root))
     assert f"expected a group of this process ({OTHERS})" in refused
     assert f"got group {TEAM}; `chgrp`" in refused
