@@ -104,11 +104,12 @@ def make_method(names: Names) -> Any:
 
         def process_weights_after_loading(self, layer: Any) -> None:
             """As vLLM's; before the first time, decides who routes and multiplies."""
-            if self.moe_kernel is not None:  # NOTE: weights of a running server were replaced.
+            # NOTE: there already where weights of a running server were replaced.
+            if getattr(self, "moe_kernel", None) is not None:
                 super().process_weights_after_loading(layer)
                 return
             found = decide(experts, self, layer)
-            where = f"vLLM: {layer.layer_name} and layers like it"
+            where = f"vLLM: {getattr(layer, 'layer_name', 'a layer')} and layers like it"
             if isinstance(found, str):
                 log_once(f"{where} stay vLLM's: {found}", found)
                 super().process_weights_after_loading(layer)

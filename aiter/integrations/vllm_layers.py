@@ -30,7 +30,7 @@ from ..layer.experts import triton_problem
 from ..layer.parts import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from ..layer.types import ActivationType
 from ..ops.rule import RoutingRule
-from . import vllm_names
+from . import rocm_sort, vllm_names
 
 Products = Literal["ours", "triton", "rocm"]
 """Who multiplies: `layer.experts`, vLLM's Triton kernels, or ROCm's aiter."""
@@ -107,20 +107,20 @@ def decide(experts: Any, method: Any, layer: Any) -> Decision | str:
         method: vLLM's method of the layer, with `moe`, its FusedMoEConfig.
         layer: vLLM's RoutedExperts.
     """
-    moe = method.moe
-    fits, reason = experts.is_supported_config(
-        experts, moe, None, None, experts.activation_format()
-    )
-    if not fits:
-        return str(reason)
-    if getattr(moe, "require_decomposed_backend", False):
-        return NO_DECOMPOSED
-    changed = _changed(type(layer))
-    if changed is not None:
-        return f"its experts, {type(layer).__name__}, have a {changed} of their own"
-    if getattr(layer.expert_map_manager, "num_fused_shared_experts", 0):
-        return "shared experts are among its experts"
     try:
+        vllm_names.check_layer(method, layer)
+        fits, reason = experts.is_supported_config(
+            experts, method.moe, None, None, experts.activation_format()
+        )
+        if not fits:
+            return str(reason)
+        if getattr(method.moe, "require_decomposed_backend", False):
+            return NO_DECOMPOSED
+        changed = _changed(type(layer))
+        if changed is not None:
+            return f"its experts, {type(layer).__name__}, have a {changed} of their own"
+        if getattr(layer.expert_map_manager, "num_fused_shared_experts", 0):
+            return "shared experts are among its experts"
         runner = vllm_names.runner_of(layer.layer_name)
         if runner is None:
             return "vLLM does not say which router it has"
@@ -175,12 +175,12 @@ def _decide(method: Any, layer: Any, routing: Routing) -> Decision | str:
 def _by_rocm(layer: Any, routing: Routing, moe: Any) -> Decision | str:
     from . import vllm_rocm
 
-    reason = vllm_rocm.why_not()
+    reason = rocm_sort.available()
     if reason is not None:
         return reason
+    experts = vllm_names.find_aiter_experts()
     vllm_rocm.wrap()
-    taken = Taken(routing, moe.num_experts, "rocm", None, None)
-    return Decision(taken, vllm_names.find_aiter_experts())
+    return Decision(Taken(routing, moe.num_experts, "rocm", None, None), experts)
 
 
 def settings_of(method: Any, layer: Any) -> Any:
@@ -208,9 +208,9 @@ def routing_of(router: Any, layer: Any) -> Routing | str:
         return "its router has another correction bias than its experts"
     try:
         rule = read(router)
-    except (TypeError, ValueError) as error:
+        return rule if isinstance(rule, str) else Routing(rule, router.top_k, bias is not None)
+    except (AttributeError, TypeError, ValueError) as error:
         return f"its router has no rule: {error}"
-    return rule if isinstance(rule, str) else Routing(rule, router.top_k, bias is not None)
 
 
 def _by_score(router: Any) -> RoutingRule | str:

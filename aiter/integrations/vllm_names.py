@@ -1,8 +1,9 @@
 """What of vLLM do we use, and is it what we know?
 
-Every name of vLLM that the plugin touches is looked up here, once, and what is called has its parameters
-checked: an engine that has moved on is left alone, with a sentence that says what has changed, instead
-of failing in the middle of a forward. Known are 0.32, which runs in our tests, and 0.33 by its sources.
+Every name of vLLM that the plugin touches is looked up here, once, what is called has its parameters
+checked, and a layer is asked for the attributes that are read of it: an engine that has moved on is left
+alone, with a sentence that says what has changed, instead of failing while it loads or in the middle of
+a forward. Known are 0.32, which runs in our tests, and 0.33 by its sources.
 
 vLLM is imported by name, as it need not be there: nothing of it is imported before it is asked for.
 """
@@ -34,6 +35,14 @@ INVOKE = (
     "num_tokens_post_padded", "mul_routed_weight", "top_k", "config", "compute_type", "use_fp8_w8a8",
     "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "block_shape", "B_bias",
 )  # fmt: skip
+
+
+OF_METHOD = ("moe", "moe_kernel", "unquantized_backend")
+OF_LAYER = (
+    "layer_name", "w13_weight", "expert_map", "expert_map_manager", "e_score_correction_bias",
+    "apply_router_weight_on_input",
+)  # fmt: skip
+OF_CONFIG = ("activation", "num_experts", "dp_size", "pcp_size", "is_sequence_parallel")
 
 
 class Unknown(Exception):
@@ -77,6 +86,7 @@ def find() -> Names:
         _name(kernels, "FusedMoEActivationFormat"),
     )
     experts, method = names.FusedMoEExpertsMonolithic, names.UnquantizedFusedMoEMethod
+    _name(method, "name")
     _check(_name(names.CustomOp, "register_oot"), ("name",))
     _check(_name(method, "__init__"), ("moe",))
     _check(_name(method, "process_weights_after_loading"), ("layer",))
@@ -87,6 +97,19 @@ def find() -> Names:
         ("moe_config", "weight_key", "activation_key", "activation_format"),
     )
     return names
+
+
+def check_layer(method: Any, layer: Any) -> None:
+    """Raises Unknown unless a method and its RoutedExperts have the attributes that we read."""
+    _check_attributes(METHOD, method, OF_METHOD)
+    _check_attributes("RoutedExperts", layer, OF_LAYER)
+    _check_attributes("FusedMoEConfig", method.moe, OF_CONFIG)
+
+
+def _check_attributes(kind: str, owner: Any, expected: Iterable[str]) -> None:
+    for name in expected:
+        if not hasattr(owner, name):
+            raise Unknown(f"{kind} has no {name}")
 
 
 def find_triton() -> TritonNames:

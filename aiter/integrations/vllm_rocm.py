@@ -46,19 +46,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def why_not() -> str | None:
-    """Why ROCm's products cannot be fed, in words; None if they can."""
-    return rocm_sort.available()
-
-
 def wrap() -> None:
-    """Makes ROCm's `fused_moe` look for logits, once; `why_not` has said nothing against it."""
+    """Makes ROCm's `fused_moe` look for logits, once; it is `rocm_sort.available`."""
     module: Any = rocm_sort.upstream().module
     own = module.fused_moe
     if getattr(own, _MARK, False):
         return
 
-    names = tuple(inspect.signature(own).parameters)[5:]
+    names = tuple(inspect.signature(own).parameters)[len(rocm_sort.LAYER_FIRST) :]
 
     @functools.wraps(own)
     def fused_moe(*args: Any, **keywords: Any) -> Any:

@@ -114,12 +114,14 @@ def test_another_plugin_s_method_stays(caplog: pytest.LogCaptureFixture) -> None
     assert "nothing is taken, as vllm_stand_in has replaced" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["apply", "gone"])
+@pytest.mark.parametrize("change", ["apply", "gone", "name"])
 def test_an_unknown_version_is_left_alone_with_one_warning(
     change: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if change == "apply":
         monkeypatch.setattr(engine.FusedMoEExpertsMonolithic, "apply", lambda self, x, logits: x)
+    elif change == "name":
+        monkeypatch.delattr(engine.UnquantizedFusedMoEMethod, "name")
     else:
         del sys.modules[f"{engine.LAYERS}.modular_kernel"].FusedMoEActivationFormat  # type: ignore
     for _ in range(2):
@@ -128,6 +130,38 @@ def test_an_unknown_version_is_left_alone_with_one_warning(
     lines = [line for line in caplog.messages if "not known here" in line]
     assert len(lines) == 1
     assert ("takes self, x, logits" in lines[0]) == (change == "apply")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("RoutedExperts", "expert_map_manager"), ("RoutedExperts", "layer_name"),
+     ("UnquantizedFusedMoEMethod", "unquantized_backend"), ("UnquantizedFusedMoEMethod", "moe"),
+     ("FusedMoEConfig", "pcp_size"), ("FusedTopKRouter", "renormalize"), ("FusedTopKRouter", "top_k")],
+)  # fmt: skip
+def test_a_layer_without_an_attribute_that_is_read_is_left_alone(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a version of vLLM that calls it otherwise."""
+    router = engine.router_of("FusedTopKRouter")
+    decide = vllm_layers.decide
+    where = "a layer" if name == "layer_name" else engine.NAME
+
+    def without(experts: Any, method: Any, layer: Any) -> Any:
+        owners = {
+            "UnquantizedFusedMoEMethod": method, "RoutedExperts": layer,
+            "FusedMoEConfig": method.moe, "FusedTopKRouter": router,
+        }  # fmt: skip
+        value = getattr(owners[kind], name)
+        delattr(owners[kind], name)
+        found = decide(experts, method, layer)
+        if name != "layer_name":
+            setattr(owners[kind], name, value)  # NOTE: for the stand-in's own way.
+        return found
+
+    monkeypatch.setattr(vllm_layers, "decide", without)
+    assert type(engine.layer_of(router).experts) is engine.OwnExperts
+    said = caplog.text.replace("object has no attribute '", "has no ")
+    assert f"{where} and layers like it stay vLLM's:" in said and f"has no {name}" in said
 
 
 def test_an_unknown_triton_kernel_is_a_reason(
