@@ -75,12 +75,12 @@ class Bypassed(NamedTuple):
 
 class TopKOutputChecker:
     @staticmethod
-    def format_is_bypassed(output: Any) -> bool:
-        return isinstance(output, Bypassed)
+    def format_is_bypassed(topk_output: Any) -> bool:
+        return isinstance(topk_output, Bypassed)
 
     @staticmethod
-    def format_is_standard(output: Any) -> bool:
-        return isinstance(output, Standard)
+    def format_is_standard(topk_output: Any) -> bool:
+        return isinstance(topk_output, Standard)
 
 
 def select_experts(logits: Tensor, config: TopKConfig, moved: Tensor | None = None) -> Standard:
@@ -159,6 +159,9 @@ class MoeRunnerConfig:
 
 class DispatchMoeRunnerCore(ABC):  # noqa: B024
     """What SGLang asks a core to be an instance of."""
+
+    def __init__(self, config: MoeRunnerConfig) -> None:
+        self.config = config
 
 
 FACTORIES: dict[str, Any] = {}

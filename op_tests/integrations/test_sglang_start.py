@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import _checkout  # noqa: F401
@@ -10,7 +13,7 @@ import pytest
 import sglang_standin as standin
 from sglang_in_place import bound, in_place, inputs, install
 
-from aiter.integrations import sglang
+from aiter.integrations import sglang, sglang_runner
 
 
 @pytest.fixture
@@ -74,6 +77,49 @@ def test_parameters_are_compared(monkeypatch: pytest.MonkeyPatch, changed: Any) 
         RuntimeError, match=f"{path}: expected the parameters topk_config, layer_id"
     ):
         sglang.check_used(used)
+
+
+def _module_of(node: ast.expr, modules: dict[str, str]) -> str | None:
+    """The module of SGLang's that an expression is, by `srt("...")` or a name of it."""
+    if isinstance(node, ast.Name):
+        return modules.get(node.id)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "srt":
+        return node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+    return None
+
+
+def _called(function: ast.FunctionDef) -> Iterator[str]:
+    """What a function calls of SGLang's modules, by its path."""
+    modules: dict[str, str] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            (target,), value = node.targets, node.value
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            for name, each in pairs:
+                found = _module_of(each, {})
+                if isinstance(name, ast.Name) and found is not None:
+                    modules[name.id] = found
+    for node in ast.walk(function):
+        path, place = [], node.func if isinstance(node, ast.Call) else None
+        while isinstance(place, ast.Attribute):
+            path.insert(0, place.attr)
+            place = place.value
+        module = _module_of(place, modules) if place is not None else None
+        if path and module is not None:
+            yield ".".join((module, *path))
+
+
+def test_whatever_is_called_is_checked_before() -> None:
+    """By USED; `register` of a core is the abstract class's own, as Python has it."""
+    called = set()
+    for module in (sglang, sglang_runner):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.FunctionDef):
+                called |= set(_called(node))
+    called.remove("layers.moe.moe_runner.base.DispatchMoeRunnerCore.register")
+    assert len(called) > 15 and called <= set(sglang.USED), called - set(sglang.USED)
 
 
 def test_a_hook_that_sglang_did_not_apply_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
