@@ -37,13 +37,18 @@ const Observer* observer = nullptr;
 namespace {
 
 constexpr size_t kPageBytes = 4096;
-constexpr size_t kStackBytes = 8 * address_check::kStackFactor * kPageBytes;  // lowest page: guard
+constexpr size_t kStackBytes = 8 * address_check::kStackFactor * kPageBytes;  // lowest page: spare
 constexpr size_t kUsableStackBytes = kStackBytes - 2 * kPageBytes;            // below any colour
 constexpr size_t kLdsGuardBytes = 4096;
 constexpr unsigned char kLdsPoison = 0xA5;
 // Lanes run in lockstep and touch the same depth of their stacks. Equal distances between stacks
 // would put these into the same few cache sets: a call of M=64, E=128, K=4 then takes 1.5x as long.
 constexpr size_t kColourBytes = 320;
+// So the spare page of one lane in a wave, that with the least room, is enough as a guard. One of every
+// lane would split the stacks into more mappings than Linux gives a process, from 32 cores on.
+constexpr unsigned kGuardedLane = 12;
+static_assert(kGuardedLane * kColourBytes < kPageBytes && kGuardedLane < kWaveSize,
+              "lanes up to the guarded one have ever less room");
 
 void lane_main();
 
@@ -195,8 +200,11 @@ class Machine {
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stacks_ = static_cast<char*>(memory);
     num_stacks_ = num_lanes;
-    for (unsigned i = 0; i < num_lanes; ++i) {
-      mprotect(stacks_ + i * kStackBytes, kPageBytes, PROT_NONE);
+    // NOTE: where pages are larger, a guard would take in the next lane's stack.
+    if (static_cast<size_t>(sysconf(_SC_PAGESIZE)) == kPageBytes) {
+      for (unsigned i = kGuardedLane; i < num_lanes; i += kWaveSize) {
+        mprotect(stacks_ + i * kStackBytes, kPageBytes, PROT_NONE);
+      }
     }
     lanes_.resize(num_lanes);
     fibers_.resize(num_lanes);
@@ -367,6 +375,9 @@ class Helpers {
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
+  // Keeps every other launch of the process out as long as the lock is held.
+  std::unique_lock<std::mutex> alone() { return std::unique_lock<std::mutex>(launch_mutex_); }
+
   static void run_here(Launch& launch) {
     try {
       this_machine().run(launch);
@@ -521,7 +532,11 @@ void launch(unsigned grid, unsigned block, size_t lds_bytes, unsigned cluster, B
   }
   Launch state(grid, block, lds_bytes, cluster, body, closure);
   const unsigned workers = observer != nullptr ? 1 : std::min(grid / cluster, num_cores());
-  if (observer != nullptr) observer->launch_begins();
+  std::unique_lock<std::mutex> alone;  // what an observer remembers is of one launch
+  if (observer != nullptr) {
+    alone = the_helpers().alone();
+    observer->launch_begins();
+  }
   if (workers <= 1) {
     Helpers::run_here(state);
   } else {
