@@ -49,19 +49,27 @@ def register() -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Calls `put_in_place` behind the first import of the method's module."""
 
+    def __init__(self) -> None:
+        self._asking = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         """The spec that others find, with one step more; None for every other module."""
-        if fullname != METHOD_MODULE:
+        if fullname != METHOD_MODULE or self._asking:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
             run = loader.exec_module
 
             def exec_module(module: Any) -> None:
                 run(module)
+                # NOTE: not before, as whoever only looks for the module does not import it.
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 put_in_place()
 
             loader.exec_module = exec_module

@@ -6,6 +6,7 @@ Against a stand-in (`vllm_stand_in.py`), as `test_vllm.py`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,7 @@ def test_nothing_of_vllm_s_layers_is_imported_before_vllm_does(
     plugin.register()
     assert name not in sys.modules and not engine.registry
     assert sum(isinstance(each, plugin._AfterImport) for each in sys.meta_path) == 1
+    assert importlib.util.find_spec(name) is not None and not engine.registry  # only looks
     importlib.import_module(name)
     assert list(engine.registry) == [plugin.METHOD]
     assert not any(isinstance(each, plugin._AfterImport) for each in sys.meta_path)
