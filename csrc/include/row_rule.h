@@ -24,7 +24,7 @@ struct RowRule {
   uint32_t key_is_logit;   // else s, and the bias
   uint32_t shares_chosen;  // softmax over the chosen alone: the plain case
   uint32_t is_common;      // for the instances of most models' rules, see rule_rows.h
-  uint32_t shares_none;    // softmax that gives all the same where none is above -inf: the plain case
+  uint32_t shares_none;  // softmax that gives all the same where none is above -inf: the plain case
 };
 
 __device__ __forceinline__ float load_float(const void* items, FloatKind kind, int i) {
