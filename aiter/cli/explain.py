@@ -22,7 +22,7 @@ from ..ops.fused_topk_moe_sorting import fused_topk_moe_sorting_max_tokens
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from ..routing import dispatch
 from ..routing.basis import basis_of, choose, choose_router
-from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, check_size, sorted_sizes
+from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, sorted_sizes
 from .options import (
     MOST_TOKENS,
     MOST_TOPK,
@@ -101,11 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _explain(options: argparse.Namespace) -> str:
-    dispatch.check_policy(options.policy)
     device = current_device(options.device)
     m, e, k, b = options.tokens, options.experts, options.topk, options.block_size
-    check_size("tokens", m, low=0)
-    check_size("model_dim", options.model_dim, low=0)
     head = (f"M={m} E={e} K={k} B={b}", f"policy {options.policy}")
     router = [] if options.hidden is None else _router_rows(options, device)
     if router and router[0][1] == "router":
