@@ -135,6 +135,12 @@ def check_against_reference(call: Arguments, out: Sequence[Tensor]) -> None:
     assert torch.count_nonzero(outputs[4][:rows].view(torch.uint8)) == 0
 
 
+needs_exchange = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    reason="no call is known to a PyTorch whose tensors have no C functions",
+)
+
+
 def known(target: Target, given: bool = True, **changes: Any) -> Arguments:
     """The arguments of a call that was made twice."""
     call = {**arguments(target, given=given), **changes}

@@ -15,7 +15,12 @@ import _checkout  # noqa: F401  (makes a checkout importable)
 ROOT = Path(__file__).resolve().parents[1] / "aiter"
 # "": the top
 FOLDERS = ("jit", "ops", "routing", "reference", "layer", "", "integrations", "export", "cli")
-LOWEST = ("_installed", "_version", "dtypes")  # modules at the top that anything may import
+LOWEST = (
+    "_installed",
+    "_pytorch",
+    "_version",
+    "dtypes",
+)  # modules at the top that anything may import
 HIGHEST = "__main__"
 
 Imports = dict[str, set[str]]

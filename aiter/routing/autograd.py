@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from .tracing import NAMESPACE, exporting, registered
+from .._pytorch import any_requires_grad, is_exporting
+from .tracing import NAMESPACE, by_name, registered
 
 _native: Any = torch._C
 _bump: Callable[[Any], None] = _native._increment_version
 _below_autograd: Any = _native._AutoDispatchBelowAutograd
-_any_requires_grad: Callable[..., bool] = _native._any_requires_grad
 _grad_enabled = torch.is_grad_enabled
 _forward: Any = forward_ad
 
@@ -56,7 +56,7 @@ def gradients_matter(*arguments: object) -> bool:
     if not _grad_enabled() or is_dynamo_compiling():
         return _grad_enabled()
     # NOTE: it looks into lists, not into tuples.
-    return _any_requires_grad(*[list(a) if isinstance(a, tuple) else a for a in arguments])
+    return any_requires_grad(*[list(a) if isinstance(a, tuple) else a for a in arguments])
 
 
 def refuse_gradients(**tensors: object) -> None:
@@ -81,7 +81,7 @@ def checked(tensor: Tensor, **tensors: object) -> Tensor:
     Where torch.compile looks on, the graph that it makes raises: an exception of the traced code itself
     would end as one of torch.compile's own, which says little of ours.
     """
-    if not is_dynamo_compiling() or exporting():
+    if not is_dynamo_compiling() or is_exporting():
         refuse_gradients(**tensors)
         return tensor
     if torch.is_grad_enabled():
@@ -146,7 +146,7 @@ def refusing(op: Any, unread: str = "") -> Callable[..., Any]:
     order = tuple(argument.name for argument in op._schema.arguments)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(order, args, strict=False)) | kwargs
+        given = by_name(order, args) | kwargs
         given.pop(unread, None)
         refuse_gradients(**given)
         with _below_autograd():

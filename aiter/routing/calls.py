@@ -47,8 +47,9 @@ from .buffers import (
     sorted_layouts,
 )
 from .launches import launch_chain, launch_fused
-from .request import Request, Tensors, rule_key
+from .request import Request, Tensors, rule_key, rule_numbers
 from .tracing import (
+    by_name,
     refuse_some_meta,
     registered,
     simulated,
@@ -250,7 +251,7 @@ def count_writes(*given: Sequence[Tensor] | None) -> None:
 
 def named_outputs(given: object, names: Sequence[str]) -> dict[str, object]:
     """The outputs that a caller gives, by name; what they are is checked later."""
-    return dict(zip(names, given, strict=False)) if isinstance(given, tuple | list) else {}
+    return by_name(names, given) if isinstance(given, (tuple, list)) else {}
 
 
 def moe_sorting(
@@ -354,9 +355,10 @@ def refuse_matrix(name: str, value: object) -> NoReturn:
 def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:
     """The call as a tracer is to see it: one registered op, which allocates or writes to `out`."""
     gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, out = tensors
-    given_outputs = named_outputs(topk_out, TOPK_NAMES) | named_outputs(out, BUFFER_NAMES)
-    refuse_some_meta(tensors._asdict() | given_outputs, gating_output)
-    sizes = request[:4]
+    inputs = (gating_output, expert_mask, num_local_tokens, correction_bias)
+    outputs = {**named_outputs(topk_out, TOPK_NAMES), **named_outputs(out, BUFFER_NAMES)}
+    refuse_some_meta({**by_name(Tensors._fields, inputs), **outputs}, gating_output)
+    sizes = (request.topk, request.num_experts, request.model_dim, request.moebuf_dtype)
     later = (request.block_size, expert_mask, num_local_tokens, request.dispatch_policy)
     if (
         isinstance(request.rule, bool)
@@ -366,7 +368,7 @@ def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:
     ):
         plain = (*sizes, request.rule, *later)
         return _into_or_new("topk_softmax_sorting", out, gating_output, *plain)
-    rule = [float(number) for number in request.full_rule.packed]
+    rule = rule_numbers(request.rule)
     arguments = (gating_output, *sizes, rule, correction_bias, *later, request.id_format)
     if topk_out is None:
         return _into_or_new("topk_routing_sorting", out, *arguments)

@@ -37,7 +37,7 @@ from ..ops.rule import RoutingRule, rule_of
 from . import calls, router
 from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
-from .tracing import NAMESPACE, refuse_some_meta, registered, traced
+from .tracing import NAMESPACE, by_name, refuse_some_meta, registered, traced
 from .vmap import once_per_slice
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -130,7 +130,7 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
 
     def pass_on(args: Any, kwargs: Any) -> Any:
         """The arguments, with the first that is read in place of itself once it is checked."""
-        tensors = dict(zip(order, args, strict=False)) | kwargs
+        tensors = {**by_name(order, args), **kwargs}
         if read in tensors:  # else the call is refused for that
             written = tensors.get("topk_out") or ()
             for i, tensor in enumerate(written):
@@ -145,9 +145,9 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
         if gradients_matter(*args, *kwargs.values()):
             args, kwargs = pass_on(args, kwargs)
         by_schema = in_schema(**kwargs) if in_schema else kwargs
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        first = args[0] if args else (*kwargs.values(), None)[0]
         if traced(first):
-            refuse_some_meta({**dict(zip(order, args, strict=False)), **by_schema}, first)
+            refuse_some_meta({**by_name(order, args), **by_schema}, first)
             return op(*args, **by_schema)
         stub(*args, **kwargs)
         return count(args, by_schema)

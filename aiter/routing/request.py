@@ -113,6 +113,15 @@ class Tensors(NamedTuple):
     out: SortedBuffers | None
 
 
+def rule_numbers(rule: bool | Packed) -> list[float]:
+    """What a registered op is given for a rule as a `Request` holds it.
+
+    A function, as torch.compile up to PyTorch 2.8 does not look into a property of a named tuple.
+    """
+    packed = plain_rule(rule).packed if isinstance(rule, bool) else rule
+    return [float(number) for number in packed]
+
+
 CPU_WAVE = Request._fields.index("cpu_wave")  # all before it is what a caller asks for
 
 

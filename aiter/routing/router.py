@@ -45,7 +45,7 @@ from .buffers import (
 )
 from .calls import TOPK_NAMES, count_writes, named_outputs, refuse_matrix, route
 from .plan import Plan, Router
-from .request import CPU_WAVE, Request, rule_key
+from .request import CPU_WAVE, Request, rule_key, rule_numbers
 from .tracing import recorded, refuse_some_meta, registered, simulated, traced, transformed
 
 # PyTorch from 2.8 on, for GPUs: a product of 16-bit matrices that is not rounded to them.
@@ -233,8 +233,8 @@ def _as_traced(
     }  # fmt: skip
     refuse_some_meta(tensors, hidden_states)
     arguments = (
-        hidden_states, router_weight, *request[:4],
-        [float(number) for number in request.full_rule.packed], router_bias, correction_bias,
+        hidden_states, router_weight, request.topk, request.num_experts, request.model_dim,
+        request.moebuf_dtype, rule_numbers(request.rule), router_bias, correction_bias,
         request.block_size, expert_mask, num_local_tokens, request.dispatch_policy,
         request.id_format, batch_invariant,
     )  # fmt: skip

@@ -6,7 +6,7 @@ for them by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch.compiler import is_dynamo_compiling
 NAMESPACE = __name__.partition(".")[0]  # of the registered ops: the package's own name
 
 _native: Any = torch._C
-_compiler: Any = torch.compiler
 transforms_active: Callable[[], bool] = _native._are_functorch_transforms_active
 tracing_state: Callable[[], object] = _native._get_tracing_state
 _is_excluded: Callable[[Any], bool] = _native._dispatch_tls_is_dispatch_key_excluded
@@ -65,11 +64,10 @@ def transformed() -> bool:
     return not is_dynamo_compiling() and transforms_active()
 
 
-def exporting() -> bool:
-    """Whether torch.export records the call."""
-    # NOTE: `torch.compiler.is_exporting()` is true under every torch.compile up to PyTorch 2.11.
-    flag: bool = _compiler._is_exporting_flag
-    return flag
+def by_name(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Values by their names, as far as there are both."""
+    # NOTE: cut to one length, as torch.compile up to PyTorch 2.6 refuses what strict=False is for.
+    return dict(zip(names[: len(values)], values[: len(names)], strict=True))
 
 
 def refuse_some_meta(arguments: dict[str, object], first: object) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import by_name
+
 _native: Any = torch._C
 _functorch: Any = _native._functorch
 
@@ -31,7 +33,7 @@ def once_per_slice(op: Any) -> Callable[..., None]:
     )
 
     def call(*args: Any, **kwargs: Any) -> None:
-        given = dict(zip(order, args, strict=False)) | kwargs
+        given = by_name(order, args) | kwargs
         size, mapped = _unwrapped(given)
         for name in written:
             if mapped and name not in mapped and isinstance(given.get(name), Tensor):

@@ -125,7 +125,10 @@ def test_triton_multiplies_less_for_padding(target: Target, case: LayerCase, tok
                 )[: tokens - 1]
             )  # fmt: skip
     assert outputs[0].abs().max() > 0.1
-    assert torch.equal(outputs[1], outputs[0])
+    if target.device == "cpu":  # NOTE: NumPy multiplies there, in an order that goes by the shape.
+        torch.testing.assert_close(outputs[1], outputs[0])
+    else:
+        assert torch.equal(outputs[1], outputs[0])
 
 
 def test_padding_is_left_out_where_it_can_be() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import _checkout  # noqa: F401
 import pytest
 import torch
-import torch.compiler.config
+import torch._inductor.config
 from targets import Target
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,7 +43,8 @@ LAUNCHERS = (
 def fresh_compiler() -> Iterator[None]:
     """Nothing that another process or another version of the ops left in PyTorch's caches."""
     torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):
+    # NOTE: the name of PyTorch 2.6, which later ones have beside `torch.compiler.config`.
+    with torch._inductor.config.patch(force_disable_caches=True):
         yield
 
 
@@ -269,7 +270,8 @@ def test_a_compiled_layer_contains_the_routing_op() -> None:
     torch.compile(whole_layer, fullgraph=True, backend=capture)(*layer_inputs("cpu"))
     targets = [str(node.target) for node in seen[0].graph.nodes if node.op == "call_function"]
     assert len(seen) == 1 and sum("aiter.topk_softmax_sorting" in t for t in targets) == 1
-    assert sum("grouped_mm" in t for t in targets) == 2
+    if fused_moe.expert_backend(*layer_inputs("cpu")[2:]) == "grouped_mm":
+        assert sum("grouped_mm" in t for t in targets) == 2
 
 
 def test_make_fx_records_the_op() -> None:

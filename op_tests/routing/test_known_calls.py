@@ -23,6 +23,7 @@ from known import (
     arguments,
     drawn,
     known,
+    needs_exchange,
     outcome,
     watched,
 )
@@ -37,7 +38,7 @@ from aiter.routing.request import Request
 Change = Callable[[Arguments], object]  # changes them in place
 
 
-pytestmark = pytest.mark.usefixtures("nothing_known")
+pytestmark = [pytest.mark.usefixtures("nothing_known"), needs_exchange]
 
 
 @GIVEN

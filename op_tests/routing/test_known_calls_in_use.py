@@ -12,7 +12,17 @@ import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import POISON
-from known import GIVEN, TOKENS, arguments, check_against_reference, drawn, known, outcome, watched
+from known import (
+    GIVEN,
+    TOKENS,
+    arguments,
+    check_against_reference,
+    drawn,
+    known,
+    needs_exchange,
+    outcome,
+    watched,
+)
 from targets import Target
 from torch import Tensor
 
@@ -20,7 +30,7 @@ import aiter.fused_moe
 from aiter.ops.fused_topk_moe_sorting import fused_topk_moe_sorting_forget
 from aiter.routing import buffers as moe_buffers
 
-pytestmark = pytest.mark.usefixtures("nothing_known")
+pytestmark = [pytest.mark.usefixtures("nothing_known"), needs_exchange]
 
 
 def test_new_outputs_are_new(target: Target) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from buffers import POISON, storage_bytes
 from checks import check_sorted
+from known import needs_exchange
 from router_calls import check_logits
 from targets import Target
 from torch import Tensor
@@ -26,7 +27,7 @@ from aiter import RoutingRule, fused_moe, reference
 from aiter.routing import basis, dispatch
 from aiter.routing import known as remembered
 
-pytestmark = pytest.mark.usefixtures("nothing_known")
+pytestmark = [pytest.mark.usefixtures("nothing_known"), needs_exchange]
 
 TOKENS, WIDTH, EXPERTS, TOPK, COLUMNS, BLOCK = 6, 40, 24, 3, 300, 8
 WAYS = ("one launch", "two launches")

@@ -8,7 +8,7 @@ from typing import Any
 import _checkout  # noqa: F401  (makes a checkout importable)
 import pytest
 import torch
-from known import watched
+from known import needs_exchange, watched
 from rule_cases import MODELS, check_routing, num_logits
 from targets import Target
 from torch import Tensor
@@ -122,6 +122,7 @@ def test_every_path_gives_the_same(
     assert torch.equal(results[0][2][: used // BLOCK].cpu(), expected[2][: used // BLOCK])
 
 
+@needs_exchange
 @pytest.mark.usefixtures("nothing_known")
 @pytest.mark.parametrize("given", [True, False], ids=["out", "no out"])
 def test_a_call_by_a_rule_is_known(target: Target, given: bool) -> None:
