@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import _checkout  # noqa: F401
@@ -19,7 +20,7 @@ import aiter
 import aiter.fused_moe
 from aiter.ops.rule import RoutingRule
 from aiter.ops.topk_routing import topk_routing
-from aiter.routing.calls import topk_routing_sorting
+from aiter.routing.calls import empty_sorted_buffers, topk_routing_sorting
 
 FORMATS = ("slot", "flat")
 PLAIN = RoutingRule()
@@ -69,7 +70,7 @@ def test_plain_softmax_with_topk_and_flat_ids(target: Target, renorm: bool) -> N
     generator = torch.Generator().manual_seed(1)
     rule = RoutingRule(need_renorm=renorm)
     for (num_experts, topk), count, dtype in itertools.product(
-        ((128, 4), (300, 9)), (1, 9), (torch.bfloat16, torch.float32)
+        ((128, 4), (300, 9), (200, 33)), (1, 9), (torch.bfloat16, torch.float32)
     ):
         logits = torch.randn(count, num_experts, generator=generator).to(dtype)
         for id_format in FORMATS:
@@ -111,6 +112,48 @@ def test_same_bits_at_any_number_of_rows(target: Target) -> None:
     for weights, ids in results[1:]:
         assert torch.equal(weights.view(torch.int32), results[0][0].view(torch.int32))
         assert torch.equal(ids, results[0][1])
+
+
+def most_of_one_workgroup(target: Target, num_experts: int, topk: int, rule: RoutingRule) -> int:
+    """The largest M that one workgroup of the fused launch has LDS for, as its refusal says."""
+    many = torch.zeros(1, num_logits(rule, num_experts), device=target.device).expand(60_000, -1)
+    buffers = empty_sorted_buffers(
+        len(many), topk, num_experts, 0, torch.bfloat16, 1, device=target.device
+    )
+    with target.active(), pytest.raises(ValueError, match="rows, which is what fits in") as refusal:
+        aiter.fused_topk_moe_sorting_fwd(
+            many, *buffers, num_experts, topk, 1, rule.need_renorm, rule=rule, cluster_size=1
+        )
+    found = re.search(r"at most (\d+) rows", str(refusal.value))
+    assert found is not None
+    return int(found[1])
+
+
+IN_MEMORY: dict[str, tuple[RoutingRule, int, bool]] = {
+    "bias": (RoutingRule(need_renorm=False, num_zero_experts=256), 512, True),
+    "groups of 24": (RoutingRule(num_expert_group=8, topk_group=4, need_renorm=False), 192, False),
+    "plain": (RoutingRule(need_renorm=False), 300, False),
+}
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_softmax_has_the_same_bits_where_lds_is_full(target: Target, name: str) -> None:
+    """The fused launch then selects from memory, and sums a softmax in the same order."""
+    rule, num_experts, has_bias = IN_MEMORY[name]
+    topk = 32
+    count = most_of_one_workgroup(target, num_experts, topk, rule)
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(count, num_logits(rule, num_experts), generator=generator)
+    bias = torch.randn(logits.shape[1], generator=generator) * 0.001 if has_bias else None
+    call = Call(target, logits, topk, rule, bias)
+    _, weights, ids = call.route(0, cluster_size=1)
+    expected = torch.empty(count, topk, device=target.device)
+    expected_ids = torch.empty_like(expected, dtype=torch.int32)
+    on_device = [None if t is None else t.to(target.device) for t in (logits, bias)]
+    with target.active():
+        topk_routing(expected, expected_ids, on_device[0], rule=rule, correction_bias=on_device[1])
+    assert torch.equal(ids, expected_ids.cpu())
+    assert torch.equal(weights.view(torch.int32), expected.cpu().view(torch.int32))
 
 
 def test_more_slots_than_places_are_not_handed_over(target: Target) -> None:

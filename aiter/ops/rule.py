@@ -168,29 +168,44 @@ class RoutingRule:
 
 
 def rule_of(packed: Sequence[float]) -> RoutingRule:
-    """The rule that packs itself into these numbers."""
+    """The rule that packs itself into these numbers; raises ValueError if none does."""
     numbers = tuple(packed)
     if not is_dynamo_compiling() and numbers in _KNOWN:
         return _KNOWN[numbers][1]
+    if len(numbers) != len(_PLAIN_BUT_RENORM) + 1:
+        raise ValueError(
+            f"rule: expected the {len(_PLAIN_BUT_RENORM) + 1} numbers of RoutingRule.packed, got"
+            f" {len(numbers)}"
+        )
     score, groups, topk_group, group_score, renorm, eps, least, scale = numbers[:8]
     select, logit_scale, softcap, shared, shared_score, shared_weight, zero = numbers[8:]
+    place = _whole("group_score", group_score, -1, len(GROUP_SCORES) - 1)
     return RoutingRule(
-        SCORING_FUNCS[int(score)],
-        int(groups),
-        int(topk_group),
-        None if group_score < 0 else GROUP_SCORES[int(group_score)],
-        bool(renorm),
+        SCORING_FUNCS[_whole("scoring_func", score, 0, len(SCORING_FUNCS) - 1)],
+        _whole("num_expert_group", groups, 1, _MOST),
+        _whole("topk_group", topk_group, 1, _MOST),
+        None if place < 0 else GROUP_SCORES[place],
+        bool(_whole("need_renorm", renorm, 0, 1)),
         eps,
         least,
         scale,
-        SELECT_ON[int(select)],
+        SELECT_ON[_whole("select_on", select, 0, len(SELECT_ON) - 1)],
         logit_scale,
         softcap,
-        int(shared),
-        SHARED_SCORING_FUNCS[int(shared_score)],
+        _whole("num_shared_experts", shared, 0, _MOST_SHARED),
+        SHARED_SCORING_FUNCS[
+            _whole("shared_expert_scoring_func", shared_score, 0, len(SHARED_SCORING_FUNCS) - 1)
+        ],
         shared_weight,
-        int(zero),
+        _whole("num_zero_experts", zero, 0, _MOST),
     )
+
+
+def _whole(name: str, number: float, low: int, high: int) -> int:
+    """A number of a packed rule that is an int."""
+    if not low <= number <= high or number != int(number):
+        raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {number}")
+    return int(number)
 
 
 def plain_rule(need_renorm: bool, name: str = "need_renorm") -> RoutingRule:

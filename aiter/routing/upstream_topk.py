@@ -8,7 +8,7 @@ its names of the arguments.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,13 +44,18 @@ def _made(
     )
 
 
-_kept = cache(_made)
+_kept = lru_cache(None, typed=True)(_made)  # NOTE: 1 is not True, which a rule refuses or takes.
 
 
 def _rule(*args: Any, **kwargs: Any) -> RoutingRule:
     # NOTE: kept, as making and checking a rule takes as long as the rest of the call; torch.compile,
     # which makes one per graph, would warn of a cache.
-    return (_made if is_dynamo_compiling() else _kept)(*args, **kwargs)
+    if is_dynamo_compiling():
+        return _made(*args, **kwargs)
+    try:
+        return _kept(*args, **kwargs)
+    except TypeError:
+        return _made(*args, **kwargs)  # says what is wrong, of what no cache can look up as well
 
 
 def biased_grouped_topk(

@@ -88,7 +88,6 @@ class MemoryRuleRow {
     return ordered_pair(ordered_float(best.value(r)), group);
   }
 
-  // By kMinWaveSize lanes, as WaveRow's in memory.
   __device__ __forceinline__ void find_softmax() {
     const RowRule& r = rule();
     uint32_t best = 0;
@@ -99,14 +98,55 @@ class MemoryRuleRow {
       best = ordered > best ? ordered : best;
     }
     softmax_.max = bit_cast<float>(bits_of_key(wave_max(best)));
+    const bool fits_registers = r.rule.num_expert_group << r.log2_group_places <= kMaxRowExperts;
+    softmax_.total = wave_sum_by_halves(fits_registers ? sum_of_places(r) : sum_of_candidates(r));
+  }
+
+  __device__ __forceinline__ float numerator(const RowRule& r, int candidate) const {
+    const float logit = load_float(row_, r.logit_kind, candidate);
+    return softmax_numerator(without_nan(scaled_logit(r.rule, logit)), softmax_.max);
+  }
+
+  // By kMinWaveSize lanes, as WaveRow's in memory.
+  __device__ __forceinline__ float sum_of_candidates(const RowRule& r) const {
     float sum = 0.0f;
     const int first = lane_idx() < kMinWaveSize ? lane_idx() : r.num_candidates;
     AITER_LOOP
-    for (int c = first; c < r.num_candidates; c += kMinWaveSize) {
-      sum += softmax_numerator(without_nan(scaled_logit(r.rule, load_float(row_, r.logit_kind, c))),
-                               softmax_.max);
+    for (int c = first; c < r.num_candidates; c += kMinWaveSize) sum += numerator(r, c);
+    return sum;
+  }
+
+  // By halves of the places, as rule_rows.h and WaveRow's in registers, so that a row has the same bits whether there
+  // is LDS for its keys or not. A lane's terms are the places lane + kMinWaveSize * t; those of t and t + 16 are added
+  // first, then these sums of t and t + 8, ..., which makes t the number of the term with its bits reversed.
+  __device__ __forceinline__ float sum_of_places(const RowRule& r) const {
+    constexpr int kLevels = 5, kTerms = 1 << kLevels;
+    static_assert(kTerms * kMinWaveSize == kMaxRowExperts, "all places");
+    float firsts[kLevels] = {};  // sums of 2^level terms that wait for their neighbour
+    float sum = 0.0f;
+    AITER_LOOP
+    for (int term = 0; term < kTerms; ++term) {
+      int t = 0;
+      AITER_UNROLL
+      for (int level = 0; level < kLevels; ++level) t = 2 * t | (term >> level & 1);
+      const int place = t * kMinWaveSize + lane_idx();
+      const int group = place >> r.log2_group_places;
+      const int member = place - (group << r.log2_group_places);
+      const bool exists =
+          lane_idx() < kMinWaveSize && group < r.rule.num_expert_group && member < r.group_width;
+      sum = exists ? numerator(r, group * r.group_width + member) : 0.0f;
+      AITER_UNROLL
+      for (int level = 0; level < kLevels; ++level) {
+        const int below = (1 << level) - 1;
+        if ((term & below) != below) continue;
+        if ((term >> level & 1) != 0) {
+          sum += firsts[level];
+        } else {
+          firsts[level] = sum;
+        }
+      }
     }
-    softmax_.total = wave_sum_by_halves(sum);
+    return sum;
   }
 
   const RowRule* rule_ = nullptr;

@@ -23,7 +23,7 @@ struct SortTensors {
 };
 
 void check_experts_and_topk(int64_t num_experts, int64_t topk);
-// gating_output [M, E] of f32, f16 or bf16, inner stride 1.
+// gating_output [M, E] of f32, f16 or bf16, inner stride 1 where there are rows.
 void check_gating(const TensorView& gating_output, int64_t num_experts);
 // Sizes, dtypes and layout of the sorted buffers for M tokens, and of mask and num_local_tokens. The mask does not
 // have the last `num_zero_experts` of the experts.

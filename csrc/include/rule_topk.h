@@ -15,6 +15,8 @@
 
 namespace aiter {
 
+static_assert(kMaxRulePlaces == kMaxRowExperts, "MemoryRuleRow sums rows up to there as RuleRows");
+
 // What a winner weighs before it is divided.
 template <typename Rows>
 __device__ __forceinline__ float weight_of(const Rows& row, const RowSoftmax& softmax,

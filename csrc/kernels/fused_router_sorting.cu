@@ -98,7 +98,7 @@ RouterProduct product_of(const TileInstance (&tiles)[kCount], const RouterTensor
 void check_matrix(const TensorView& t) {
   check_rank(t, 2);
   check_dtype(t, {DType::f32, DType::f16, DType::bf16});
-  if (t.shape[1] > 1 && t.stride[1] != 1) {
+  if (t.shape[0] > 0 && t.shape[1] > 1 && t.stride[1] != 1) {
     fail_argument(t.name, "inner stride 1", std::to_string(t.stride[1]));
   }
 }

@@ -22,7 +22,8 @@ void check_gating(const TensorView& gating_output, int64_t num_experts) {
                   "shape [any, num_experts = " + std::to_string(num_experts) + "]",
                   shape_of(gating_output));
   }
-  if (gating_output.shape[1] > 1 && gating_output.stride[1] != 1) {
+  const bool has_neighbours = gating_output.shape[0] > 0 && gating_output.shape[1] > 1;
+  if (has_neighbours && gating_output.stride[1] != 1) {
     fail_argument(gating_output.name, "inner stride 1", std::to_string(gating_output.stride[1]));
   }
   if (gating_output.shape[0] > kMaxTokens) {

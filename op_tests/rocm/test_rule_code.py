@@ -43,6 +43,7 @@ RULES = {
     "sigmoid of many, f16": (RoutingRule("sigmoid"), 800, 8, True),
     "sigmoid of many": (RoutingRule("sigmoid"), 800, 8, True),
     "sigmoid of many, K above 16": (RoutingRule("sigmoid"), 800, 20, True),
+    "softmax in memory": (RoutingRule(need_renorm=False), 100, 33, False),
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

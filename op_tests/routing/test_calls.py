@@ -78,6 +78,26 @@ def test_no_tokens(target: Target) -> None:
         compare_policies(Case(0, 128, 4, num_local=num_local), target)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_tokens_have_no_strides(target: Target, policy: int) -> None:
+    """An empty array of NumPy has strides of 0, which are no reason to refuse it."""
+    empty = torch.zeros(1, device=target.device).as_strided((0, 16), (0, 0))
+    weight = torch.zeros(8, 16, device=target.device)
+    with target.active():
+        by_logits = aiter.fused_moe.topk_softmax_sorting(
+            empty, 2, 16, 8, torch.bfloat16, dispatch_policy=policy
+        )
+        by_rule = aiter.fused_moe.topk_routing_sorting(
+            empty, 2, 16, 8, torch.bfloat16, rule=aiter.RoutingRule("sigmoid"),
+            dispatch_policy=policy,
+        )  # fmt: skip
+        from_hidden = aiter.fused_moe.router_topk_sorting(
+            empty, weight, 2, 8, 8, torch.bfloat16, dispatch_policy=policy
+        )
+    for outputs in (by_logits, by_rule, from_hidden):
+        assert outputs[3].tolist() == [0, 0]
+
+
 def test_automatic_choice(target: Target) -> None:
     """Decode sizes take the fused launch, sizes beyond its limit take the chain."""
     for shape in ((1, 128, 4), (8, 128, 4), (1, 256, 8)):

@@ -329,6 +329,29 @@ class Named(Tensor):
     """A subclass that leaves the work to its base class."""
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({0: 3.0}, "scoring_func: expected a whole number from 0 to 2, got 3.0"),
+        ({0: float("nan")}, "scoring_func: expected a whole number from 0 to 2, got nan"),
+        ({0: 0.5}, "scoring_func: expected a whole number from 0 to 2, got 0.5"),
+        ({1: 2.5}, "num_expert_group: expected a whole number from 1 to 65535, got 2.5"),
+        ({3: -2.0}, "group_score: expected a whole number from -1 to 1, got -2.0"),
+        ({4: 2.0}, "need_renorm: expected a whole number from 0 to 1, got 2.0"),
+        ({8: -1.0}, "select_on: expected a whole number from 0 to 1, got -1.0"),
+        ({14: float("inf")}, "num_zero_experts: expected a whole number from 0 to 65535, got inf"),
+        ({15: 0.0}, r"rule: expected the 15 numbers of RoutingRule.packed, got 16"),
+    ],
+    ids=str,
+)
+def test_the_numbers_of_a_rule_are_checked(changes: dict[int, float], words: str) -> None:
+    """Ops get a rule as `RoutingRule.packed`."""
+    numbers = dict(enumerate(RoutingRule("sigmoid", routed_scaling_factor=1.25).packed)) | changes
+    rule = [float(number) for number in numbers.values()]
+    with pytest.raises(ValueError, match=words):
+        torch.ops.aiter.topk_routing_sorting(torch.zeros(2, 8), 2, 8, 4, torch.bfloat16, rule)
+
+
 def test_a_subclass_that_does_not_dispatch_is_a_tensor(target: Target) -> None:
     """It is routed as its base class is, first and repeated, and under its own type in `out`."""
     logits = torch.randn(M, E, generator=torch.Generator().manual_seed(0)).to(target.device)

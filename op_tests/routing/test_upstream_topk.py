@@ -107,3 +107,19 @@ def test_an_unknown_score_is_refused(target: Target) -> None:
     out = Outputs(target)
     with pytest.raises(ValueError, match="scoring_func: expected one of .*, got 'gauss'"):
         names.topk_gating(out.weights, out.ids, LOGITS, score_func="gauss")  # type: ignore[arg-type]
+
+
+def test_a_refusal_does_not_depend_on_earlier_calls(target: Target) -> None:
+    """1 is equal to True, and rules are kept by their numbers."""
+    out = Outputs(target)
+    logits, bias = LOGITS.to(target.device), BIAS.to(target.device)
+    arguments = (logits, bias, out.weights, out.ids, 8, 4)
+    with target.active():
+        names.biased_grouped_topk(*arguments, True)
+        names.biased_grouped_topk(*arguments[:4], 1, 1, True)
+    with pytest.raises(TypeError, match="need_renorm: expected a bool, got int"):
+        names.biased_grouped_topk(*arguments, 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="num_expert_group: expected an int, got bool"):
+        names.biased_grouped_topk(*arguments[:4], True, 1, True)
+    with pytest.raises(TypeError, match="routed_scaling_factor: expected a float, got list"):
+        names.biased_grouped_topk(*arguments, True, [2.5])  # type: ignore[arg-type]
