@@ -116,9 +116,34 @@ def _tensor_parameter(stub: Callable[..., Any]) -> tuple[int, str]:
     )
 
 
-def indexed(device: torch.device | str) -> torch.device:
-    """`device`, with the current GPU's index if it names none."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+def indexed(device: torch.device | str | int) -> torch.device:
+    """`device`, with the current GPU's index if it is a GPU without one.
+
+    Raises:
+        TypeError: it is nothing that names a device.
+        ValueError: it names none, or a GPU that this PyTorch does not see.
+    """
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(
+            f"device: expected a torch.device, a string or an int, got {type(device).__name__}"
+        )
+    # NOTE: PyTorch refuses a number where it has no accelerator, in words of its own.
+    name = f"cuda:{device}" if isinstance(device, int) else device
+    try:
+        chosen = torch.device(name)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"device: expected a name such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from None
+    if chosen.type != "cuda":
+        return chosen
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.index is None and count:
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if chosen.index is None or chosen.index >= count:
+        there = ", ".join(f"cuda:{index}" for index in range(count)) or "it sees none"
+        raise ValueError(
+            f"device: expected a GPU that this PyTorch ({torch.__version__}) sees ({there}), got"
+            f" {device!r}"
+        )
+    return chosen

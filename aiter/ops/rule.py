@@ -2,7 +2,7 @@
 
 A `RoutingRule` holds the scalars in which models differ; tensors, such as a correction bias, are
 arguments of the call. It is checked when it is made, so that a call has nothing left to check but
-what depends on its tensors. docs/contract.md, section 2b, says to the bit what a rule means.
+what depends on its tensors. docs/contract.md says to the bit what a rule means ("any rule").
 
 Compiled functions get `packed`, a tuple of numbers. Equal rules share one such tuple, so that a call
 is known again by its identity, however often a caller makes the rule anew.
@@ -168,29 +168,47 @@ class RoutingRule:
 
 
 def rule_of(packed: Sequence[float]) -> RoutingRule:
-    """The rule that packs itself into these numbers."""
+    """The rule that packs itself into these numbers.
+
+    Raises:
+        ValueError: no rule packs itself into them.
+    """
     numbers = tuple(packed)
     if not is_dynamo_compiling() and numbers in _KNOWN:
         return _KNOWN[numbers][1]
+    if len(numbers) != len(_PLAIN_BUT_RENORM) + 1:
+        raise ValueError(
+            f"rule: expected the {len(_PLAIN_BUT_RENORM) + 1} numbers of RoutingRule.packed, got"
+            f" {len(numbers)}"
+        )
     score, groups, topk_group, group_score, renorm, eps, least, scale = numbers[:8]
     select, logit_scale, softcap, shared, shared_score, shared_weight, zero = numbers[8:]
     return RoutingRule(
-        SCORING_FUNCS[int(score)],
-        int(groups),
-        int(topk_group),
-        None if group_score < 0 else GROUP_SCORES[int(group_score)],
-        bool(renorm),
+        SCORING_FUNCS[_place("scoring_func", score, 0, len(SCORING_FUNCS) - 1)],
+        _place("num_expert_group", groups, 1, _MOST),
+        _place("topk_group", topk_group, 1, _MOST),
+        (None, *GROUP_SCORES)[_place("group_score", group_score, -1, len(GROUP_SCORES) - 1) + 1],
+        bool(_place("need_renorm", renorm, 0, 1)),
         eps,
         least,
         scale,
-        SELECT_ON[int(select)],
+        SELECT_ON[_place("select_on", select, 0, len(SELECT_ON) - 1)],
         logit_scale,
         softcap,
-        int(shared),
-        SHARED_SCORING_FUNCS[int(shared_score)],
+        _place("num_shared_experts", shared, 0, _MOST_SHARED),
+        SHARED_SCORING_FUNCS[_place("shared_expert_scoring_func", shared_score, 0, 1)],
         shared_weight,
-        int(zero),
+        _place("num_zero_experts", zero, 0, _MOST),
     )
+
+
+def _place(name: str, number: float, low: int, high: int) -> int:
+    """A number of `packed` that is whole, as one of `low` to `high`."""
+    if not low <= number <= high or number != int(number):
+        raise ValueError(
+            f"rule: expected a whole number from {low} to {high} for {name}, got {number}"
+        )
+    return int(number)
 
 
 def plain_rule(need_renorm: bool, name: str = "need_renorm") -> RoutingRule:

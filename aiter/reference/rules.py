@@ -1,6 +1,6 @@
 """What does a router of any rule choose? A plain PyTorch answer, on any device.
 
-:func:`topk_routing` states section 2b of docs/contract.md step by step, in the order in which a
+:func:`topk_routing` states "any rule" of docs/contract.md step by step, in the order in which a
 kernel has to round, and :func:`topk_routing_sorting` sorts what it chose. Like the functions of
 `aiter.reference.routing` they wait for the device and allocate freely: they are not for serving.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..ops.rule import NEGLIGIBLE_EPS, NEGLIGIBLE_MIN, RoutingRule
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
-from .routing import MAX_TOPK, _expert_mask, moe_sorting
+from .routing import MAX_TOPK, _expert_mask, _require_int, _require_tensor, moe_sorting
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
@@ -141,6 +141,7 @@ def topk_routing_sorting(
     if id_format not in ("slot", "flat"):
         raise ValueError(f"id_format: expected 'slot' or 'flat', got {id_format!r}")
     weights, ids = topk_routing(gating_output, topk, rule=rule, correction_bias=correction_bias)
+    _require_int("num_experts", num_experts)
     if gating_output.shape[1] != rule.num_logits(num_experts):
         raise ValueError(
             f"gating_output: expected {rule.num_logits(num_experts)} columns for num_experts ="
@@ -262,10 +263,7 @@ def _with_shared(
 
 def _check(gating_output: Tensor, topk: int, rule: RoutingRule, bias: Tensor | None) -> int:
     """Raises for what does not fit; returns the number of experts that are chosen from."""
-    if not isinstance(gating_output, Tensor):
-        raise TypeError(
-            f"gating_output: expected a torch.Tensor, got {type(gating_output).__name__}"
-        )
+    _require_tensor("gating_output", gating_output)
     if not isinstance(topk, int) or isinstance(topk, bool):
         raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
     if not isinstance(rule, RoutingRule):
@@ -294,8 +292,7 @@ def _check(gating_output: Tensor, topk: int, rule: RoutingRule, bias: Tensor | N
         )
     if bias is None:
         return num_routed
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"correction_bias: expected a torch.Tensor, got {type(bias).__name__}")
+    _require_tensor("correction_bias", bias)
     if bias.dtype not in _FLOATS or list(bias.shape) != [num_routed]:
         raise ValueError(
             f"correction_bias: expected shape [{num_routed}] of float32, float16 or bfloat16, got"

@@ -6,7 +6,7 @@
 //   key   s + bias;  x where logits are chosen by
 //   w     s / (max(sum of the chosen s, renorm_min) + renorm_eps) * routed_scaling_factor
 //
-// docs/contract.md, section 2b, says the rest.
+// docs/contract.md says the rest ("any rule").
 #pragma once
 
 #include <cstdint>
