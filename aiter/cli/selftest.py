@@ -85,7 +85,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROGRAM} selftest",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--device",
