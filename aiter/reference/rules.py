@@ -16,8 +16,8 @@ sum of a softmax over all experts has no order that is specified, and is taken i
 
 Where the contract leaves a case open, this is what holds here: `select_on="logit"` takes x, scaled
 and soft-capped, and adds a bias where there is one; a row of a softmax that has no logit above -inf has
-scores of 0 where a bias or groups choose, and plain softmax's equal ones where nothing does; the logits of
-shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
+scores of 0 where a bias or groups choose, and plain softmax's equal ones where nothing does; the logits
+of shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
 """
 
 from __future__ import annotations
