@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import _checkout  # noqa: F401  (makes a checkout importable)
 import pytest
@@ -77,7 +78,38 @@ def test_commands_of_a_block() -> None:
     assert commands(text) == ["a 'x;y'", "b", "c    --d"]
 
 
+def headings(text: str) -> set[str]:
+    """What links lead to within a page, as GitHub names its headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere() -> None:
+    found = 0
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: no {link}"
+        for link, heading in re.findall(r"\]\(([^)#:]*)#?([^)#:]*)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: no {link}"
+            if heading:
+                found += 1
+                assert heading in headings(target.read_text()), f"{page.name}: no {link}#{heading}"
+    assert found
+
+
+NAMED_PAGE = re.compile(r'docs/([a-z_]+\.md)\b(?:[^\n"]{0,12}\("([^"\n]+)"\))?')
+
+
+def test_pages_that_code_names_are_there() -> None:
+    """With the heading, where one follows: docs/PAGE.md ("end of the heading")."""
+    found = 0
+    paths = [*(ROOT / "aiter").rglob("*.py"), *(ROOT / "csrc").rglob("*.[hc]*")]
+    for path in filter(Path.is_file, paths):
+        text = path.read_text()
+        for name, title in NAMED_PAGE.findall(text):
+            page = ROOT / "docs" / name
+            assert page.is_file(), f"{path}: no docs/{name}"
+            if title:
+                found += 1
+                assert f"{title}\n" in page.read_text(), f'{path}: docs/{name} has no "{title}"'
+        assert not re.search(r"docs/[a-z_]+\.md, section \d", text), f"{path}: a numbered section"
+    assert found >= 2

@@ -55,6 +55,9 @@ def run_build(options: argparse.Namespace) -> int:
         return 2
     archs = tuple(filter(None, map(str.strip, re.split("[;,]", options.arch))))
     modules = known if everything else options.modules
+    if options.mix and not options.device_only:
+        print("error: --mix: expected --device-only beside it, got --mix alone", file=sys.stderr)
+        return 2
     if options.device_only:
         if options.target != "rocm":
             print(

@@ -9,7 +9,7 @@ output of every layer's first step with a plain loop over tokens and slots.
 With `--router` a layer's launch starts from the hidden states and makes the router's product as well
 (`router_topk_sorting`); its logits are compared with the reference's to the bit.
 
-`--model` shows the whole layer in a transformers model instead: see `aiter.cli.demo_model`.
+`--model` shows the whole layer in a transformers model instead: `--model gpt-oss --help` tells more.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from .options import (
 )
 from .table import format_table
 
+_DTYPES: dict[str, dispatch.Logits] = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _SMALL = {"tokens": 6, "experts": 5, "topk": 2, "block_size": 4}  # what --draw draws unasked
 _MOST_DRAWN = 512  # slots
 _COLOURS = (36, 33, 35, 32, 34, 31)  # of tokens, in turn
@@ -72,21 +73,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROGRAM} explain",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tokens", type=whole(1, MOST_TOKENS), help="rows of router logits (M)")
     parser.add_argument("--experts", type=whole(1), help="experts (E)")
     parser.add_argument("--topk", type=whole(1, MOST_TOPK), help="experts per token (K)")
-    parser.add_argument(
-        "--model-dim", type=whole(0), default=4096, help="width of moe_buf (D); 4096"
-    )
+    parser.add_argument("--model-dim", type=whole(0), default=4096, help="width of moe_buf (D)")
     parser.add_argument(
         "--hidden", type=whole(1), help="width of hidden states (D'), to start from these"
     )
-    parser.add_argument("--block-size", type=whole(1), help="slots per block (B); 32")
     parser.add_argument(
-        "--dtype", choices=("bf16", "f16", "f32"), default="bf16", help="of the logits"
+        "--block-size",
+        type=whole(1),
+        help="slots per block (B); 32, or 4 with --draw",
     )
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the logits")
     parser.add_argument(
         "--policy", type=int, choices=(0, 1, 2), default=0, help="dispatch_policy: 0, 1 or 2"
     )
@@ -109,7 +109,7 @@ def _explain(options: argparse.Namespace) -> str:
         slots, blocks = sorted_sizes(m, k, e, b)
         return format_table(head, [*router, ("device", str(device)), *_sizes(slots, blocks)])
     most = fused_topk_moe_sorting_max_tokens(e, k, device=device)
-    dtype: dispatch.Logits = options.dtype if options.hidden is None else "f32"
+    dtype: dispatch.Logits = _DTYPES[options.dtype] if options.hidden is None else "f32"
     problem = dispatch.Problem(m, e, k, options.model_dim, options.policy, dtype)
     choice = choose(problem, most, device)
     workspace = 0
@@ -152,8 +152,8 @@ def _router_rows(options: argparse.Namespace, device: torch.device) -> list[tupl
     ]
     if choice.path == "fused":
         return [("path", "router"), *why]
-    by = "our own" if choice.path == "product" else "PyTorch's"
-    return [("product", f"{choice.path}: {by}, before the path below"), *why]
+    by = "a launch of ours" if choice.path == "product" else "PyTorch's linear"
+    return [("router's product", f"{by}, before the path below"), *why]
 
 
 def _origin(choice: dispatch.Choice | dispatch.RouterChoice, device: torch.device) -> str:

@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("modules", nargs="*", metavar="MODULE", help="which modules to build")
     build.add_argument("--all", action="store_true", help="build every module of the config")
-    build.add_argument("--target", choices=KINDS, default="cpu", help="kind of target (cpu)")
+    build.add_argument("--target", choices=KINDS, default="cpu", help="kind of target")
     build.add_argument(
         "--arch",
         default="",

@@ -12,7 +12,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..jit.errors import TargetError
 from ..jit.paths import PACKAGE
@@ -28,8 +28,22 @@ MOST_SEED = 2**63 - 1
 _MOST_DIGITS = 30
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help with the text as it is written, and every option's default behind what it is for."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or isinstance(default, bool) or default is argparse.SUPPRESS:
+            return action.help
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{action.help or ''} (default {shown})".lstrip() if shown else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line; the usage is what `--help` is for."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""

@@ -85,7 +85,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROGRAM} selftest",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_device(parser)
     parser.add_argument("--wave", type=int, choices=(64, 32), help="cpu wave width; else both")

@@ -5,9 +5,10 @@
 
 For every shape, the fused launch and the chain with the oneshot and the multi-phase sort route the
 same logits into the same buffers, from M = 1 to the largest M that the fused launch takes, and the
-chain beyond. Results are compared before anything is timed. The crossovers go to the cache folder,
-one file per device, and count from the next call on; `python -m aiter explain` shows them.
-AITER_DISPATCH=capacity leaves them aside, and removing the file forgets them.
+chain beyond. Results are compared before anything is timed. A fused launch that is the fastest at
+every M measured is taken wherever it fits. The crossovers go to the cache folder, one file per device,
+and count from the next call on; `python -m aiter explain` shows them. AITER_DISPATCH=capacity leaves
+them aside, and removing the file forgets them.
 
     python -m aiter tune --experts E,K,D,inter ...
 
@@ -112,12 +113,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROGRAM} tune",
         description=(__doc__ or "").replace("python -m aiter", PROGRAM),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_device(parser)
     add_wave(parser)
-    parser.add_argument("--shape", action="append", type=parse_shape, metavar="E,K,D")
-    parser.add_argument("--tokens", type=parse_tokens, metavar="M,...", help="instead of all")
+    parser.add_argument(
+        "--shape", action="append", type=parse_shape, metavar="E,K,D",
+        help=f"may be repeated; {len(SHAPES)} shapes of models unless given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens",
+        type=parse_tokens,
+        metavar="M,...",
+        help="these alone; powers of two unless given",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
     parser.add_argument("--replays", type=whole(1, 10**6), default=20, help="of a graph, on a GPU")
     parser.add_argument(

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     device = current_device(options.device)
     reason = triton_experts.why_not(device)
     if device.type != "cuda" or reason:
-        print(f"error: --experts: expected a GPU with Triton: {reason or device}", file=sys.stderr)
+        why = f": {reason}" if reason else ""
+        print(f"error: --experts: expected a GPU with Triton, got {device}{why}", file=sys.stderr)
         return 1
     num_experts, topk, model_dim, inter = options.experts
     width = inter if options.plain else 2 * inter
@@ -200,13 +201,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROGRAM} tune --experts",
         description=(__doc__ or "").replace("python -m aiter", PROGRAM),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--experts", type=_layer, required=True, metavar="E,K,D,inter")
-    parser.add_argument("--layout", choices=("inner", "columns"), default="inner")
+    parser.add_argument(
+        "--experts", type=_layer, required=True, metavar="E,K,D,inter", help="the layer"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("inner", "columns"),
+        default="inner",
+        help="inner: contiguous weights; columns: transposed in memory",
+    )
     parser.add_argument("--plain", action="store_true", help="w1 without an up projection")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--tokens", type=_tokens, default=(8, 64, 256, 1024, 4096), metavar="M,...")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the layer")
+    parser.add_argument(
+        "--tokens",
+        type=_tokens,
+        default=(8, 64, 256, 1024, 4096),
+        metavar="M,...",
+        help="to measure",
+    )
     parser.add_argument("--device", type=existing_device, help="cuda[:index]")
     parser.add_argument("--dry-run", action="store_true", help="print, but keep nothing")
     return parser

@@ -109,16 +109,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         f"{PROGRAM} tune --router",
         description=(__doc__ or "").replace("python -m aiter", PROGRAM),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--router", action="extend", type=parse_shapes, required=True, metavar="D',E,K[,...]"
+        "--router",
+        action="extend",
+        type=parse_shapes,
+        required=True,
+        metavar="D',E,K[,...]",
+        help="the shapes, one after the other",
     )
     parser.add_argument("--bias", action="store_true", help="add a bias to the logits")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="of hidden states and weight"
     )
-    parser.add_argument("--tokens", type=parse_tokens, default=list(TOKENS), metavar="M,...")
+    parser.add_argument(
+        "--tokens", type=parse_tokens, default=list(TOKENS), metavar="M,...", help="to measure"
+    )
     add_device(parser)
     add_wave(parser)
     parser.add_argument("--replays", type=whole(1, 10**6), default=20, help="of a graph, on a GPU")

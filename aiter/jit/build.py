@@ -134,6 +134,8 @@ def _attempt(plan: Plan, cache: Cache, folder: Path, reason: str, known: dict[st
     try:
         run_jobs(compiles, folder, environment, max_jobs, deadline, progress)
         run_jobs([link], folder, environment, 1, deadline, progress, len(compiles))
+        if folder.is_dir() and not (folder / plan.library_name).is_file():
+            raise JobFailed(link, "the compiler succeeded, and wrote no shared object", "")
     except JobFailed as failure:
         raise _build_error(plan, cache, folder, [*compiles, link], failure) from None
     log = _write_log(folder / BUILD_LOG, [*compiles, link])

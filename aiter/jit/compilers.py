@@ -258,7 +258,11 @@ def _ask_version(compiler: Compiler, extra_env: dict[str, str]) -> str:
             timeout=60,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
+        detail = getattr(error, "stderr", None) or getattr(error, "returncode", None)
+        if detail is None:
+            detail = error
+        elif isinstance(detail, int):
+            detail = f"exit status {detail}" if detail >= 0 else f"its end by signal {-detail}"
         raise ToolchainError(
             f"compiler {shlex.join(command)}: expected it to print its version, got {detail}"
         ) from None

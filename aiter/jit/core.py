@@ -117,11 +117,24 @@ def _tensor_parameter(stub: Callable[..., Any]) -> tuple[int, str]:
 
 
 def indexed(device: torch.device | str | int) -> torch.device:
-    """`device`, with the current GPU's index if it names none.
+    """`device`, with the current GPU's index if it is a GPU without one.
 
-    Raises TargetError for a GPU that is not there.
+    Raises:
+        TypeError, ValueError: it is nothing that names a device.
+        TargetError: it names a GPU that this PyTorch does not see.
     """
-    chosen = torch.device(device)
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+        raise TypeError(
+            f"device: expected a torch.device, a string or an int, got {type(device).__name__}"
+        )
+    # NOTE: PyTorch refuses a number where it has no accelerator, in words of its own.
+    name = f"cuda:{device}" if isinstance(device, int) else device
+    try:
+        chosen = torch.device(name)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"device: expected a name such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from None
     if chosen.type != "cuda":
         return chosen
     count = torch.cuda.device_count()

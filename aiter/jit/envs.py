@@ -103,9 +103,23 @@ def _level(text: str) -> str:
     return text.upper()
 
 
+def _in_home(text: str) -> Path:
+    """The path with its ~ replaced; RuntimeError where that leads nowhere."""
+    if text.partition("/")[0] == "~" and os.environ.get("HOME") == "":
+        import pwd
+
+        # NOTE: Python takes an empty HOME for the root folder.
+        try:
+            home = pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            raise RuntimeError("no home folder") from None
+        return Path(home, *Path(text).parts[1:])
+    return Path(text).expanduser()
+
+
 def _folder(text: str) -> Path:
     try:
-        path = Path(text).expanduser()
+        path = _in_home(text)
     except RuntimeError:
         raise ValueError(
             "an absolute path, or one in the home folder of a user who has one"
@@ -284,7 +298,7 @@ def cache_dir() -> Path:
 
 def _default_cache_home() -> Path:
     try:
-        path = Path("~/.cache").expanduser()
+        path = _in_home("~/.cache")
         got = str(path)
     except RuntimeError:
         path, got = Path(), "no home folder: neither HOME nor an entry for this user"

@@ -311,6 +311,8 @@ def _check_above(root: Path, folder: Path, status: os.stat_result) -> bool:
 
     True if its group could, which remains to be judged.
     """
+    if not stat.S_ISDIR(status.st_mode):
+        return False  # NOTE: nothing lies in it, which whoever wants to build there is told.
     mode = stat.S_IMODE(status.st_mode)
     if not _is_own(status.st_uid):
         raise _replaceable(root, folder, f"owner {status.st_uid}")

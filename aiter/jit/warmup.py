@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ def warmup(
         What is ready, devices in the order given and modules in the config's.
 
     Raises:
+        TypeError, ValueError: an argument does not fit; nothing was built.
         JitError: the first module that could not be built or loaded, as in `Loader.load`.
     """
     from .core import indexed
@@ -62,11 +63,14 @@ def warmup(
     from .target import target_for
 
     loader = loader or default_loader()
-    names = loader.modules() if modules is None else list(modules)
+    names = loader.modules() if modules is None else _listed("modules", modules)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"modules: expected names, got {type(name).__name__}")
+    places = _all_devices() if devices is None else _listed("devices", devices)
+    targets = [(chosen, target_for(chosen)) for chosen in map(indexed, places)]
     ready = []
-    for device in _all_devices() if devices is None else devices:
-        chosen = indexed(device)
-        target = target_for(chosen)
+    for chosen, target in targets:
         for name in names:
             spec = load_spec(loader.config_path, name, loader.csrc_dir, target)
             if modules is None and target.kind not in spec.targets:
@@ -76,6 +80,16 @@ def warmup(
             seconds = time.monotonic() - start
             ready.append(Warmed(name, str(chosen), target.label, built, seconds))
     return ready
+
+
+def _listed(argument: str, several: Any) -> list[Any]:
+    """The items of an iterable; a text is one item that lacks its brackets."""
+    try:
+        if not isinstance(several, str | bytes):
+            return list(several)
+    except TypeError:
+        pass  # NOTE: some say that they can be iterated over, and cannot.
+    raise TypeError(f"{argument}: expected a list or None, got {type(several).__name__}")
 
 
 def _all_devices() -> list[torch.device | str]:

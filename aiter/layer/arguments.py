@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..routing.arguments import check_bool, check_strided
 from ..routing.autograd import checked
 from ..routing.tracing import traced
 from .experts import BACKENDS, grouped_mm_problem, triton_problem
@@ -92,6 +93,12 @@ def check_routing(
     if expert_mask is not None:
         if not isinstance(expert_mask, Tensor):
             raise TypeError(f"expert_mask: expected a tensor, got {type(expert_mask).__name__}")
+        check_strided("expert_mask", expert_mask)
+        if expert_mask.dtype != torch.int32 or expert_mask.dim() != 1:
+            raise ValueError(
+                f"expert_mask: expected int32 of rank 1, got {expert_mask.dtype} of shape"
+                f" {list(expert_mask.shape)}"
+            )
         if traced(expert_mask) or expert_mask.device.type != "cpu":
             return
         expected, why = int(expert_mask.count_nonzero()), "the ones in expert_mask"
@@ -140,35 +147,52 @@ def check_upstream(
     """
     if not isinstance(splitk, int) or isinstance(splitk, bool):
         raise TypeError(f"splitk: expected an int, got {type(splitk).__name__}")
-    if gate_mode not in GATE_MODES:
+    if not isinstance(gate_mode, str | None) or gate_mode not in GATE_MODES:
         raise ValueError(f"gate_mode: expected one of {list(GATE_MODES)}, got {gate_mode!r}")
-    if swiglu_limit is not None and (
-        activation != ActivationType.Swiglu or not 0 < swiglu_limit < float("inf")
-    ):
-        raise ValueError(
-            "swiglu_limit: expected None, or a positive number with ActivationType.Swiglu, got"
-            f" {swiglu_limit!r} with {activation!s}"
-        )
+    check_swiglu_limit(swiglu_limit, activation)
     for name, value in absent.items():
         nothing = -1 if name == "shared_expert_id" else None
-        if value is not nothing and value != nothing:
+        if isinstance(value, Tensor) or (value is not nothing and value != nothing):
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name}: expected {nothing}, {ABSENT[name]}, got {got}")
 
 
-def check_knobs(block_size_m: int | None, backend: str | None, experts: Experts) -> None:
+def check_swiglu_limit(swiglu_limit: float | None, activation: object) -> None:
+    """Raises unless it is None, or a positive number beside Swiglu.
+
+    Raises:
+        TypeError, ValueError: as the text says.
+    """
+    if swiglu_limit is None:
+        return
+    if not isinstance(swiglu_limit, int | float) or isinstance(swiglu_limit, bool):
+        raise TypeError(
+            f"swiglu_limit: expected a float or None, got {type(swiglu_limit).__name__}"
+        )
+    if activation != ActivationType.Swiglu or not 0 < swiglu_limit < float("inf"):
+        raise ValueError(
+            "swiglu_limit: expected None, or a positive number with ActivationType.Swiglu, got"
+            f" {swiglu_limit!r} with {activation!s}"
+        )
+
+
+def check_knobs(
+    block_size_m: int | None, backend: str | None, experts: Experts, doweight_stage1: bool
+) -> None:
     """Raises for a block size or a backend that does not exist, or cannot compute these experts.
 
     Raises:
         TypeError, ValueError: as the text says.
     """
+    check_bool("doweight_stage1", doweight_stage1)
+    check_bool("gate_up_interleaved", experts.interleaved)
     if block_size_m is not None and (
         not isinstance(block_size_m, int) or isinstance(block_size_m, bool)
     ):
         raise TypeError(f"block_size_M: expected an int or None, got {type(block_size_m).__name__}")
     if block_size_m is not None and block_size_m < 0:
         raise ValueError(f"block_size_M: expected at least 1, or 0 or None, got {block_size_m}")
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(f"backend: expected one of {list(BACKENDS)} or None, got {backend!r}")
     w1, w2 = experts.w1, experts.w2
     if backend == "triton":
@@ -184,8 +208,12 @@ def check_knobs(block_size_m: int | None, backend: str | None, experts: Experts)
 
 
 def _check_tensor(name: str, tensor: Tensor, rank: int, hidden_states: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_strided(name, tensor)
+    if not traced(tensor) and tensor.is_neg():
+        raise ValueError(
+            f"{name}: expected a tensor with its numbers in memory, got one that is negated when it is"
+            " read; call resolve_neg()"
+        )
     if tensor.dim() != rank:
         raise ValueError(
             f"{name}: expected a tensor of rank {rank}, got shape {list(tensor.shape)}"

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..ops.rule import RoutingRule, plain_rule, rule_of
+from ..routing.arguments import check_strided
 from ..routing.autograd import checked
+from ..routing.buffers import check_size
 from ..routing.calls import moe_sorting, topk_routing_sorting
 from ..routing.request import rule_key
 from ..routing.tracing import traced
@@ -27,7 +29,7 @@ from .arguments import (
     check_unsupported,
     check_upstream,
 )
-from .experts import Backend, default_block_size, expert_backend, run_experts
+from .experts import Backend, backend_of, default_block_size, run_experts
 from .parts import SWIGLU_LIMIT, Activation, Experts
 from .triton_experts import fixed_of, plan_of, run_plan
 from .types import ActivationType, QuantType
@@ -146,16 +148,16 @@ def fused_moe(
         shared_expert_id=shared_expert_id,
         stage2_scatter=stage2_scatter,
     )
-    interleaved = gate_up_interleaved or GATE_MODES[gate_mode]
+    interleaved = GATE_MODES[gate_mode] or gate_up_interleaved
     limit = SWIGLU_LIMIT if swiglu_limit is None else swiglu_limit
     experts = Experts(w1, w2, bias1, bias2, activation, interleaved, limit)
     hidden_states = check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend, experts)
+    check_knobs(block_size_M, backend, experts, doweight_stage1)
     _check_rows("topk_ids", topk_ids, hidden_states)
     topk_weight = checked(topk_weight, topk_weight=topk_weight)
     check_routing("the rows of w1", w1.shape[0], expert_mask, w1.shape[0])
     num_experts = w1.shape[0] if expert_mask is None else expert_mask.numel()
-    chosen = backend or expert_backend(w1, w2, activation)
+    chosen = backend or backend_of(w1, w2, activation)
     if chosen == "triton" and recorded(hidden_states, experts):
         return triton_graph.as_one_op(
             "fused_moe_triton", hidden_states, experts, topk_weight, topk_ids, limit, expert_mask,
@@ -237,12 +239,13 @@ def fused_moe_from_logits(
         return run_plan(known.plan, known.fixed, hidden_states, buffers)
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
     hidden_states = check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend, experts)
+    check_knobs(block_size_M, backend, experts, doweight_stage1)
+    check_size("topk", topk)
     _check_rows("gating_output", gating_output, hidden_states)
     full_rule = plain_rule(renormalize, "renormalize") if rule is None else rule
     num_experts = full_rule.num_experts(gating_output.shape[1])
     check_routing("the width of gating_output", num_experts, expert_mask, w1.shape[0])
-    chosen = backend or expert_backend(w1, w2, activation)
+    chosen = backend or backend_of(w1, w2, activation)
     if chosen == "triton" and recorded(hidden_states, experts):
         logits = checked(
             gating_output, gating_output=gating_output, correction_bias=correction_bias
@@ -284,8 +287,7 @@ def recorded(hidden_states: Tensor, experts: Experts) -> bool:
 
 
 def _check_rows(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_strided(name, tensor)
     if tensor.dim() != 2 or tensor.shape[0] != hidden_states.shape[0]:
         raise ValueError(
             f"{name}: expected a tensor of rank 2 with {hidden_states.shape[0]} rows, as"

@@ -59,6 +59,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
+from ..routing.arguments import check_strided
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
 from ..routing.tracing import traced, tracing_state, transformed
 from . import triton_experts
@@ -79,7 +80,25 @@ ALIGNMENT = 16  # bytes; what grouped_mm wants of the distance between rows
 
 
 def expert_backend(w1: Tensor, w2: Tensor, activation: Activation = ActivationType.Silu) -> Backend:
-    """Which backend multiplies with these weights: "triton", "grouped_mm" or "block_bmm"."""
+    """Which backend multiplies with these weights: "triton", "grouped_mm" or "block_bmm".
+
+    Raises:
+        TypeError, ValueError: a weight is no tensor [E, rows, columns] with memory, or the activation is
+            neither an ActivationType nor a function.
+    """
+    for name, weight in (("w1", w1), ("w2", w2)):
+        check_strided(name, weight)
+        if weight.dim() != 3:
+            raise ValueError(f"{name}: expected a tensor of rank 3, got shape {list(weight.shape)}")
+    if not callable(activation) and not isinstance(activation, ActivationType):
+        raise TypeError(
+            f"activation: expected an ActivationType or a function, got {type(activation).__name__}"
+        )
+    return backend_of(w1, w2, activation)
+
+
+def backend_of(w1: Tensor, w2: Tensor, activation: Activation) -> Backend:
+    """As above, of weights that are checked."""
     if w1.device.type == "cuda" and triton_problem(w1.device, activation) is None:
         return "triton"
     if grouped_mm_problem(w1, w2) is not None:
@@ -217,7 +236,7 @@ def activate(hidden: Tensor, experts: Experts) -> Tensor:
     """The activation of hidden [R, N1], in its dtype; returns [R, inter]."""
     kind = experts.activation
     if not isinstance(kind, ActivationType):
-        return kind(hidden).to(hidden.dtype)
+        return _activated(kind(hidden), hidden, experts.w2.shape[2]).to(hidden.dtype)
     if hidden.shape[-1] == experts.w2.shape[2]:
         return F.silu(hidden) if kind == ActivationType.Silu else F.gelu(hidden)
     if experts.interleaved:
@@ -230,6 +249,21 @@ def activate(hidden: Tensor, experts: Experts) -> Tensor:
         gate = gate * torch.sigmoid(SWIGLU_ALPHA * gate)
         return torch.addcmul(gate, gate, up)
     return (F.silu(gate) if kind == ActivationType.Silu else F.gelu(gate)) * up
+
+
+def _activated(made: Any, hidden: Tensor, inter: int) -> Tensor:
+    """What the caller's activation made of the first product, if it can be multiplied by w2."""
+    if not isinstance(made, Tensor):
+        raise TypeError(
+            f"activation: expected a function that returns a tensor, got {type(made).__name__}"
+        )
+    expected, got = (hidden.shape[0], inter), tuple(made.shape)
+    if len(got) != 2 or got[1] != inter or (not traced(made) and got != expected):
+        raise ValueError(
+            f"activation: expected a function that makes {list(expected)} of"
+            f" {list(hidden.shape)}, got {list(got)}"
+        )
+    return made
 
 
 class _Product:

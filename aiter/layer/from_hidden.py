@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..ops.rule import RoutingRule, plain_rule, rule_of
+from ..routing.arguments import check_apart, check_strided
 from ..routing.autograd import checked
+from ..routing.buffers import check_size
 from ..routing.router import router_topk_sorting
 from . import triton_graph
 from .arguments import check_knobs, check_layer, check_routing
 from .calls import recorded
-from .experts import Backend, default_block_size, expert_backend, run_experts
+from .experts import Backend, backend_of, default_block_size, run_experts
 from .parts import Activation, Experts
 from .types import ActivationType
 
@@ -69,13 +71,27 @@ def fused_moe_from_hidden(
     """
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved)
     hidden_states = check_layer(hidden_states, experts, dtype)
-    check_knobs(block_size_M, backend, experts)
+    check_knobs(block_size_M, backend, experts, doweight_stage1)
+    check_size("topk", topk)
+    if not isinstance(rule, RoutingRule | None):
+        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
     rows = hidden_states if router_input is None else router_input
     _check_router(router_weight, rows, hidden_states)
+    if logits_out is not None:
+        check_strided("logits_out", logits_out)
+        check_apart(
+            "logits_out",
+            logits_out,
+            hidden_states=hidden_states,
+            w1=w1,
+            w2=w2,
+            bias1=bias1,
+            bias2=bias2,
+        )
     full_rule = plain_rule(renormalize, "renormalize") if rule is None else rule
     num_experts = full_rule.num_experts(router_weight.shape[0])
     check_routing("the rows of router_weight", num_experts, expert_mask, w1.shape[0])
-    chosen = backend or expert_backend(w1, w2, activation)
+    chosen = backend or backend_of(w1, w2, activation)
     if chosen == "triton" and recorded(hidden_states, experts):
         weight = checked(
             router_weight, router_weight=router_weight, router_input=router_input,
@@ -108,8 +124,7 @@ def fused_moe_from_hidden(
 def _check_router(router_weight: Tensor, rows: Tensor, hidden_states: Tensor) -> None:
     """`rows` is what the router multiplies."""
     for name, tensor in (("router_input", rows), ("router_weight", router_weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_strided(name, tensor)
         if tensor.device != hidden_states.device:
             raise ValueError(
                 f"{name}: expected it on {hidden_states.device}, as hidden_states, got"

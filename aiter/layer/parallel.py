@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.device import device_of_tensors
+from ..routing.arguments import check_strided
+from ..routing.buffers import check_size
 from .calls import fused_moe_from_logits
 
 
@@ -52,7 +55,8 @@ class ExpertShard:
 
     def of(self, weight: Tensor) -> Tensor:
         """The shard's part [count, ...] of a tensor [num_experts, ...], as a view."""
-        if weight.shape[0] != self.num_experts:
+        check_strided("weight", weight)
+        if weight.dim() == 0 or weight.shape[0] != self.num_experts:
             raise ValueError(
                 f"weight: expected {self.num_experts} experts in the first dimension, got shape"
                 f" {list(weight.shape)}"
@@ -72,7 +76,12 @@ def expert_shard(
 
     Raises:
         ValueError: the rank is not in the group, or there are fewer experts than ranks.
+        TypeError: an argument is of the wrong Python type.
     """
+    check_size("num_experts", num_experts)
+    check_size("world_size", world_size)
+    check_size("rank", rank, low=0)
+    place = device_of_tensors(device)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
     if num_experts < world_size:
@@ -81,7 +90,7 @@ def expert_shard(
         )
     first = num_experts * rank // world_size
     end = num_experts * (rank + 1) // world_size
-    mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    mask = torch.zeros(num_experts, dtype=torch.int32, device=place)
     mask[first:end] = 1
     return ExpertShard(first, end - first, num_experts, mask)
 
@@ -122,6 +131,21 @@ def fused_moe_expert_parallel(
             `fused_moe_from_logits`; a rank that raises leaves the others waiting in the all-reduce
             until the group's timeout.
     """
+    if not isinstance(shard, ExpertShard):
+        raise TypeError(f"shard: expected an ExpertShard, got {type(shard).__name__}")
+    if "expert_mask" in options or "dtype" in options:
+        name = "expert_mask" if "expert_mask" in options else "dtype"
+        raise TypeError(
+            f"{name}: expected not to be given, as shard and reduce_dtype say it, got"
+            f" {type(options[name]).__name__}"
+        )
+    check_strided("w1", w1)
+    check_strided("gating_output", gating_output)
+    if w1.dim() != 3 or gating_output.dim() != 2:
+        raise ValueError(
+            f"w1, gating_output: expected tensors of rank 3 and 2, got shapes {list(w1.shape)} and"
+            f" {list(gating_output.shape)}"
+        )
     # NOTE: on a GPU the mask itself is not read back, so nobody else would notice.
     if w1.shape[0] != shard.count or gating_output.shape[-1] != shard.num_experts:
         raise ValueError(

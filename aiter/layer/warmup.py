@@ -7,8 +7,9 @@ import time
 import torch
 from torch import Tensor
 
+from ..routing.arguments import check_bool, check_strided
 from ..routing.buffers import check_size
-from .arguments import check_layer
+from .arguments import check_knobs, check_layer, check_swiglu_limit
 from .experts import triton_problem
 from .parts import SWIGLU_LIMIT, Activation, Experts
 from .triton_experts import compile_ahead
@@ -54,8 +55,13 @@ def warmup_layer(
     """
     limit = SWIGLU_LIMIT if swiglu_limit is None else swiglu_limit
     experts = Experts(w1, w2, bias1, bias2, activation, gate_up_interleaved, limit)
+    check_bool("all_routed", all_routed)
+    check_swiglu_limit(swiglu_limit, activation)
     with torch.no_grad():
         check_layer(_some_rows(w1), experts, dtype)
+    check_knobs(None, None, experts, doweight_stage1)
+    if num_experts is not None:
+        check_size("num_experts", num_experts)
     check_size("topk", topk)
     check_size("max_tokens", max_tokens)
     start = time.monotonic()
@@ -69,6 +75,5 @@ def warmup_layer(
 
 def _some_rows(w1: Tensor) -> Tensor:
     """Hidden states [0, D] for w1; what is no such tensor is refused with them."""
-    if not isinstance(w1, Tensor):
-        raise TypeError(f"w1: expected a tensor, got {type(w1).__name__}")
+    check_strided("w1", w1)
     return w1.new_empty((0, w1.shape[-1] if w1.dim() else 0))

@@ -204,7 +204,9 @@ def rule_of(packed: Sequence[float]) -> RoutingRule:
 def _whole(name: str, number: float, low: int, high: int) -> int:
     """A number of a packed rule that is an int."""
     if not low <= number <= high or number != int(number):
-        raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {number}")
+        raise ValueError(
+            f"rule: expected a whole number from {low} to {high} for {name}, got {number}"
+        )
     return int(number)
 
 

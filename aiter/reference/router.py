@@ -126,6 +126,12 @@ def _check(hidden_states: Tensor, router_weight: Tensor, router_bias: Tensor | N
                 f"{name}: expected rank 2 and dtype float32, float16 or bfloat16, got"
                 f" {list(tensor.shape)} of {tensor.dtype}"
             )
+    for name, other in (("router_weight", router_weight), ("router_bias", router_bias)):
+        if isinstance(other, Tensor) and other.device != hidden_states.device:
+            raise ValueError(
+                f"{name}: expected it on {hidden_states.device}, as hidden_states, got"
+                f" {other.device}"
+            )
     width = hidden_states.shape[1]
     if width < 1 or router_weight.shape[1] != width:
         raise ValueError(

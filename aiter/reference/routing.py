@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..routing.arguments import check_strided
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
 
 MAX_TOKENS = TOKEN_MASK
@@ -143,7 +144,9 @@ def moe_sorting(
         TypeError: an argument has the wrong Python type.
         ValueError: a dtype, shape or value is not as above.
     """
-    _check_sorting_arguments(topk_ids, topk_weights, num_experts, model_dim, block_size)
+    _check_sorting_arguments(
+        topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size
+    )
     num_tokens, topk = topk_ids.shape
     device = topk_ids.device
     num_local = _local_token_count(num_local_tokens, num_tokens)
@@ -262,6 +265,10 @@ def _expert_mask(expert_mask: Tensor | None, num_experts: int, device: torch.dev
     if expert_mask is None:
         return torch.ones(num_experts, dtype=torch.bool, device=device)
     _require_tensor("expert_mask", expert_mask)
+    if expert_mask.device != device:
+        raise ValueError(
+            f"expert_mask: expected it on {device}, as what it masks, got {expert_mask.device}"
+        )
     if expert_mask.dtype != torch.int32 or list(expert_mask.shape) != [num_experts]:
         raise ValueError(
             f"expert_mask: expected shape [{num_experts}] of int32, "
@@ -274,8 +281,9 @@ def _expert_mask(expert_mask: Tensor | None, num_experts: int, device: torch.dev
 
 
 def _check_sorting_arguments(
-    topk_ids: Tensor, topk_weights: Tensor, num_experts: int, model_dim: int, block_size: int
-) -> None:
+    topk_ids: Tensor, topk_weights: Tensor, num_experts: int, model_dim: int,
+    moebuf_dtype: torch.dtype, block_size: int,
+) -> None:  # fmt: skip
     for name, tensor, dtype in (
         ("topk_ids", topk_ids, torch.int32),
         ("topk_weights", topk_weights, torch.float32),
@@ -291,7 +299,16 @@ def _check_sorting_arguments(
             f"topk_weights: expected the shape of topk_ids, {list(topk_ids.shape)}, "
             f"got {list(topk_weights.shape)}"
         )
+    if topk_weights.device != topk_ids.device:
+        raise ValueError(
+            f"topk_weights: expected it on {topk_ids.device}, as topk_ids, got {topk_weights.device}"
+        )
+    if not isinstance(moebuf_dtype, torch.dtype):
+        raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
     num_tokens, topk = topk_ids.shape
+    sizes = {"num_experts": num_experts, "model_dim": model_dim, "block_size": block_size}
+    for name, value in sizes.items():
+        _require_int(name, value)
     for name, value, low, high in (
         ("num_experts", num_experts, 1, 2**31 - 1),
         ("model_dim", model_dim, 0, 2**31 - 1),
@@ -299,7 +316,6 @@ def _check_sorting_arguments(
         ("tokens (rows of topk_ids)", num_tokens, 0, MAX_TOKENS),
         ("topk (columns of topk_ids)", topk, 1, min(num_experts, MAX_TOPK)),
     ):
-        _require_int(name, value)
         if not low <= value <= high:
             raise ValueError(f"{name}: expected {low} to {high}, got {value}")
 
@@ -307,6 +323,9 @@ def _check_sorting_arguments(
 def _require_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_strided(name, value)
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with numbers, got one on the meta device")
 
 
 def _require_int(name: str, value: object) -> None:

@@ -16,8 +16,8 @@ sum of a softmax over all experts has no order that is specified, and is taken i
 
 Where the contract leaves a case open, this is what holds here: `select_on="logit"` takes x, scaled
 and soft-capped, and adds a bias where there is one; a row of a softmax that has no logit above -inf has
-scores of 0 where a bias or groups choose, and the plain case's equal ones where nothing does; the
-logits of shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
+scores of 0 where a bias or groups choose, and plain softmax's equal ones where nothing does; the logits
+of shared experts are neither scaled nor soft-capped, and NaN among them weighs 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..ops.rule import NEGLIGIBLE_EPS, NEGLIGIBLE_MIN, RoutingRule
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
-from .routing import MAX_TOPK, _expert_mask, moe_sorting
+from .routing import MAX_TOPK, _expert_mask, _require_int, _require_tensor, moe_sorting
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
@@ -141,6 +141,7 @@ def topk_routing_sorting(
     if id_format not in ("slot", "flat"):
         raise ValueError(f"id_format: expected 'slot' or 'flat', got {id_format!r}")
     weights, ids = topk_routing(gating_output, topk, rule=rule, correction_bias=correction_bias)
+    _require_int("num_experts", num_experts)
     if gating_output.shape[1] != rule.num_logits(num_experts):
         raise ValueError(
             f"gating_output: expected {rule.num_logits(num_experts)} columns for num_experts ="
@@ -262,10 +263,7 @@ def _with_shared(
 
 def _check(gating_output: Tensor, topk: int, rule: RoutingRule, bias: Tensor | None) -> int:
     """Raises for what does not fit; returns the number of experts that are chosen from."""
-    if not isinstance(gating_output, Tensor):
-        raise TypeError(
-            f"gating_output: expected a torch.Tensor, got {type(gating_output).__name__}"
-        )
+    _require_tensor("gating_output", gating_output)
     if not isinstance(topk, int) or isinstance(topk, bool):
         raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
     if not isinstance(rule, RoutingRule):
@@ -294,8 +292,7 @@ def _check(gating_output: Tensor, topk: int, rule: RoutingRule, bias: Tensor | N
         )
     if bias is None:
         return num_routed
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"correction_bias: expected a torch.Tensor, got {type(bias).__name__}")
+    _require_tensor("correction_bias", bias)
     if bias.dtype not in _FLOATS or list(bias.shape) != [num_routed]:
         raise ValueError(
             f"correction_bias: expected shape [{num_routed}] of float32, float16 or bfloat16, got"

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .arguments import check_strided
+
 SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 TopkOut = tuple[Tensor, Tensor]  # weights float32 [M, K], ids int32 [M, K]
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -113,6 +115,8 @@ def checked_buffers(
         raise ValueError(f"topk: expected at most num_experts = {num_experts}, got {topk}")
     if not isinstance(moebuf_dtype, torch.dtype):
         raise TypeError(f"moebuf_dtype: expected a torch.dtype, got {type(moebuf_dtype).__name__}")
+    if moebuf_dtype in _QUANTISED:
+        raise ValueError(f"moebuf_dtype: expected one that is not quantised, got {moebuf_dtype}")
     buffers = Buffers.of(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
     if buffers.slots >= 2**31:
         raise ValueError(
@@ -209,10 +213,12 @@ def five(tensors: Sequence[Tensor]) -> SortedBuffers:
 def given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:
     """The caller's outputs, if they have the sizes of the call; the ops check everything else."""
     try:
+        if not isinstance(out, Sequence):
+            raise TypeError
         ids, weights, experts, _, moe_buf = out
         sizes = (ids.numel(), weights.numel(), experts.numel(), moe_buf.shape, moe_buf.dtype)
         fits = sizes == expected
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # RuntimeError of a nested tensor
         fits = False
     if not fits:
         _refuse_out(out, expected)
@@ -283,6 +289,7 @@ def _refuse_out(out: object, expected: Buffers) -> NoReturn:
     for name, tensor, shape in zip(BUFFER_NAMES, out, shapes, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"out: expected a tensor as {name}, got {type(tensor).__name__}")
+        check_strided(name, tensor)
         if list(tensor.shape) != shape:
             raise ValueError(f"out: expected {name} of shape {shape}, got {list(tensor.shape)}")
     raise ValueError(f"out: expected moe_buf of dtype {expected.moebuf_dtype}, got {out[4].dtype}")

@@ -17,7 +17,7 @@ it counts, and 0.2 us for finding it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -27,10 +27,11 @@ from torch.compiler import is_dynamo_compiling
 
 from ..jit.target import cpu_wave_override
 from ..ops import topk_softmax as topk_softmax_op
-from ..ops.device import current_device
+from ..ops.device import device_of_tensors
 from ..ops.moe_sorting_opus import moe_sorting_opus_fwd
 from ..ops.rule import RoutingRule
 from . import dispatch, known
+from .arguments import check_strided, check_topk, is_matrix, refuse_matrix
 from .autograd import checked, gradients_matter, wrote
 from .buffers import (
     BUFFER_NAMES,
@@ -89,7 +90,7 @@ def empty_sorted_buffers(
     """
     check_size("tokens", tokens, low=0)
     buffers = checked_buffers(tokens, topk, num_experts, model_dim, moebuf_dtype, block_size)
-    chosen = current_device(device)
+    chosen = device_of_tensors(device)
     return five(empty(sorted_layouts(buffers, chosen), chosen))
 
 
@@ -214,7 +215,7 @@ def route(fields: tuple[Any, ...], arguments: tuple[Any, ...]) -> SortedBuffers:
     gating_output, out = tensors.gating_output, tensors.out
     if simulated(gating_output) if runs else traced(gating_output):
         return _as_traced(request, tensors)
-    if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
+    if not is_matrix(gating_output):
         refuse_matrix("gating_output", gating_output)
     has_bias = tensors.correction_bias is not None
     sizes = (gating_output.device, *gating_output.shape, gating_output.dtype, has_bias, *fields)
@@ -289,7 +290,7 @@ def moe_sorting(
             num_local_tokens, dispatch_policy,
         )  # fmt: skip
         return _into_or_new("moe_sorting", out, *arguments)
-    if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
+    if not is_matrix(topk_ids):
         refuse_matrix("topk_ids", topk_ids)
     device = topk_ids.device
     sizes = (
@@ -329,26 +330,18 @@ def fused_topk(
     if traced(gating_output):
         weights, ids = registered("fused_topk")(hidden_states, gating_output, topk, renormalize)
         return weights, ids
-    if not isinstance(gating_output, Tensor) or gating_output.dim() != 2:
+    if not is_matrix(gating_output):
         refuse_matrix("gating_output", gating_output)
-    if not isinstance(hidden_states, Tensor):
-        raise TypeError(f"hidden_states: expected a tensor, got {type(hidden_states).__name__}")
+    check_strided("hidden_states", hidden_states)
     if hidden_states.shape[:1] != gating_output.shape[:1]:
         raise ValueError(
             f"hidden_states: expected {gating_output.shape[0]} rows, as gating_output, got shape"
             f" {list(hidden_states.shape)}"
         )
-    check_size("topk", topk)
+    check_topk(topk, gating_output.shape[1])
     weights, ids = empty_topk(gating_output.shape[0], topk, gating_output.device)
     topk_softmax_op.topk_softmax(weights, ids, torch.empty_like(ids), gating_output, renormalize)
     return weights, ids
-
-
-def refuse_matrix(name: str, value: object) -> NoReturn:
-    """Raises that a tensor of rank 2 was expected."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    raise ValueError(f"{name}: expected a tensor of rank 2, got shape {list(value.shape)}")
 
 
 def _as_traced(request: Request, tensors: Tensors) -> SortedBuffers:

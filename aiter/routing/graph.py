@@ -37,7 +37,7 @@ from ..ops.rule import RoutingRule, rule_of
 from . import calls, router
 from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
-from .tracing import NAMESPACE, by_name, refuse_some_meta, registered, traced
+from .tracing import NAMESPACE, all_meta, by_name, refuse_some_meta, registered, traced
 from .vmap import once_per_slice
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -156,10 +156,20 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
 
 
 def _numbers_in_schema(rule: RoutingRule | None = None, **kwargs: Any) -> dict[str, Any]:
-    return {**kwargs, "rule": None if rule is None else [float(n) for n in rule.packed]}
+    if rule is None:
+        return {**kwargs, "rule": None}
+    if not isinstance(rule, RoutingRule):
+        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
+    return {**kwargs, "rule": [float(number) for number in rule.packed]}
 
 
 def _rule_in_schema(topk_out: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:
+    if topk_out is not None and not (isinstance(topk_out, tuple) and len(topk_out) == 2):
+        size = f" of {len(topk_out)}" if isinstance(topk_out, tuple) else ""
+        raise TypeError(
+            "topk_out: expected a tuple of two tensors or None, got a"
+            f" {type(topk_out).__name__}{size}"
+        )
     weights, ids = topk_out or (None, None)
     return {**_numbers_in_schema(**kwargs), "topk_weights": weights, "topk_ids": ids}
 
@@ -368,7 +378,7 @@ def _register() -> Any:
         library.define(name + schema)
         op = registered(name).default
         library.impl(name, counting(run, op), "CompositeExplicitAutograd")
-        library.impl(name, fake, "Meta")
+        library.impl(name, all_meta(fake, op), "Meta")
         library.impl(
             name, refusing(op, "hidden_states" if name == "fused_topk" else ""), "Autograd"
         )

@@ -31,6 +31,7 @@ from ..ops.fused_router_sorting import (
 )
 from ..ops.rule import RoutingRule
 from . import known
+from .arguments import is_matrix, refuse_matrix
 from .autograd import checked, gradients_matter
 from .buffers import (
     BUFFER_NAMES,
@@ -44,7 +45,7 @@ from .buffers import (
     given,
     sorted_layouts,
 )
-from .calls import count_writes, named_outputs, refuse_matrix, route
+from .calls import count_writes, named_outputs, route
 from .plan import Plan, Router
 from .request import CPU_WAVE, Request, rule_key, rule_numbers
 from .tracing import recorded, refuse_some_meta, registered, simulated, traced, transformed
@@ -128,9 +129,9 @@ def router_topk_sorting(
     request = Request(*fields)  # NOTE: a tracer cannot read the override, and has no use for it.
     if simulated(hidden_states) if runs else traced(hidden_states):
         return _as_traced(request, hidden_states, router_weight, read, batch_invariant, written)
-    if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 2:
+    if not is_matrix(hidden_states):
         refuse_matrix("hidden_states", hidden_states)
-    if not isinstance(router_weight, Tensor) or router_weight.dim() != 2:
+    if not is_matrix(router_weight):
         refuse_matrix("router_weight", router_weight)
     device = hidden_states.device
     sizes = (device, *hidden_states.shape, router_weight.shape[0], batch_invariant, *fields)

@@ -86,6 +86,19 @@ def refuse_some_meta(arguments: dict[str, object], first: object) -> None:
             )
 
 
+def all_meta(fake: Callable[..., Any], op: Any) -> Callable[..., Any]:
+    """`fake`, unless some tensors are real: PyTorch's dispatcher asks it for one on the meta device."""
+    order = tuple(argument.name for argument in op._schema.arguments)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(order, args, strict=False)), **kwargs}
+        tensors = (each for each in arguments.values() if isinstance(each, Tensor))
+        refuse_some_meta(arguments, next((each for each in tensors if each.is_meta), None))
+        return fake(*args, **kwargs)
+
+    return call
+
+
 def registered(name: str) -> Any:
     """The registered op of that name."""
     return getattr(getattr(torch.ops, NAMESPACE), name)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
+from .arguments import check_apart, check_bool, check_strided, check_topk, is_matrix
 from .autograd import checked
 from .buffers import TOKEN_BITS, TOKEN_MASK, SortedBuffers
 from .calls import fused_topk as _fused_topk
@@ -76,12 +77,16 @@ def moe_sorting_opus_fwd(
         TypeError: an argument is of the wrong Python type.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
-    if local_topk_ids is not None:
-        _check_extra("local_topk_ids", local_topk_ids, topk_ids, topk_ids.shape)
-    if m_indices is not None:
-        _check_extra("m_indices", m_indices, topk_ids, sorted_token_ids.shape)
-    if reverse_sorted is not None:
-        _check_extra("reverse_sorted", reverse_sorted, topk_ids, (topk_ids.numel(),))
+    extras = {
+        "local_topk_ids": local_topk_ids, "m_indices": m_indices, "reverse_sorted": reverse_sorted,
+    }  # fmt: skip
+    if any(extra is not None for extra in extras.values()):
+        _check_extras(
+            extras, topk_ids=topk_ids, topk_weights=topk_weights, sorted_token_ids=sorted_token_ids,
+            sorted_weights=sorted_weights, sorted_expert_ids=sorted_expert_ids,
+            num_valid_ids=num_valid_ids, moe_buf=moe_buf, local_expert_mask=local_expert_mask,
+            num_local_tokens=num_local_tokens, workspace=workspace,
+        )  # fmt: skip
     _moe_sorting_opus_fwd(
         topk_ids, topk_weights, sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
         moe_buf, num_experts, unit_size, local_expert_mask, num_local_tokens, workspace,
@@ -123,7 +128,7 @@ def moe_sorting_fwd(
             local_expert_mask, num_local_tokens, dispatch_policy, out=out,
         )  # fmt: skip
         return
-    if isinstance(topk_ids, Tensor) and topk_ids.dim() == 2:
+    if is_matrix(topk_ids):
         tokens, topk = topk_ids.shape
         size = moe_sorting_opus_get_workspace_size(
             tokens, num_experts, topk, dispatch_policy, device=topk_ids.device
@@ -169,6 +174,12 @@ def moe_sorting(
             (and not local_topk_ids): see `moe_sorting_opus_fwd`.
         The others, the five returned tensors and the errors: as in `topk_softmax_sorting`.
     """
+    flags = {
+        "return_local_topk_ids": return_local_topk_ids, "accumulate": accumulate, "flat": flat,
+        "output_aux": output_aux,
+    }  # fmt: skip
+    for name, flag in flags.items():
+        check_bool(name, flag)
     if flat:
         raise ValueError(
             "flat: expected False, as no kernel here takes unsorted ids in place of sorted ones, got"
@@ -216,13 +227,13 @@ def fused_topk(
     if topk_ids is None and topk_weights is None:
         return _fused_topk(hidden_states, gating_output, topk, renormalize)
     for name, tensor in (("hidden_states", hidden_states), ("gating_output", gating_output)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_strided(name, tensor)
     if gating_output.dim() != 2 or hidden_states.shape[:1] != gating_output.shape[:1]:
         raise ValueError(
             f"gating_output: expected a tensor of rank 2 with the rows of hidden_states"
             f" {list(hidden_states.shape)}, got shape {list(gating_output.shape)}"
         )
+    check_topk(topk, gating_output.shape[1])
     gating_output = checked(gating_output, gating_output=gating_output, topk_weights=topk_weights)
     weights, ids = (
         _rows_of(name, given, gating_output, topk, dtype)
@@ -243,6 +254,7 @@ def _rows_of(
         return gating.new_empty((gating.shape[0], topk), dtype=dtype)
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(given).__name__}")
+    check_strided(name, given)
     tokens = gating.shape[0]
     if given.dim() != 2 or given.shape[1] != topk or given.shape[0] < tokens:
         raise ValueError(
@@ -253,9 +265,28 @@ def _rows_of(
     return given[:tokens]
 
 
+def _check_extras(extras: dict[str, Any], **others: Any) -> None:
+    """Raises for what PyTorch is to write behind the sort, unless it fits and is apart from all else."""
+    topk_ids, sorted_token_ids = others["topk_ids"], others["sorted_token_ids"]
+    check_strided("topk_ids", topk_ids)
+    check_strided("sorted_token_ids", sorted_token_ids)
+    shapes = {
+        "local_topk_ids": topk_ids.shape,
+        "m_indices": sorted_token_ids.shape,
+        "reverse_sorted": (topk_ids.numel(),),
+    }
+    for name, extra in extras.items():
+        if extra is None:
+            continue
+        _check_extra(name, extra, topk_ids, shapes[name])
+        check_apart(name, extra, **others)
+        others[name] = extra
+
+
 def _check_extra(name: str, tensor: Any, topk_ids: Tensor, shape: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(tensor).__name__}")
+    check_strided(name, tensor)
     if list(tensor.shape) != list(shape) or tensor.dtype != torch.int32:
         raise ValueError(
             f"{name}: expected int32 of shape {list(shape)}, got {tensor.dtype} of shape"

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..ops.rule import GroupScore, RoutingRule, ScoringFunc
+from .arguments import check_bool, check_strided
+from .buffers import check_size
 from .graph import topk_routing
 from .graph import topk_softmax as _topk_softmax
 
@@ -50,12 +52,12 @@ _kept = lru_cache(None, typed=True)(_made)  # NOTE: 1 is not True, which a rule 
 def _rule(*args: Any, **kwargs: Any) -> RoutingRule:
     # NOTE: kept, as making and checking a rule takes as long as the rest of the call; torch.compile,
     # which makes one per graph, would warn of a cache.
-    if is_dynamo_compiling():
-        return _made(*args, **kwargs)
-    try:
-        return _kept(*args, **kwargs)
-    except TypeError:
-        return _made(*args, **kwargs)  # says what is wrong, of what no cache can look up as well
+    if not is_dynamo_compiling():
+        try:
+            return _kept(*args, **kwargs)
+        except TypeError:
+            pass  # NOTE: of a wrong type, or without a hash; the rule itself says which argument.
+    return _made(*args, **kwargs)
 
 
 def biased_grouped_topk(
@@ -86,6 +88,7 @@ def grouped_topk(
     routed_scaling_factor: float = 1.0,
 ) -> None:
     """Softmax or sigmoid scores, chosen in the groups with the highest ones."""
+    check_bool("is_softmax", is_softmax)
     rule = _rule(
         "softmax" if is_softmax else "sigmoid", need_renorm, num_expert_group, topk_group, "max",
         routed_scaling_factor,
@@ -137,14 +140,28 @@ def moe_fused_gate(
         topk_weights and topk_ids.
 
     Raises:
-        ValueError: `topk` is not the width of the outputs, the scale is 0, or an argument does not fit.
+        ValueError, TypeError: `topk` is not the width of the outputs, the scale is 0 beside shared
+            experts, or an argument does not fit.
     """
+    check_strided("topk_ids", topk_ids)
+    check_size("topk", topk)
     if topk_ids.dim() != 2 or topk_ids.shape[1] != topk:
         raise ValueError(
             f"topk: expected the width of topk_ids, got {topk} for shape {list(topk_ids.shape)}"
         )
-    if n_share_experts_fusion and routed_scaling_factor == 0.0:
-        raise ValueError("routed_scaling_factor: expected another number than 0, got 0.0")
+    check_size("n_share_experts_fusion", n_share_experts_fusion, low=0)
+    if not isinstance(routed_scaling_factor, int | float) or isinstance(
+        routed_scaling_factor, bool
+    ):
+        raise TypeError(
+            f"routed_scaling_factor: expected a float, got {type(routed_scaling_factor).__name__}"
+        )
+    is_zero = n_share_experts_fusion > 0 and routed_scaling_factor == 0
+    if is_zero or not abs(routed_scaling_factor) < float("inf"):
+        raise ValueError(
+            "routed_scaling_factor: expected a finite number other than 0, got"
+            f" {routed_scaling_factor}"
+        )
     rule = _rule(
         "sigmoid", True, num_expert_group, topk_group, "top2",
         num_shared_experts=n_share_experts_fusion,
@@ -172,13 +189,27 @@ def topk_softmax(
         ValueError, TypeError: an argument does not fit.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
+    if not isinstance(num_shared_experts, int) or isinstance(num_shared_experts, bool):
+        got = type(num_shared_experts).__name__
+        raise TypeError(f"num_shared_experts: expected an int, got {got}")
     if num_shared_experts == 0 and shared_expert_scoring_func == "":
         _topk_softmax(topk_weights, topk_indices, token_expert_indices, gating_output, need_renorm)
         return
+    check_strided("topk_indices", topk_indices)
+    check_strided("token_expert_indices", token_expert_indices)
+    if topk_indices.dim() != 2:
+        raise ValueError(
+            f"topk_indices: expected a tensor of rank 2, got shape {list(topk_indices.shape)}"
+        )
     if token_expert_indices.shape != topk_indices.shape:
         raise ValueError(
             f"token_expert_indices: expected shape {list(topk_indices.shape)}, as topk_indices, got"
             f" {list(token_expert_indices.shape)}"
+        )
+    if token_expert_indices.device != topk_indices.device:
+        raise ValueError(
+            f"token_expert_indices: expected it on {topk_indices.device}, as topk_indices, got"
+            f" {token_expert_indices.device}"
         )
     if token_expert_indices.dtype != torch.int32:
         raise ValueError(

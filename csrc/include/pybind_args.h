@@ -115,6 +115,9 @@ inline void read_attributes(py::handle object, TensorView& view) {
     const std::string layout = py::str(object.attr("layout"));
     if (layout != "torch.strided") fail_argument(view.name, "a tensor with strides", layout);
   }
+  if (py::hasattr(object, "is_nested") && py::cast<bool>(object.attr("is_nested"))) {
+    fail_argument(view.name, "a tensor with strides", "a nested one");
+  }
   const py::tuple shape = object.attr("shape");
   const py::tuple stride = object.attr("stride")();
   view.ndim = static_cast<int>(shape.size());
@@ -215,7 +218,12 @@ inline int64_t int_arg(py::handle object, const char* name) {
     throw py::type_error(std::string(name) + ": expected an int, got " + detail::type_name(object));
   }
   const auto integer = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
-  if (!integer) throw py::error_already_set();
+  if (!integer) {  // as of a tensor of floats, which has __index__ all the same
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + ": expected an int, got " + detail::type_name(object) +
+                         " " + std::string(py::repr(object)));
+  }
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(integer.ptr(), &overflow);
   if (overflow != 0) {

@@ -22,9 +22,9 @@ struct RowRule {
   uint32_t in_memory;      // for MemoryRuleRow, whatever RuleRows may hold
   uint32_t top2;           // a group is worth the sum of its two largest keys
   uint32_t key_is_logit;   // else s, and the bias
-  uint32_t shares_chosen;  // softmax over the chosen alone: the plain case
+  uint32_t shares_chosen;  // softmax over the chosen alone: docs/contract.md ("softmax")
   uint32_t is_common;      // for the instances of most models' rules, see rule_rows.h
-  uint32_t shares_none;  // softmax that gives all the same where none is above -inf: the plain case
+  uint32_t shares_none;    // softmax that gives all the same where none is above -inf: the same
 };
 
 __device__ __forceinline__ float load_float(const void* items, FloatKind kind, int i) {

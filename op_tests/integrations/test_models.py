@@ -8,6 +8,7 @@ writes it.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -166,7 +167,9 @@ def write_table() -> None:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the table of docs/models.md")
+    if parser.parse_args().write:
         write_table()
     else:
         raise SystemExit(pytest.main([__file__, "-q"]))

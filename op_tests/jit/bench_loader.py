@@ -7,6 +7,7 @@ into an empty cache, so it depends on how busy the machine is.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -90,4 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and no other
     main()

@@ -107,6 +107,22 @@ def test_a_compiler_that_writes_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatc
         toy.load()
 
 
+def test_a_compiler_that_only_ever_succeeds(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /bin/true does, which leaves nothing to link that could be missed."""
+    path = compiler(toy, monkeypatch, ":")
+    path.write_text("#!/bin/sh\nexit 0\n")
+    with pytest.raises(BuildError, match="the compiler succeeded, and wrote no shared object"):
+        toy.load()
+
+
+def test_a_compiler_that_refuses_to_say_its_version(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(toy, monkeypatch, ":", version="exit 3")
+    with pytest.raises(ToolchainError, match="--version: expected .*, got exit status 3"):
+        toy.load()
+
+
 def test_a_crash_at_version_is_an_error(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(toy, monkeypatch, ":", version="kill -SEGV $$")
     with pytest.raises(ToolchainError, match="--version: expected it to print its version, got"):

@@ -225,9 +225,30 @@ def test_no_home_and_no_entry_for_the_user(monkeypatch: pytest.MonkeyPatch) -> N
         envs.cache_dir()
     with pytest.raises(JitError, match="^cache folder: "):
         Loader()
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(EnvError, match="^cache folder: expected .*, got no home folder"):
+        envs.cache_dir()
     monkeypatch.setenv("HOME", "relative")
     with pytest.raises(EnvError, match="got relative/.cache; set AITER_JIT_DIR"):
         envs.cache_dir()
+
+
+def test_an_empty_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the root folder, into which builds went as root."""
+    monkeypatch.delenv("AITER_JIT_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "")
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    assert envs.cache_dir() == Path(home) / ".cache" / envs.PACKAGE
+    monkeypatch.setenv("AITER_JIT_DIR", "~/jit")
+    assert envs.cache_dir() == Path(home) / "jit" / envs.PACKAGE
+
+
+def test_a_cache_folder_in_a_device_is_no_folder(toy: Toy) -> None:
+    """It may be anybody's to write, but nobody is to change its mode for that."""
+    toy.cache_dir = Path("/dev/null/cache")
+    with pytest.raises(CacheError, match="expected to build in it, got Not a directory"):
+        toy.load()
 
 
 @pytest.mark.parametrize("part", ["parent", "cache"])

@@ -26,6 +26,7 @@ same time, as no share is larger than the first.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import sys
 from dataclasses import dataclass
@@ -273,4 +274,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and no other
     raise SystemExit(main())

@@ -9,6 +9,7 @@ architecture, by phase, and over the banks of LDS.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import sys
 from pathlib import Path
@@ -147,4 +148,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and no other
     raise SystemExit(main())

@@ -143,7 +143,7 @@ def test_explain_tells_what_is_modelled(
     for module in (basis_module, explain):
         monkeypatch.setattr(module, "basis_of", lambda device: basis)
     shape = ["--tokens", "31", "--experts", "128", "--topk", "4", "--device", "cpu"]
-    assert explain.main([*shape, "--dtype", "f32"]) == 0
+    assert explain.main([*shape, "--dtype", "fp32"]) == 0
     printed = capsys.readouterr().out
     assert "oneshot" in printed and "modelled for E=128 K=4 and f32 logits" in printed
     assert "planted: somewhere, 2026-11-23, `a command`" in printed
