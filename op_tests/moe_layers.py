@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from buffers import FrozenInputs
 from targets import Target
@@ -17,6 +18,9 @@ from torch import Tensor
 from aiter import ActivationType
 from aiter import fused_moe as layer
 from aiter.reference.layer import moe_layer
+
+HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
+needs_grouped_mm = pytest.mark.skipif(not HAS_GROUPED_MM, reason="this PyTorch has no grouped_mm")
 
 # Largest error over the largest value of the output. float32: sums of some hundred terms in another
 # order. 16-bit: the two products, the activation's steps and the output are rounded once each.

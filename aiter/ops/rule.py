@@ -233,7 +233,7 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_float(name: str, value: object, low: float = -math.inf) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     if not abs(value) <= _LARGEST_F32:  # NOTE: so is NaN.
         raise ValueError(f"{name}: expected a finite float32, got {value}")

@@ -240,7 +240,7 @@ def _as_traced(
         request.block_size, expert_mask, num_local_tokens, request.dispatch_policy,
         request.id_format, batch_invariant,
     )  # fmt: skip
-    if written == (None, None, None):
+    if topk_out is None and out is None and logits_out is None:
         return five(registered("router_topk_sorting")(*arguments))
     if out is None:
         buffers = Buffers.of(

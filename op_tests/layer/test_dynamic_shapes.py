@@ -15,6 +15,11 @@ from torch._dynamo.testing import CompileCounter
 import aiter
 from aiter import RoutingRule
 from aiter import fused_moe as layer
+from aiter._pytorch import VERSION
+
+pytestmark = pytest.mark.skipif(
+    VERSION < (2, 11), reason="2.8 finds no one graph of the layer; 2.9 and 2.10 were not tried"
+)
 
 SIZES = (5, 2, 3, 8, 16, 31, 33, 64, 100, 257)
 BF16, F32 = torch.bfloat16, torch.float32

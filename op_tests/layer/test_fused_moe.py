@@ -14,9 +14,11 @@ from moe_layers import (
     BASE,
     DTYPES,
     GPT_OSS,
+    HAS_GROUPED_MM,
     LayerInputs,
     check_close,
     make_layer,
+    needs_grouped_mm,
     run_layer,
 )
 from targets import Target
@@ -75,6 +77,8 @@ def skip_unless_it_runs(target: Target, backend: str, dtype: torch.dtype) -> Non
     """A GPU's grouped product waits for the host with other dtypes; the CPU's takes them all."""
     if backend == "triton" and (reason := why_not(torch.device(target.device))):
         pytest.skip(reason)
+    if backend == "grouped_mm" and not HAS_GROUPED_MM:
+        pytest.skip("this PyTorch has no grouped_mm")
     if target.device != "cpu" and backend == "grouped_mm" and dtype is not torch.bfloat16:
         pytest.skip(f"grouped_mm of {dtype} is not for GPUs")
 
@@ -98,6 +102,7 @@ def test_weights_in_chunks(target: Target, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(run_layer(BASE, target, "block_bmm"), whole, rtol=1e-6, atol=1e-6)
 
 
+@needs_grouped_mm
 def test_backend_follows_from_the_weights() -> None:
     def choose(*shape: int, dtype: torch.dtype = torch.bfloat16, inter: int = 64) -> str:
         return layer.expert_backend(

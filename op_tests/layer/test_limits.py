@@ -9,6 +9,7 @@ from typing import Any
 import _checkout  # noqa: F401
 import pytest
 import torch
+from moe_layers import HAS_GROUPED_MM
 from torch import Tensor
 
 import aiter
@@ -19,7 +20,8 @@ from aiter.reference.layer import moe_layer
 
 M, E, K, D, INTER = 5, 8, 2, 32, 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ON_CPU = [None, *(b for b in BACKENDS if b != "triton" or why_not(torch.device("cpu")) is None)]
+HERE = {"grouped_mm": HAS_GROUPED_MM, "triton": why_not(torch.device("cpu")) is None}
+ON_CPU = [None, *(backend for backend in BACKENDS if HERE.get(backend, True))]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
