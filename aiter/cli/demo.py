@@ -115,8 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(f"{PROGRAM} demo", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--model",
-        help="generate with a small transformers model instead (--model gpt-oss --help shows which"
-        " there are, and its options)",
+        help="generate with a small transformers model instead: deepseek-v3, gpt-oss, mixtral,"
+        " qwen3-moe or qwen3-next (--model gpt-oss --help shows its options)",
     )
     add_device(parser)
     add_wave(parser)

@@ -58,6 +58,6 @@ def test_scripts_that_take_minutes_answer_before(script: str) -> None:
     """Rather than compile, or write to the documents, for who asked what they do."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "op_tests" / script), "--help"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
