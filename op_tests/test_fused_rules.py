@@ -151,9 +151,7 @@ def test_softmax_has_the_same_bits_where_lds_is_full(target: Target, name: str) 
     expected_ids = torch.empty_like(expected, dtype=torch.int32)
     on_device = [None if t is None else t.to(target.device) for t in (logits, bias)]
     with target.active():
-        topk_routing(
-            expected, expected_ids, on_device[0], rule=rule, correction_bias=on_device[1]
-        )
+        topk_routing(expected, expected_ids, on_device[0], rule=rule, correction_bias=on_device[1])
     assert torch.equal(ids, expected_ids.cpu())
     assert torch.equal(weights.view(torch.int32), expected.cpu().view(torch.int32))
 

@@ -19,7 +19,7 @@ calls, whose memory would have to be guarded across streams, threads and graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -36,6 +36,7 @@ TOKEN_BITS = 24
 TOKEN_MASK = (1 << TOKEN_BITS) - 1
 
 BUFFER_NAMES = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf")
+TOPK_NAMES = ("topk_out[0]", "topk_out[1]")
 
 _QUANTISED = frozenset(
     getattr(torch, name)
@@ -224,13 +225,51 @@ def given_topk(topk_out: TopkOut, like: Tensor) -> None:
         got = f"{len(topk_out)}" if isinstance(topk_out, tuple) else type(topk_out).__name__
         raise TypeError(f"topk_out: expected a tuple of two tensors or None, got {got}")
     for i, (tensor, dtype) in enumerate(zip(topk_out, (torch.float32, torch.int32), strict=True)):
+        name = TOPK_NAMES[i]
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"topk_out[{i}]: expected a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if (tensor.shape, tensor.dtype, tensor.device) != (like.shape, dtype, like.device):
             raise ValueError(
-                f"topk_out[{i}]: expected {dtype} {list(like.shape)} on {like.device}, got"
+                f"{name}: expected {dtype} {list(like.shape)} on {like.device}, got"
                 f" {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
+
+
+def check_topk_memory(topk_out: TopkOut, others: Mapping[str, Tensor | None]) -> None:
+    """Raises unless `topk_out` are rows that share no memory, with each other or `others`, by name."""
+    for name, tensor in zip(TOPK_NAMES, topk_out, strict=True):
+        if not tensor.numel():
+            continue
+        rows, slots = tensor.shape
+        if slots > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"{name}: expected inner stride 1, got {tensor.stride(1)}")
+        if rows > 1 and tensor.stride(0) < slots:
+            raise ValueError(
+                f"{name}: expected rows that do not overlap, of stride {slots} or more, got"
+                f" {tensor.stride(0)}"
+            )
+    ranges = [
+        (name, _memory(tensor))
+        for name, tensor in (*zip(TOPK_NAMES, topk_out, strict=True), *others.items())
+        if tensor is not None
+    ]
+    for i, (name, (begin, end)) in enumerate(ranges[: len(topk_out)]):
+        for other, (other_begin, other_end) in ranges[i + 1 :]:
+            if max(begin, other_begin) < min(end, other_end):
+                raise ValueError(
+                    f"{name}: expected memory of its own, got memory that overlaps with {other}"
+                )
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and behind its last one."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _refuse_out(out: object, expected: Buffers) -> NoReturn:

@@ -34,6 +34,7 @@ from . import dispatch, known
 from .autograd import checked, gradients_matter, wrote
 from .buffers import (
     BUFFER_NAMES,
+    TOPK_NAMES,
     Buffers,
     SortedBuffers,
     TopkOut,
@@ -57,8 +58,6 @@ from .tracing import (
     transformed,
     transforms_active,
 )
-
-TOPK_NAMES = ("topk_out[0]", "topk_out[1]")
 
 _cpu_wave = cpu_wave_override.get
 
@@ -165,7 +164,7 @@ def topk_routing_sorting(
         gating_output: [M, E' + Z] logits, with shared experts that are weighed by their sigmoid
             [M, E' + S]; E' = `num_experts` - S the routed experts, S the shared and Z the zero
             experts of the rule.
-        topk: K, the routed experts of a row, 1 to min(E' + Z, 255 - S).
+        topk: K, the routed experts of a row, 1 to min(E' + Z, 255 - S), and to E' with ids by slot.
         num_experts: E = E' + S.
         rule: None for softmax and top-k, renormalised.
         correction_bias: [E' + Z] float32, float16 or bfloat16, added to the scores for the choice

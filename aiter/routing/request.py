@@ -89,10 +89,12 @@ class Request(NamedTuple):
                 f"{name}: expected shape {shape}, for num_experts ="
                 f" {self.num_experts}{others}, got {got}"
             )
-        choices = self.num_experts - rule.num_shared_experts + rule.num_zero_experts
+        # NOTE: buffers have M*K + E*B - K slots, so that K may not exceed the experts that have entries.
+        choices = self.num_sorted_experts - rule.num_shared_experts
         if self.topk > choices:
+            by = f" and {self.id_format} ids" if rule.num_zero_experts else ""
             raise ValueError(
-                f"topk: expected at most {choices}, for num_experts = {self.num_experts}{others},"
+                f"topk: expected at most {choices}, for num_experts = {self.num_experts}{others}{by},"
                 f" got {self.topk}"
             )
 

@@ -34,6 +34,7 @@ from . import known
 from .autograd import checked, gradients_matter
 from .buffers import (
     BUFFER_NAMES,
+    TOPK_NAMES,
     Buffers,
     SortedBuffers,
     TopkOut,
@@ -43,7 +44,7 @@ from .buffers import (
     given,
     sorted_layouts,
 )
-from .calls import TOPK_NAMES, count_writes, named_outputs, refuse_matrix, route
+from .calls import count_writes, named_outputs, refuse_matrix, route
 from .plan import Plan, Router
 from .request import CPU_WAVE, Request, rule_key
 from .tracing import recorded, refuse_some_meta, registered, simulated, traced, transformed

@@ -260,3 +260,60 @@ def test_bad_input(changes: Call, words: str, policy: int) -> None:
     logits = torch.randn(5, 32)
     with pytest.raises((ValueError, TypeError), match=words):
         route(logits, 4, 32, dispatch_policy=policy, **changes)
+
+
+def test_more_slots_than_experts_with_entries(target: Target) -> None:
+    """Zero experts may take more of a row than there are others, where buffers have slots for them."""
+    logits = torch.randn(5, 8, device=target.device)
+    rule = RoutingRule(num_zero_experts=6)
+    for policy in (0, 1, 2):
+        words = "topk: expected at most 2, for num_experts = 2 .* and slot ids, got 4"
+        with target.active(), pytest.raises(ValueError, match=words):
+            route(logits, 4, 2, rule=rule, dispatch_policy=policy)
+        with target.active():
+            assert (
+                int(route(logits, 4, 2, rule=rule, dispatch_policy=policy, id_format="flat")[3][1])
+                == 5
+            )
+
+
+def shares_memory(target: Target) -> list[tuple[str, Call, tuple[Tensor, Tensor], str]]:
+    """(what it shares, the call's other tensors, topk_out, the error's text) of 5 rows of 4 of 32."""
+
+    def ints(count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=target.device)
+
+    logits = torch.zeros(5, 32, device=target.device)
+    out = empty_sorted_buffers(5, 4, 32, WIDTH, torch.bfloat16, BLOCK, device=target.device)
+    both = torch.zeros(5, 8, device=target.device)
+    ids, weights, mask, count = (
+        ints(20).view(5, 4),
+        torch.zeros_like(both)[:, :4],
+        ints(32),
+        ints(20),
+    )
+    own = r"expected memory of its own, got memory that overlaps with"
+    return [
+        ("sorted_ids", {"out": out}, (weights, out[0][:25].view(5, 5)[:, :4]), f"{own} sorted_ids"),
+        ("the logits", {"gating_output": logits}, (logits[:, :4], ids), f"{own} gating_output"),
+        ("the mask", {"expert_mask": mask}, (weights, mask[:20].view(5, 4)),
+         f"{own} (local_expert_mask|topk_ids)"),
+        ("the count", {"num_local_tokens": count[:1]}, (weights, count.view(5, 4)),
+         f"{own} (num_local_tokens|topk_ids)"),
+        ("each other", {}, (both[:, :4], both.view(torch.int32)[:, 3:7]), f"{own} topk_out.1."),
+        ("rows", {}, (weights[:1].expand(5, 4), ids), "rows that do not overlap, of stride 4"),
+        ("columns", {}, (both[:, ::2], ids), r"topk_out\[0\]: expected inner stride 1, got 2"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [0, 1, 2])
+def test_topk_out_has_memory_of_its_own(target: Target, policy: int) -> None:
+    """Of the chain as well, whose sort reads a mask and a count after top-k is written."""
+    for what, changes, topk_out, words in shares_memory(target):
+        options = {"dispatch_policy": policy, "topk_out": topk_out} | changes
+        logits = options.pop("gating_output", torch.zeros(5, 32, device=target.device))
+        before = [tensor.clone() for tensor in topk_out]
+        with target.active(), pytest.raises(ValueError, match=words):
+            route(logits, 4, 32, **options)
+        unwritten = zip(topk_out, before, strict=True)
+        assert all(torch.equal(tensor, copy) for tensor, copy in unwritten), what
