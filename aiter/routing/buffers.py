@@ -226,10 +226,7 @@ def given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:
 
 
 def given_topk(topk_out: TopkOut, like: Tensor) -> None:
-    """Raises unless `topk_out` is weights float32 and ids int32 of the shape and device of `like`.
-
-    Rows may have any stride, but their items are neighbours, and they are apart from each other.
-    """
+    """Raises unless `topk_out` is weights float32 and ids int32 of the shape and device of `like`."""
     if not isinstance(topk_out, tuple) or len(topk_out) != 2:
         got = f"{len(topk_out)}" if isinstance(topk_out, tuple) else type(topk_out).__name__
         raise TypeError(f"topk_out: expected a tuple of two tensors or None, got {got}")
@@ -242,6 +239,11 @@ def given_topk(topk_out: TopkOut, like: Tensor) -> None:
                 f"{name}: expected {dtype} {list(like.shape)} on {like.device}, got"
                 f" {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
+
+
+def check_topk_memory(topk_out: TopkOut, others: Mapping[str, Tensor | None]) -> None:
+    """Raises unless `topk_out` are rows that share no memory, with each other or `others`, by name."""
+    for name, tensor in zip(TOPK_NAMES, topk_out, strict=True):
         if not tensor.numel():
             continue
         rows, slots = tensor.shape
@@ -252,10 +254,6 @@ def given_topk(topk_out: TopkOut, like: Tensor) -> None:
                 f"{name}: expected rows that do not overlap, of stride {slots} or more, got"
                 f" {tensor.stride(0)}"
             )
-
-
-def check_own_memory(topk_out: TopkOut, others: Mapping[str, Tensor | None]) -> None:
-    """Raises if one of `topk_out` shares memory with the other, or with one of `others`, by name."""
     ranges = [
         (name, _memory(tensor))
         for name, tensor in (*zip(TOPK_NAMES, topk_out, strict=True), *others.items())

@@ -9,7 +9,7 @@ from typing import cast
 
 from ..ops.fused_topk_moe_sorting import FusedCalls, fused_topk_moe_sorting_fwd
 from . import dispatch
-from .buffers import BUFFER_NAMES, SortedBuffers, allocate, check_own_memory, given, given_topk
+from .buffers import BUFFER_NAMES, SortedBuffers, allocate, check_topk_memory, given, given_topk
 from .plan import Chain, Plan
 from .request import Request, Tensors
 
@@ -54,7 +54,7 @@ def launch_chain(request: Request, plan: Plan, tensors: Tensors, buffers: Sorted
             "gating_output": gating_output, "correction_bias": correction_bias,
             "local_expert_mask": expert_mask, "num_local_tokens": num_local_tokens,
         }  # fmt: skip
-        check_own_memory(topk_out, dict(zip(BUFFER_NAMES, buffers, strict=True)) | read)
+        check_topk_memory(topk_out, dict(zip(BUFFER_NAMES, buffers, strict=True)) | read)
     if chain.by_rule:
         rule = request.full_rule
         chain.topk(weights, ids, gating_output, rule=rule, correction_bias=correction_bias)

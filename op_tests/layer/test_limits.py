@@ -14,6 +14,7 @@ from torch import Tensor
 
 import aiter
 from aiter import fused_moe as layer
+from aiter._pytorch import VERSION
 from aiter.layer.experts import BACKENDS
 from aiter.layer.triton_experts import INSTALLED, why_not
 from aiter.reference.layer import moe_layer
@@ -166,6 +167,7 @@ def test_meta_tensors_beside_others() -> None:
             call()
 
 
+@pytest.mark.skipif(VERSION < (2, 8), reason="2.6 maps no gather by int32; 2.7 was not tried")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("argument", range(4))
 @pytest.mark.parametrize("bias", [False, True])
