@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 
 import _checkout  # noqa: F401
 import pytest
 import torch
 
 from aiter import _pytorch
+
+PACKAGE = Path(_pytorch.__file__).parent
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.13.0+cpu", "2.9.0a0+git1234", "3.0.1", "10.0"])
@@ -37,3 +41,17 @@ def test_some_requires_grad_says_what_pytorch_says() -> None:
         assert _pytorch.some_requires_grad(*case) == any(
             each is needs for item in case for each in (item if isinstance(item, list) else [item])
         )
+
+
+def test_no_union_is_asked_of_isinstance() -> None:
+    """`isinstance(x, A | B)` ends torch.compile's trace up to PyTorch 2.8; a tuple does not."""
+    asked = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+        and isinstance(node.args[1], ast.BinOp)
+    ]
+    assert asked == []

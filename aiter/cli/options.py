@@ -35,7 +35,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         default = action.default
         if default is None or isinstance(default, bool) or default is argparse.SUPPRESS:
             return action.help
-        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
         return f"{action.help or ''} (default {shown})".lstrip() if shown else action.help
 
 

@@ -85,7 +85,7 @@ def warmup(
 def _listed(argument: str, several: Any) -> list[Any]:
     """The items of an iterable; a text is one item that lacks its brackets."""
     try:
-        if not isinstance(several, str | bytes):
+        if not isinstance(several, (str, bytes)):
             return list(several)
     except TypeError:
         pass  # NOTE: some say that they can be iterated over, and cannot.

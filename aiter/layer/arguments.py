@@ -147,7 +147,7 @@ def check_upstream(
     """
     if not isinstance(splitk, int) or isinstance(splitk, bool):
         raise TypeError(f"splitk: expected an int, got {type(splitk).__name__}")
-    if not isinstance(gate_mode, str | None) or gate_mode not in GATE_MODES:
+    if not isinstance(gate_mode, (str, type(None))) or gate_mode not in GATE_MODES:
         raise ValueError(f"gate_mode: expected one of {list(GATE_MODES)}, got {gate_mode!r}")
     check_swiglu_limit(swiglu_limit, activation)
     for name, value in absent.items():
@@ -165,7 +165,7 @@ def check_swiglu_limit(swiglu_limit: float | None, activation: object) -> None:
     """
     if swiglu_limit is None:
         return
-    if not isinstance(swiglu_limit, int | float) or isinstance(swiglu_limit, bool):
+    if not isinstance(swiglu_limit, (int, float)) or isinstance(swiglu_limit, bool):
         raise TypeError(
             f"swiglu_limit: expected a float or None, got {type(swiglu_limit).__name__}"
         )

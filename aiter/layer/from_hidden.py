@@ -73,7 +73,7 @@ def fused_moe_from_hidden(
     hidden_states = check_layer(hidden_states, experts, dtype)
     check_knobs(block_size_M, backend, experts, doweight_stage1)
     check_size("topk", topk)
-    if not isinstance(rule, RoutingRule | None):
+    if not isinstance(rule, (RoutingRule, type(None))):
         raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
     rows = hidden_states if router_input is None else router_input
     _check_router(router_weight, rows, hidden_states)

@@ -70,7 +70,7 @@ class Request(NamedTuple):
 
         The logits are [tokens, width]; or `name` is a router's weight, which has `width` rows.
         """
-        if not isinstance(self.rule, bool | tuple):
+        if not isinstance(self.rule, (bool, tuple)):
             raise TypeError(f"need_renorm: expected a bool, got {type(self.rule).__name__}")
         if self.id_format not in ID_FORMATS:
             raise ValueError(f"id_format: expected 'slot' or 'flat', got {self.id_format!r}")

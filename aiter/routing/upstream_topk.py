@@ -150,7 +150,7 @@ def moe_fused_gate(
             f"topk: expected the width of topk_ids, got {topk} for shape {list(topk_ids.shape)}"
         )
     check_size("n_share_experts_fusion", n_share_experts_fusion, low=0)
-    if not isinstance(routed_scaling_factor, int | float) or isinstance(
+    if not isinstance(routed_scaling_factor, (int, float)) or isinstance(
         routed_scaling_factor, bool
     ):
         raise TypeError(
