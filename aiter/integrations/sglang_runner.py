@@ -5,7 +5,7 @@ here makes one launch of them, followed by the products that the device has:
 
     own     the CPU: our experts (`fused_moe_from_logits`), as SGLang has nothing but a loop there
     triton  CUDA and HIP: SGLang's Triton experts, by `_fused_moe_kernel_sequence`, with flat ids
-            (docs/contract.md, "Buffers") in place of its top-k and its `moe_align_block_size`
+            of docs/contract.md ("Buffers") in place of its top-k and its `moe_align_block_size`
     rocm    HIP with SGLANG_USE_AITER=1: ROCm's products, by `rocm_aiter.fused_moe_from_logits`
 
 Ready ids come for a rule that cannot be expressed, for rows without tokens, and where SGLang maps

@@ -2,7 +2,7 @@
 
 A `RoutingRule` holds the scalars in which models differ; tensors, such as a correction bias, are
 arguments of the call. It is checked when it is made, so that a call has nothing left to check but
-what depends on its tensors. docs/contract.md, "any rule", says to the bit what a rule means.
+what depends on its tensors. docs/contract.md ("any rule") says to the bit what a rule means.
 
 Compiled functions get `packed`, a tuple of numbers. Equal rules share one such tuple, so that a call
 is known again by its identity, however often a caller makes the rule anew.

@@ -19,7 +19,7 @@ def topk_routing(
 ) -> None:
     """The K experts that a rule chooses for every row, and what they weigh.
 
-    `RoutingRule` has the formula, docs/contract.md, "any rule", every case of it. With E routed, Z zero
+    `RoutingRule` has the formula, docs/contract.md ("any rule") every case of it. With E routed, Z zero
     and S shared experts (the last two mostly 0): slots K to K + S - 1 are the shared experts, ids E
     to E + S - 1; zero experts have the ids behind these. Selection and weights are those of the fused
     launch by the same rule, bit for bit.

@@ -1,6 +1,6 @@
 """What are a router's logits, to the last bit? A plain PyTorch answer, on any device.
 
-:func:`router_logits` adds up in the order of docs/contract.md, section "Router logits":
+:func:`router_logits` adds up in the order of docs/contract.md ("Router logits"):
 partial sum p of 128 takes the chunks of 8 items p, p + 128, p + 256, ... and their items one by one
 by a fused multiply-add, and a tree adds the 128. Like the other functions of `aiter.reference` it
 allocates freely, 24 bytes for each of 128 partial sums of each logit: it is not for serving.

@@ -6,7 +6,7 @@
 //   key   s + bias;  x where logits are chosen by
 //   w     s / (max(sum of the chosen s, renorm_min) + renorm_eps) * routed_scaling_factor
 //
-// docs/contract.md, "any rule", says the rest.
+// docs/contract.md ("any rule") says the rest.
 #pragma once
 
 #include <cstdint>
