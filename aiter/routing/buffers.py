@@ -213,7 +213,8 @@ def five(tensors: Sequence[Tensor]) -> SortedBuffers:
 def given(out: SortedBuffers, expected: Buffers) -> SortedBuffers:
     """The caller's outputs, if they have the sizes of the call; the ops check everything else."""
     try:
-        if not isinstance(out, Sequence):
+        # NOTE: the first two are told 0.3 us sooner than that they are sequences.
+        if not isinstance(out, (tuple, list, Sequence)):
             raise TypeError
         ids, weights, experts, _, moe_buf = out
         sizes = (ids.numel(), weights.numel(), experts.numel(), moe_buf.shape, moe_buf.dtype)
