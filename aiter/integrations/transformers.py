@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..jit.paths import PACKAGE
 from ..layer.arguments import DTYPES
 from ..layer.experts import Backend, expert_backend
+from ..routing.arguments import check_bool
 from ..routing.dispatch import Path
 from .blocks import BLOCKS, REFUSED, Block
 from .forwards import apply_experts, returned_by, rule_of, weight_of, weights_of
@@ -105,8 +106,7 @@ def use_aiter(model: nn.Module, *, router: bool = False) -> Patched:
             model has no MoE block, or none whose router is one with `router`; nothing was changed.
         TypeError: `router` is no bool.
     """
-    if not isinstance(router, bool):
-        raise TypeError(f"router: expected a bool, got {type(router).__name__}")
+    check_bool("router", router)
     found: list[tuple[str, nn.Module, Block, tuple[int, int] | None]] = []
     for name, module in model.named_modules():
         kind = type(module).__name__

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing.arguments import check_bool, check_strided
+from ..routing.arguments import check_bool, check_int, check_number, check_strided
 from ..routing.autograd import checked
 from ..routing.tracing import traced
 from .experts import BACKENDS, grouped_mm_problem, triton_problem
@@ -145,8 +145,7 @@ def check_upstream(
     Raises:
         TypeError, ValueError: as the text says.
     """
-    if not isinstance(splitk, int) or isinstance(splitk, bool):
-        raise TypeError(f"splitk: expected an int, got {type(splitk).__name__}")
+    check_int("splitk", splitk)
     if not isinstance(gate_mode, (str, type(None))) or gate_mode not in GATE_MODES:
         raise ValueError(f"gate_mode: expected one of {list(GATE_MODES)}, got {gate_mode!r}")
     check_swiglu_limit(swiglu_limit, activation)
@@ -165,10 +164,7 @@ def check_swiglu_limit(swiglu_limit: float | None, activation: object) -> None:
     """
     if swiglu_limit is None:
         return
-    if not isinstance(swiglu_limit, (int, float)) or isinstance(swiglu_limit, bool):
-        raise TypeError(
-            f"swiglu_limit: expected a float or None, got {type(swiglu_limit).__name__}"
-        )
+    check_number("swiglu_limit", swiglu_limit, "a float or None")
     if activation != ActivationType.Swiglu or not 0 < swiglu_limit < float("inf"):
         raise ValueError(
             "swiglu_limit: expected None, or a positive number with ActivationType.Swiglu, got"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.rule import RoutingRule, plain_rule, rule_of
+from ..ops.rule import RoutingRule, check_rule, plain_rule, rule_of
 from ..routing.arguments import check_apart, check_strided
 from ..routing.autograd import checked
 from ..routing.buffers import check_size
@@ -73,8 +73,7 @@ def fused_moe_from_hidden(
     hidden_states = check_layer(hidden_states, experts, dtype)
     check_knobs(block_size_M, backend, experts, doweight_stage1)
     check_size("topk", topk)
-    if not isinstance(rule, (RoutingRule, type(None))):
-        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
+    check_rule(rule)
     rows = hidden_states if router_input is None else router_input
     _check_router(router_weight, rows, hidden_states)
     if logits_out is not None:

@@ -210,6 +210,12 @@ def _whole(name: str, number: float, low: int, high: int) -> int:
     return int(number)
 
 
+def check_rule(rule: object) -> None:
+    """Raises TypeError for what is neither a rule nor None."""
+    if rule is not None and not isinstance(rule, RoutingRule):
+        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
+
+
 def plain_rule(need_renorm: bool, name: str = "need_renorm") -> RoutingRule:
     """Softmax and top-k, renormalised or not; `name` is what the caller calls that."""
     if not isinstance(need_renorm, bool):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing.arguments import check_strided
+from ..routing.arguments import check_bool, check_int, check_strided
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
 
 MAX_TOKENS = TOKEN_MASK
@@ -66,8 +66,8 @@ def topk_softmax(gating_output: Tensor, topk: int, need_renorm: bool) -> tuple[T
         ValueError: a dtype, rank or value is not as above.
     """
     _require_tensor("gating_output", gating_output)
-    _require_int("topk", topk)
-    _require_bool("need_renorm", need_renorm)
+    check_int("topk", topk)
+    check_bool("need_renorm", need_renorm)
     if gating_output.dtype not in _GATING_DTYPES:
         raise ValueError(
             f"gating_output: expected dtype float32, float16 or bfloat16, got {gating_output.dtype}"
@@ -217,7 +217,7 @@ def topk_softmax_sorting(
         TypeError, ValueError: as the two functions above, or ``num_experts`` is not ``E``.
     """
     weights, ids = topk_softmax(gating_output, topk, need_renorm)
-    _require_int("num_experts", num_experts)
+    check_int("num_experts", num_experts)
     if gating_output.shape[1] != num_experts:
         raise ValueError(
             f"gating_output: expected num_experts = {num_experts} columns, "
@@ -308,7 +308,7 @@ def _check_sorting_arguments(
     num_tokens, topk = topk_ids.shape
     sizes = {"num_experts": num_experts, "model_dim": model_dim, "block_size": block_size}
     for name, value in sizes.items():
-        _require_int(name, value)
+        check_int(name, value)
     for name, value, low, high in (
         ("num_experts", num_experts, 1, 2**31 - 1),
         ("model_dim", model_dim, 0, 2**31 - 1),
@@ -326,13 +326,3 @@ def _require_tensor(name: str, value: object) -> None:
     check_strided(name, value)
     if value.is_meta:
         raise ValueError(f"{name}: expected a tensor with numbers, got one on the meta device")
-
-
-def _require_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-
-
-def _require_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")

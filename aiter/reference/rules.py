@@ -25,9 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.rule import NEGLIGIBLE_EPS, NEGLIGIBLE_MIN, RoutingRule
+from ..ops.rule import NEGLIGIBLE_EPS, NEGLIGIBLE_MIN, RoutingRule, check_rule
+from ..routing.arguments import check_int
 from ..routing.buffers import TOKEN_BITS, TOKEN_MASK
-from .routing import MAX_TOPK, _expert_mask, _require_int, _require_tensor, moe_sorting
+from .routing import MAX_TOPK, _expert_mask, _require_tensor, moe_sorting
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
@@ -141,7 +142,7 @@ def topk_routing_sorting(
     if id_format not in ("slot", "flat"):
         raise ValueError(f"id_format: expected 'slot' or 'flat', got {id_format!r}")
     weights, ids = topk_routing(gating_output, topk, rule=rule, correction_bias=correction_bias)
-    _require_int("num_experts", num_experts)
+    check_int("num_experts", num_experts)
     if gating_output.shape[1] != rule.num_logits(num_experts):
         raise ValueError(
             f"gating_output: expected {rule.num_logits(num_experts)} columns for num_experts ="
@@ -264,10 +265,8 @@ def _with_shared(
 def _check(gating_output: Tensor, topk: int, rule: RoutingRule, bias: Tensor | None) -> int:
     """Raises for what does not fit; returns the number of experts that are chosen from."""
     _require_tensor("gating_output", gating_output)
-    if not isinstance(topk, int) or isinstance(topk, bool):
-        raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
-    if not isinstance(rule, RoutingRule):
-        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
+    check_int("topk", topk)
+    check_rule(rule)
     if gating_output.dtype not in _FLOATS or gating_output.dim() != 2:
         raise ValueError(
             "gating_output: expected shape [tokens, experts] of float32, float16 or bfloat16, got"

@@ -7,6 +7,7 @@ nothing of the argument for one that is sparse or nested.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn, TypeGuard
 
 import torch
@@ -21,6 +22,18 @@ def check_bool(name: str, value: object) -> None:
     """Raises TypeError for what is not a bool: an int or a tensor there is another argument's."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def check_int(name: str, value: object) -> None:
+    """Raises TypeError for what is not an int, a bool among that."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_number(name: str, value: object, expected: str = "a float") -> None:
+    """Raises TypeError for what is neither an int nor a float, a bool among that."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
 def check_strided(name: str, tensor: Any) -> None:
@@ -60,8 +73,7 @@ def check_topk(topk: int, num_experts: int) -> None:
     Raises:
         TypeError, ValueError: it is no int, or none from 1 to that number or to 255.
     """
-    if not isinstance(topk, int) or isinstance(topk, bool):
-        raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
+    check_int("topk", topk)
     most = min(num_experts, MOST_SLOTS)
     if not 1 <= topk <= most:
         raise ValueError(f"topk: expected 1 to {most} for {num_experts} experts, got {topk}")
@@ -69,16 +81,20 @@ def check_topk(topk: int, num_experts: int) -> None:
 
 def check_apart(name: str, tensor: Tensor, **others: object) -> None:
     """Raises ValueError if `tensor`, which is written to, may share memory with another one."""
-    if traced(tensor):
-        return
+    other = None if traced(tensor) else first_sharing(tensor, others)
+    if other is not None:
+        raise ValueError(f"{name}: expected memory of its own, got memory that {other} shares")
+
+
+def first_sharing(tensor: Tensor, others: Mapping[str, object]) -> str | None:
+    """The name of the first of `others` that may share memory with a tensor; None if none does."""
     first, last = _bytes_of(tensor)
-    for other_name, other in others.items():
+    for name, other in others.items():
         if _has_addresses(other) and other.device == tensor.device:
             begin, end = _bytes_of(other)
             if first < end and begin < last:
-                raise ValueError(
-                    f"{name}: expected memory of its own, got memory that {other_name} shares"
-                )
+                return name
+    return None
 
 
 def _has_addresses(value: object) -> TypeGuard[Tensor]:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .arguments import check_strided
+from .arguments import check_int, check_strided, first_sharing
 
 SortedBuffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 TopkOut = tuple[Tensor, Tensor]  # weights float32 [M, K], ids int32 [M, K]
@@ -92,8 +92,7 @@ def sorted_sizes(tokens: int, topk: int, num_experts: int, block_size: int) -> t
 
 def check_size(name: str, value: int, low: int = 1) -> None:
     """Raises TypeError for what is not an int, ValueError for an int that is no size."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    check_int(name, value)
     if not low <= value < 2**31:
         raise ValueError(f"{name}: expected a value from {low} to {2**31 - 1}, got {value}")
 
@@ -255,28 +254,14 @@ def check_topk_memory(topk_out: TopkOut, others: Mapping[str, Tensor | None]) ->
                 f"{name}: expected rows that do not overlap, of stride {slots} or more, got"
                 f" {tensor.stride(0)}"
             )
-    ranges = [
-        (name, _memory(tensor))
-        for name, tensor in (*zip(TOPK_NAMES, topk_out, strict=True), *others.items())
-        if tensor is not None
-    ]
-    for i, (name, (begin, end)) in enumerate(ranges[: len(topk_out)]):
-        for other, (other_begin, other_end) in ranges[i + 1 :]:
-            if max(begin, other_begin) < min(end, other_end):
-                raise ValueError(
-                    f"{name}: expected memory of its own, got memory that overlaps with {other}"
-                )
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and behind its last one."""
-    if not tensor.numel():
-        return 0, 0
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size()
+    named = {**dict(zip(TOPK_NAMES, topk_out, strict=True)), **others}
+    for name, tensor in zip(TOPK_NAMES, topk_out, strict=True):
+        del named[name]
+        other = first_sharing(tensor, named)
+        if other is not None:
+            raise ValueError(
+                f"{name}: expected memory of its own, got memory that overlaps with {other}"
+            )
 
 
 def _refuse_out(out: object, expected: Buffers) -> NoReturn:

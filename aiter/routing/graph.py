@@ -33,7 +33,7 @@ from torch import Tensor
 from ..ops import fused_topk_moe_sorting, moe_sorting_opus
 from ..ops import topk_routing as topk_routing_stub
 from ..ops import topk_softmax as topk_softmax_stub
-from ..ops.rule import RoutingRule, rule_of
+from ..ops.rule import RoutingRule, check_rule, rule_of
 from . import calls, router
 from .autograd import Writes, checked, counting, gradients_matter, refusing
 from .buffers import BUFFER_NAMES, Buffers, SortedBuffers, empty, empty_topk, five, sorted_layouts
@@ -156,11 +156,8 @@ def graph_op(stub: F, in_schema: Callable[..., dict[str, Any]] | None = None) ->
 
 
 def _numbers_in_schema(rule: RoutingRule | None = None, **kwargs: Any) -> dict[str, Any]:
-    if rule is None:
-        return {**kwargs, "rule": None}
-    if not isinstance(rule, RoutingRule):
-        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
-    return {**kwargs, "rule": [float(number) for number in rule.packed]}
+    check_rule(rule)
+    return {**kwargs, "rule": None if rule is None else [float(n) for n in rule.packed]}
 
 
 def _rule_in_schema(topk_out: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:

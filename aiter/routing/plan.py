@@ -26,6 +26,7 @@ from ..ops.fused_topk_moe_sorting import (
 )
 from ..ops.moe_sorting_opus import moe_sorting_opus_get_workspace_size
 from . import dispatch
+from .arguments import check_bool
 from .basis import choose, choose_router
 from .buffers import (
     Buffers,
@@ -148,9 +149,7 @@ def plan_router(
     """The plan of a routing of hidden states [tokens, width] by `experts` rows; raises as above."""
     request = Request(*fields)
     dispatch.check_policy(request.dispatch_policy)
-    if not isinstance(batch_invariant, bool):
-        kind = type(batch_invariant).__name__
-        raise TypeError(f"batch_invariant: expected a bool, got {kind}")
+    check_bool("batch_invariant", batch_invariant)
     request.check(tokens, experts, "router_weight")
     slots = request.num_slots
     buffers = checked_buffers(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.rule import Packed, RoutingRule, plain_rule, rule_of
+from ..ops.rule import Packed, RoutingRule, check_rule, plain_rule, rule_of
 from .buffers import SortedBuffers, TopkOut, check_size
 
 ID_FORMATS = ("slot", "flat")
@@ -131,6 +131,5 @@ def rule_key(rule: RoutingRule | None) -> bool | Packed:
     """What a `Request` holds of a rule: a bool for a plain one."""
     if rule is None:
         return True
-    if not isinstance(rule, RoutingRule):
-        raise TypeError(f"rule: expected a RoutingRule or None, got {type(rule).__name__}")
+    check_rule(rule)
     return rule.need_renorm if rule.is_plain else rule.packed

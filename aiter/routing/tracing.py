@@ -91,7 +91,7 @@ def all_meta(fake: Callable[..., Any], op: Any) -> Callable[..., Any]:
     order = tuple(argument.name for argument in op._schema.arguments)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(order, args, strict=False)), **kwargs}
+        arguments = {**by_name(order, args), **kwargs}
         tensors = (each for each in arguments.values() if isinstance(each, Tensor))
         refuse_some_meta(arguments, next((each for each in tensors if each.is_meta), None))
         return fake(*args, **kwargs)

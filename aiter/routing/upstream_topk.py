@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..ops.rule import GroupScore, RoutingRule, ScoringFunc
-from .arguments import check_bool, check_strided
+from .arguments import check_bool, check_int, check_number, check_strided
 from .buffers import check_size
 from .graph import topk_routing
 from .graph import topk_softmax as _topk_softmax
@@ -150,12 +150,7 @@ def moe_fused_gate(
             f"topk: expected the width of topk_ids, got {topk} for shape {list(topk_ids.shape)}"
         )
     check_size("n_share_experts_fusion", n_share_experts_fusion, low=0)
-    if not isinstance(routed_scaling_factor, (int, float)) or isinstance(
-        routed_scaling_factor, bool
-    ):
-        raise TypeError(
-            f"routed_scaling_factor: expected a float, got {type(routed_scaling_factor).__name__}"
-        )
+    check_number("routed_scaling_factor", routed_scaling_factor)
     is_zero = n_share_experts_fusion > 0 and routed_scaling_factor == 0
     if is_zero or not abs(routed_scaling_factor) < float("inf"):
         raise ValueError(
@@ -189,9 +184,7 @@ def topk_softmax(
         ValueError, TypeError: an argument does not fit.
         aiter.jit.JitError: the module could not be built or loaded (first call on a device).
     """
-    if not isinstance(num_shared_experts, int) or isinstance(num_shared_experts, bool):
-        got = type(num_shared_experts).__name__
-        raise TypeError(f"num_shared_experts: expected an int, got {got}")
+    check_int("num_shared_experts", num_shared_experts)
     if num_shared_experts == 0 and shared_expert_scoring_func == "":
         _topk_softmax(topk_weights, topk_indices, token_expert_indices, gating_output, need_renorm)
         return
