@@ -8,6 +8,7 @@ Long because the kernel, the call and its dispatch are judged by the same logits
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -426,21 +427,46 @@ def test_streams_and_no_synchronisation(gpu: Target) -> None:
         check_logits("logits", logits, wanted)
 
 
-def test_the_product_alone(target: Target) -> None:
-    """Any number of rows, none among them; a bias or none."""
-    for tokens in (0, 1, 9, 130):
-        hidden, weight = drawn(tokens, 11, 520)
-        for bias in (None, torch.randn(11)):
-            logits = GuardedBuffer("logits", (tokens, 11), torch.float32, target.device)
-            on_device = None if bias is None else bias.to(target.device)
-            with target.active():
-                router_product(
-                    hidden.to(target.device), weight.to(target.device), logits.tensor,
-                    router_bias=on_device,
-                )  # fmt: skip
-            target.synchronize()
-            logits.check_guards()
-            check_logits("logits", logits.tensor, reference.router_logits(hidden, weight, bias))
+# Of every tile on a device of any size: few rows or many, and as many experts as half a tile or more.
+@pytest.mark.parametrize("experts", [1, 2, 3, 11, 150])
+@pytest.mark.parametrize("dtype", GATING_DTYPES)
+def test_the_product_alone(target: Target, dtype: torch.dtype, experts: int) -> None:
+    """Any number of rows, none among them; of whole rounds of chunks, and of others."""
+    widths = (8, 520, 1024, 1043) if experts < 150 else (1032, 3072)
+    for tokens, width in itertools.product((0, 1, 2, 3, 9, 130), widths):
+        hidden, weight = drawn(tokens, experts, width, dtype)
+        for bias in (None, torch.randn(experts)):
+            check_the_product_alone(target, hidden, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", GATING_DTYPES)
+def test_negative_zero_stays(target: Target, dtype: torch.dtype) -> None:
+    """All sums underflow to -0, in lanes as well that have fewer chunks than others."""
+    tiny = 2.0**-24 if dtype is torch.float16 else 2.0**-100
+    for tokens, width in itertools.product((1, 2, 9), (1032, 1048, 3072)):
+        hidden = torch.full((tokens, width), -tiny, dtype=torch.bfloat16).to(dtype)
+        weight = torch.full((12, width), tiny, dtype=torch.bfloat16).to(dtype)
+        if dtype is torch.float16:
+            weight = torch.full((12, width), 2.0**-130)
+        logits = check_the_product_alone(target, hidden, weight, None)
+        assert torch.equal(logits, torch.zeros_like(logits)) and bool(logits.signbit().all())
+
+
+def check_the_product_alone(
+    target: Target, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The logits, which are the reference's."""
+    logits = GuardedBuffer("logits", (len(hidden), len(weight)), torch.float32, target.device)
+    on_device = None if bias is None else bias.to(target.device)
+    with target.active():
+        router_product(
+            hidden.to(target.device), weight.to(target.device), logits.tensor,
+            router_bias=on_device,
+        )  # fmt: skip
+    target.synchronize()
+    logits.check_guards()
+    check_logits("logits", logits.tensor, reference.router_logits(hidden, weight, bias))
+    return logits.tensor.cpu()
 
 
 def verdicts(case: Case, target: Target) -> Iterator[str]:

@@ -82,8 +82,13 @@ struct Bf16Chunks {
   using Raw = FourWords;
 
   static constexpr bool kHasChunks = true;
+  __device__ __forceinline__ uint32_t chunk_bytes() const { return sizeof(FourWords); }
   __device__ __forceinline__ Raw load(const unsigned char* row, int chunk) const {
     return reinterpret_cast<const FourWords*>(row)[chunk];
+  }
+  __device__ __forceinline__ Raw zeros(bool negative) const {
+    const uint32_t two = negative ? 0x80008000u : 0u;
+    return {{two, two, two, two}};
   }
   __device__ __forceinline__ float item(const Raw& raw, int i) const {
     const uint32_t word = raw.word[i / 2];
@@ -102,6 +107,9 @@ struct WideChunks {
   };
 
   static constexpr bool kHasChunks = true;
+  __device__ __forceinline__ uint32_t chunk_bytes() const {
+    return sizeof(FourWords) * (kind == FloatKind::f32 ? 2 : 1);
+  }
   __device__ __forceinline__ Raw load(const unsigned char* row, int chunk) const {
     const FourWords* const fours = reinterpret_cast<const FourWords*>(row);
     Raw raw;
@@ -121,6 +129,12 @@ struct WideChunks {
     }
     return raw;
   }
+  __device__ __forceinline__ Raw zeros(bool negative) const {
+    Raw raw;
+    AITER_UNROLL
+    for (int i = 0; i < kProductItems; ++i) raw.items[i] = negative ? -0.0f : 0.0f;
+    return raw;
+  }
   __device__ __forceinline__ float item(const Raw& raw, int i) const { return raw.items[i]; }
   __device__ __forceinline__ float single(const unsigned char* row, int d) const {
     return load_float(row, kind, d);
@@ -132,6 +146,7 @@ struct Items {
   FloatKind kind;
 
   static constexpr bool kHasChunks = false;
+  __device__ __forceinline__ uint32_t chunk_bytes() const { return 0; }
   __device__ __forceinline__ float single(const unsigned char* row, int d) const {
     return load_float(row, kind, d);
   }
@@ -193,6 +208,33 @@ __device__ __forceinline__ void add_items(const RouterProduct& p, const Hidden& 
   }
 }
 
+// A chunk of every row of a tile, as a lane holds them.
+template <int kRows, int kExperts, typename Hidden, typename Weight>
+struct Round {
+  typename Hidden::Raw of_rows[kRows];
+  typename Weight::Raw of_experts[kExperts];
+
+  __device__ __forceinline__ void load(const Hidden& hidden, const Weight& weight,
+                                       const TileRows& rows, const TileRows& experts, int chunk) {
+    AITER_UNROLL
+    for (int x = 0; x < kExperts; ++x) of_experts[x] = weight.load(experts.at(x), chunk);
+    AITER_UNROLL
+    for (int r = 0; r < kRows; ++r) of_rows[r] = hidden.load(rows.at(r), chunk);
+  }
+  __device__ __forceinline__ void add_to(const Hidden& hidden, const Weight& weight,
+                                         float (&sums)[kRows * kExperts]) const {
+    AITER_UNROLL
+    for (int i = 0; i < kProductItems; ++i) {
+      float of_row[kRows], of_expert[kExperts];
+      AITER_UNROLL
+      for (int r = 0; r < kRows; ++r) of_row[r] = hidden.item(of_rows[r], i);
+      AITER_UNROLL
+      for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.item(of_experts[x], i);
+      add_item<kRows, kExperts>(of_row, of_expert, sums);
+    }
+  }
+};
+
 // Adds to sums[kExperts * r + x] what lane `partial` of a team adds up for row r and expert x of the tile. kAtOnce
 // chunks of every row are on their way at once.
 template <int kRows, int kExperts, int kAtOnce, typename Hidden, typename Weight>
@@ -209,28 +251,16 @@ __device__ __forceinline__ void add_products(const RouterProduct& p, const Hidde
     for (; chunk < num_whole; chunk += kAtOnce * kPartialSums) {
       rows = rows.with_new_offsets();
       experts = experts.with_new_offsets();
-      typename Hidden::Raw row_chunks[kAtOnce][kRows];
-      typename Weight::Raw expert_chunks[kAtOnce][kExperts];
+      Round<kRows, kExperts, Hidden, Weight> rounds[kAtOnce];
       AITER_UNROLL
       for (int u = 0; u < kAtOnce; ++u) {
         const int there = chunk + u * kPartialSums < num_whole ? chunk + u * kPartialSums : chunk;
-        AITER_UNROLL
-        for (int x = 0; x < kExperts; ++x) expert_chunks[u][x] = weight.load(experts.at(x), there);
-        AITER_UNROLL
-        for (int r = 0; r < kRows; ++r) row_chunks[u][r] = hidden.load(rows.at(r), there);
+        rounds[u].load(hidden, weight, rows, experts, there);
       }
       AITER_UNROLL
       for (int u = 0; u < kAtOnce; ++u) {
         if (chunk + u * kPartialSums >= num_whole) break;
-        AITER_UNROLL
-        for (int i = 0; i < kProductItems; ++i) {
-          float of_row[kRows], of_expert[kExperts];
-          AITER_UNROLL
-          for (int r = 0; r < kRows; ++r) of_row[r] = hidden.item(row_chunks[u][r], i);
-          AITER_UNROLL
-          for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.item(expert_chunks[u][x], i);
-          add_item<kRows, kExperts>(of_row, of_expert, sums);
-        }
+        rounds[u].add_to(hidden, weight, sums);
       }
     }
     chunk = partial == num_whole % kPartialSums ? num_whole : p.width;

@@ -1,27 +1,49 @@
 // The router's product in a launch of its own: the same bits as router_product.h, whose sums and helpers these are.
 //
 // A workgroup is one team with one tile, and a tile has a kernel, so that lanes have up to 255 registers and code is
-// short. Chunks of up to seven rounds, which is all of 7,168 items, are on their way while a round is multiplied.
+// short. With few tokens the time is that of instructions one behind the other, so there are few: chunks lie at constant
+// distances behind one pointer a row; lanes that have no chunk in the last round have zeros from before its load; which
+// tile is a multiplication; and a bias is loaded with the chunks, but looked at behind the sums.
 //
-// What was measured, us of the product and the fused launch behind it (H100, strict clock of
-// bench_fused_router_sorting.py, bf16, 2026-11-26), for M = 1, 4, 16, 64:
+// Where launches overlap, the rows of the weight are asked for before the launch in front is over, as far as the level 2
+// cache: they are cold in every layer of a model. What they hold is read behind the wait, as that launch might write it.
+// It costs up to 0.1 us where the weight is in that cache already, and saves 0.1 to 0.4 of a strict clock where it is not,
+// 0.3 to 0.9 where the launch in front overlaps.
+//
+// What was measured, us of the product and the fused launch behind it, bf16, a bias (H200, strict clock between empty
+// kernels, same binary, 2026-11-27), for M = 1, 4, 16, 64:
 //                                         2880 x 128, K=4         7168 x 256, K=8         4096 x 512, K=10
-//   the code of router_product.h          3.65 4.13 4.62 7.05     4.98 6.04 8.55 14.6     4.98 6.02 9.66 18.3
-//   this                                  3.21 4.12 4.69 6.92     4.65 5.95 7.75 13.7     4.92 6.07 9.62 17.3
-//   torch.nn.functional.linear            6.95 7.33 7.39 8.51     7.37 7.81 8.65 9.43     7.85 8.60 10.4 11.0
-//   this, with a bias                     3.44 4.21 4.73 6.95     4.84 6.14 7.63 13.9     5.14 6.46 9.69 17.4
-//   linear, with a bias                   7.36 7.64 7.72 8.82     7.99 8.44 8.94 9.68     8.53 8.95 10.5 11.3
+//   before there were few instructions    3.27 4.13 4.92 7.13     4.47 5.74 7.71 13.4     5.26 6.37 9.51 17.4
+//   this                                  3.15 3.76 4.57 7.00     3.98 5.29 7.91 13.1     4.79 5.98 9.08 17.4
+//   before, weights from memory           3.48 4.24 5.04 7.58     5.23 7.19 8.80 14.6     6.07 7.40 10.8 18.3
+//   this, weights from memory             3.32 3.87 4.62 7.07     4.81 5.86 8.55 13.5     5.54 6.64 9.49 17.6
+//
+// A profile (ncu, by instruction) said what there was to gain: of 1 x 7168 x 256, 1,246 instructions of a wave where 420
+// add up, as selects put zeros in the place of chunks, copies kept them and every load had its own 64-bit address; a
+// division of 35; and one trip to the level 2 cache more, for the bias whose kind was branched on. A sixth of the time
+// of one token is the first look at the kernel's arguments, 300 to 400 cycles, which every launch has.
 //
 // From M = 16 on it is the level 2 cache that takes the time: tiles of 8 x 4 of 16 x 256 logits read 22 MB from it, of
-// 64 x 256 91 MB, and it gives 5 to 6 TB/s; tensor cores, which cuBLAS has, need larger tiles and less of that.
+// 64 x 256 59 MB by 8 x 8, and it gives 5 to 7 TB/s; tensor cores, which cuBLAS has, need larger tiles and less of that.
 //
-// Rejected: chunks through LDS by cp.async, shared by the teams of a workgroup, a ring of 4 or 8 rounds (3.82 4.62 5.25
-// 7.71, 5.31 6.47 11.2 16.0, 5.48 6.66 10.7 20.1: 25 instructions for a copy where a load is one, and teams that wait
-// for each other); teams side by side, that find each other's rows in the level 1 cache (15.3 for 7168 x 256, M = 64);
-// one kernel with all tiles (764 bytes of spills, 3.95 to 17.7); products in a branch for the lanes that have a chunk
-// in the last round, for which compilers move the loads there as well, so that every round waits for its own.
+// Rejected, us of the product alone beside what was there then:
+//   - a quarter of the partial sums for each of four workgroups of a cluster, whose waves have tiles of their own side by
+//     side, sums exchanged by st.async. It halves what is read from the level 2 cache (45 to 29 MB by its counters), but
+//     the busiest compute unit has half as much work again as the average one (7168 x 256, M = 4, 16, 64: 4.3, 6.9, 14.8
+//     instead of 4.0, 4.9, 10.4), and two waves that miss on the same line at a time take longer than two lines;
+//   - the same with all chunks in LDS by cp.async, which nobody waits for but by an mbarrier a round: 4.2, 6.0, 16.2;
+//   - rows in LDS by bulk copies, all of them or a ring of 2 to 7 rounds with a wave that fills it: 5.0, 6.0, 11.5, and
+//     3.7 instead of 3.2 for M = 1: such a copy comes some 400 cycles later than a load;
+//   - one launch in a cluster of 16, each workgroup with eight experts of 128, logits to the first one's LDS: 2.9 us for
+//     M = 1 and 3.5 for M = 4 until they are there, without any routing, where both launches take 3.1 and 3.8;
+//   - chunks through LDS by cp.async, shared by the teams of a workgroup, a ring of 4 or 8 rounds: 25 instructions for a
+//     copy where a load is one, and teams that wait for each other; teams side by side, that find each other's rows in
+//     the level 1 cache; one kernel with all tiles (764 bytes of spills); products in a branch for the lanes that have a
+//     chunk in the last round, for which compilers move the loads there as well, so that every round waits for its own.
 #pragma once
 
+#include "device/cluster.h"
+#include "expert_sort.h"
 #include "router_product.h"
 
 namespace aiter {
@@ -29,7 +51,7 @@ namespace aiter {
 // Large ones first.
 constexpr TileInstance kTilesAlone[] = {{{8, 8}, ChunksBy::bf16}, {{8, 4}, ChunksBy::bf16},
                                         {{4, 4}, ChunksBy::bf16}, {{4, 2}, ChunksBy::bf16},
-                                        {{4, 1}, ChunksBy::wide}, {{1, 4}, ChunksBy::bf16},
+                                        {{4, 1}, ChunksBy::wide}, {{2, 2}, ChunksBy::bf16},
                                         {{1, 2}, ChunksBy::bf16}, {{1, 1}, ChunksBy::items}};
 
 // LDS of a workgroup.
@@ -37,136 +59,91 @@ constexpr int lds_bytes_alone(TileShape tile) {
   return kSumsOfTeam * tile.rows * tile.experts * static_cast<int>(sizeof(float));
 }
 
-// The items of a chunk of every row.
-template <typename Hidden, typename Weight, int kRows, int kExperts>
-__device__ __forceinline__ void add_chunk(const Hidden& hidden, const Weight& weight,
-                                          const typename Hidden::Raw (&of_rows)[kRows],
-                                          const typename Weight::Raw (&of_experts)[kExperts],
-                                          float (&sums)[kRows * kExperts]) {
-  AITER_UNROLL
-  for (int i = 0; i < kProductItems; ++i) {
-    float of_row[kRows], of_expert[kExperts];
-    AITER_UNROLL
-    for (int r = 0; r < kRows; ++r) of_row[r] = hidden.item(of_rows[r], i);
-    AITER_UNROLL
-    for (int x = 0; x < kExperts; ++x) of_expert[x] = weight.item(of_experts[x], i);
-    add_item<kRows, kExperts>(of_row, of_expert, sums);
-  }
+// Rounds that a lane holds the chunks of, at most `wanted`.
+template <int kRows, int kExperts, typename Chunks>
+constexpr int held_rounds(int wanted) {
+  constexpr int kWords = sizeof(Round<kRows, kExperts, Chunks, Chunks>) / sizeof(uint32_t);
+  const int fit = (kHeldRegisters - kRows * kExperts) / kWords;
+  return fit < 1 ? 1 : fit < wanted ? fit : wanted;
 }
 
-// Items that no sum changes by, s = fma(-0, 0, s) for every s, in the place of those that are not there.
-__device__ __forceinline__ FourWords or_zeros(const Bf16Chunks&, bool is_there,
-                                              const FourWords& raw, bool negative) {
-  const uint32_t zeros = negative ? 0x80008000u : 0u;
-  FourWords chosen;
-  AITER_UNROLL
-  for (int i = 0; i < 4; ++i) chosen.word[i] = is_there ? raw.word[i] : zeros;
-  return chosen;
-}
-__device__ __forceinline__ WideChunks::Raw or_zeros(const WideChunks&, bool is_there,
-                                                    const WideChunks::Raw& raw, bool negative) {
-  const float zero = negative ? -0.0f : 0.0f;
-  WideChunks::Raw chosen;
-  AITER_UNROLL
-  for (int i = 0; i < kProductItems; ++i) chosen.items[i] = is_there ? raw.items[i] : zero;
-  return chosen;
-}
-
-// What lanes load in a round: a chunk of each row of a tile.
-template <int kRows, int kExperts, typename Hidden, typename Weight>
-struct Round {
-  typename Hidden::Raw of_rows[kRows];
-  typename Weight::Raw of_experts[kExperts];
-
-  __device__ __forceinline__ void load(const Hidden& hidden, const Weight& weight,
-                                       const TileRows& rows, const TileRows& experts, int chunk) {
-    AITER_UNROLL
-    for (int x = 0; x < kExperts; ++x) of_experts[x] = weight.load(experts.at(x), chunk);
-    AITER_UNROLL
-    for (int r = 0; r < kRows; ++r) of_rows[r] = hidden.load(rows.at(r), chunk);
-  }
-  // For sums that stay as they are.
-  __device__ __forceinline__ void drop_unless(const Hidden& hidden, const Weight& weight,
-                                              bool is_there) {
-    AITER_UNROLL
-    for (int x = 0; x < kExperts; ++x) {
-      of_experts[x] = or_zeros(weight, is_there, of_experts[x], false);
-    }
-    AITER_UNROLL
-    for (int r = 0; r < kRows; ++r) of_rows[r] = or_zeros(hidden, is_there, of_rows[r], true);
-  }
-};
-
-// All whole chunks. Those of kAhead rounds are on their way while one is multiplied; a lane that has no chunk in the
-// last round multiplies zeros.
-template <int kRows, int kExperts, int kAhead, typename Hidden, typename Weight>
+// All whole chunks. Those of kHeld rounds are held or on their way. In a round in which not all lanes have a chunk, the
+// others have zeros that no sum changes by: s = fma(0, -0, s) for every s.
+template <int kRows, int kExperts, int kHeld, typename Hidden, typename Weight>
 __device__ __forceinline__ void add_rounds(const RouterProduct& p, const Hidden& hidden,
                                            const Weight& weight, TileRows rows, TileRows experts,
                                            float (&sums)[kRows * kExperts]) {
-  constexpr int kSlots = kAhead == 0 ? 1 : kAhead;
   const int partial = static_cast<int>(threadIdx.x);
-  const int num_whole = p.width / kProductItems;
-  const int num_rounds = (num_whole + kPartialSums - 1) / kPartialSums;
-  const auto chunk_of = [&](int round) {
-    const int chunk = round * kPartialSums + partial;
-    return chunk < num_whole ? chunk : num_whole - 1;
-  };
-  Round<kRows, kExperts, Hidden, Weight> slots[kSlots];
-  if constexpr (kAhead > 0) {
-    AITER_UNROLL
-    for (int u = 0; u < kAhead; ++u) {
-      if (u < num_rounds) slots[u].load(hidden, weight, rows, experts, chunk_of(u));
+  const int num_chunks = p.width / kProductItems;
+  const int num_whole = num_chunks / kPartialSums;
+  const int num_rounds = (num_chunks + kPartialSums - 1) / kPartialSums;
+  Round<kRows, kExperts, Hidden, Weight> held[kHeld];
+  // NOTE: the distance to the round `first` is a constant, which becomes one of the instruction.
+  const auto load = [&](Round<kRows, kExperts, Hidden, Weight>& round, int first, int distance) {
+    const int chunk = first * kPartialSums + partial + distance * kPartialSums;
+    if (first + distance >= num_whole) {
+      AITER_UNROLL
+      for (int x = 0; x < kExperts; ++x) round.of_experts[x] = weight.zeros(true);
+      AITER_UNROLL
+      for (int r = 0; r < kRows; ++r) round.of_rows[r] = hidden.zeros(false);
+      if (chunk >= num_chunks) return;
     }
+    round.load(hidden, weight, rows, experts, chunk);
+  };
+  AITER_UNROLL
+  for (int u = 0; u < kHeld; ++u) {
+    if (u < num_rounds) load(held[u], 0, u);
   }
   AITER_LOOP
-  for (int first = 0; first < num_rounds; first += kSlots) {
+  for (int first = 0; first < num_rounds; first += kHeld) {
     rows = rows.with_new_offsets();
     experts = experts.with_new_offsets();
     AITER_UNROLL
-    for (int u = 0; u < kSlots; ++u) {
-      const int round = first + u;
-      if (round >= num_rounds) break;
-      if constexpr (kAhead == 0) slots[u].load(hidden, weight, rows, experts, chunk_of(round));
-      auto current = slots[u];
-      if (kAhead > 0 && round + kAhead < num_rounds) {
-        slots[u].load(hidden, weight, rows, experts, chunk_of(round + kAhead));
-      }
-      current.drop_unless(hidden, weight, round * kPartialSums + partial < num_whole);
-      add_chunk(hidden, weight, current.of_rows, current.of_experts, sums);
+    for (int u = 0; u < kHeld; ++u) {
+      if (first + u >= num_rounds) break;
+      held[u].add_to(hidden, weight, sums);
+      if (first + u + kHeld < num_rounds) load(held[u], first, u + kHeld);
     }
   }
 }
 
-// The tile of the workgroup. `lds_sums`: [kSumsOfTeam][kRows * kExperts].
-template <int kRows, int kExperts, int kAhead, typename Hidden, typename Weight>
-__device__ __forceinline__ void product_alone(const RouterProduct& p, const Hidden& hidden,
-                                              const Weight& weight, int num_rows, float* lds_sums) {
+// The tile of the workgroup, behind the launch in front. `lds_sums`: [kSumsOfTeam][kRows * kExperts].
+template <int kRows, int kExperts, int kHeld, typename Hidden, typename Weight>
+__device__ __forceinline__ void product_alone(const RouterProduct& p, const Divisor& by_row_tiles,
+                                              const Hidden& hidden, const Weight& weight,
+                                              int num_rows, float* lds_sums) {
   constexpr int kLogits = kRows * kExperts;
   static_assert(kLogits <= 2 * kSumNeighbours && (kLogits & (kLogits - 1)) == 0,
                 "halves of a tile");
   const int partial = static_cast<int>(threadIdx.x);
   const int idx = static_cast<int>(blockIdx.x);
-  const int expert_tile = idx / p.row_tiles;
+  const int expert_tile = static_cast<int>(by_row_tiles.quotient(idx));
   const Tile tile{(idx - expert_tile * p.row_tiles) * kRows, expert_tile * kExperts, num_rows};
   const TileRows rows = TileRows::of(p.hidden, p.hidden_stride, tile.first_row, num_rows);
   const TileRows experts =
       TileRows::of(p.weight, p.weight_stride, tile.first_expert, p.num_experts);
-  // On its way with the chunks.
+  if (Weight::kHasChunks && tile.first_row == 0 && partial < kExperts) {
+    prefetch_early(experts.at(partial), weight.chunk_bytes() * (p.width / kProductItems));
+  }
+  wait_for_earlier_launch();
+  let_next_launch_begin();
   const int own = partial % kExperts;
-  float bias = 0.0f;
+  uint32_t bias = 0;
   if (p.bias_kind != FloatKind::none) {
-    bias = load_float(p.bias, p.bias_kind,
-                      tile.first_expert + (own < experts.last ? own : experts.last));
+    bias = load_float_bits(p.bias, p.bias_kind,
+                           tile.first_expert + (own < experts.last ? own : experts.last));
   }
   float sums[kLogits] = {};
-  // Item by item, the chunk that is not whole, if it is this lane's, or all of them.
-  int chunk = partial;
   if constexpr (Hidden::kHasChunks) {
-    add_rounds<kRows, kExperts, kAhead>(p, hidden, weight, rows, experts, sums);
-    const int num_whole = p.width / kProductItems;
-    chunk = partial == num_whole % kPartialSums ? num_whole : p.width;
+    add_rounds<kRows, kExperts, kHeld>(p, hidden, weight, rows, experts, sums);
+    // Item by item, the last chunk, if it is not whole and this lane's.
+    const int num_chunks = p.width / kProductItems;
+    if (p.width % kProductItems != 0 && partial == num_chunks % kPartialSums) {
+      add_items<kRows, kExperts>(p, hidden, weight, rows, experts, num_chunks, sums);
+    }
+  } else {
+    add_items<kRows, kExperts>(p, hidden, weight, rows, experts, partial, sums);
   }
-  add_items<kRows, kExperts>(p, hidden, weight, rows, experts, chunk, sums);
   const int logit = add_neighbours<kSumNeighbours / 2, kLogits>(sums);
   constexpr int kOfLane = kLogits > kSumNeighbours ? kLogits / kSumNeighbours : 1;
   constexpr int kLanesWithSame = kOfLane * kSumNeighbours / kLogits;
@@ -181,7 +158,7 @@ __device__ __forceinline__ void product_alone(const RouterProduct& p, const Hidd
   if (partial < kLogits && row < num_rows && own <= experts.last) {
     float sum = (lds_sums[partial] + lds_sums[kLogits + partial]) +
                 (lds_sums[2 * kLogits + partial] + lds_sums[3 * kLogits + partial]);
-    if (p.bias_kind != FloatKind::none) sum += bias;
+    if (p.bias_kind != FloatKind::none) sum += float_of_bits(bias, p.bias_kind);
     p.logits[row * p.logits_stride + tile.first_expert + own] = sum;
   }
 }

@@ -27,10 +27,19 @@ struct RowRule {
   uint32_t shares_none;    // softmax that gives all the same where none is above -inf: the same
 };
 
+// In two steps, so that what is loaded can be waited for late.
+__device__ __forceinline__ uint32_t load_float_bits(const void* items, FloatKind kind, int i) {
+  return kind == FloatKind::f32 ? static_cast<const uint32_t*>(items)[i]
+                                : static_cast<const uint16_t*>(items)[i];
+}
+__device__ __forceinline__ float float_of_bits(uint32_t bits, FloatKind kind) {
+  if (kind == FloatKind::f32) return bit_cast<float>(bits);
+  const auto half = static_cast<uint16_t>(bits);
+  return kind == FloatKind::bf16 ? to_float(Bf16{half}) : to_float(F16{half});
+}
 __device__ __forceinline__ float load_float(const void* items, FloatKind kind, int i) {
   if (kind == FloatKind::f32) return static_cast<const float*>(items)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(items)[i];
-  return kind == FloatKind::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
+  return float_of_bits(static_cast<const uint16_t*>(items)[i], kind);
 }
 
 __device__ __forceinline__ uint32_t all_ones_if_nan(float x) {

@@ -13,18 +13,16 @@
 namespace aiter {
 
 // The product alone, for any M, a tile for every workgroup.
-template <int kRows, int kExperts, int kAhead, typename Chunks>
+template <int kRows, int kExperts, int kHeld, typename Chunks>
 __global__ void AITER_LAUNCH_BOUNDS(kPartialSums)
-    router_product_kernel(RouterProduct p, int num_tokens) {
+    router_product_kernel(int num_tokens, Divisor by_row_tiles, RouterProduct p) {
   AITER_DYNAMIC_LDS(lds_base);
   float* const lds = reinterpret_cast<float*>(lds_base);
-  wait_for_earlier_launch();
-  let_next_launch_begin();
   if constexpr (std::is_same<Chunks, Bf16Chunks>::value) {
-    product_alone<kRows, kExperts, kAhead>(p, Chunks{}, Chunks{}, num_tokens, lds);
+    product_alone<kRows, kExperts, kHeld>(p, by_row_tiles, Chunks{}, Chunks{}, num_tokens, lds);
   } else {
     const Chunks hidden{p.hidden_kind}, weight{p.weight_kind};
-    product_alone<kRows, kExperts, kAhead>(p, hidden, weight, num_tokens, lds);
+    product_alone<kRows, kExperts, kHeld>(p, by_row_tiles, hidden, weight, num_tokens, lds);
   }
 }
 
@@ -44,7 +42,15 @@ bool lies_wide(const TensorView& rows) {
          (rows.shape[0] <= 1 || on_boundary(rows.stride[0] * rows.itemsize));
 }
 
-// The largest tile of which there is one for most of the workgroups; a row alone for one token.
+// Of how many tiles with so many logits a few more of a smaller kind would not be faster: where a small one takes its
+// time is not arithmetic, and of the largest ones two share a compute unit.
+int64_t least_tiles(int num_logits, int64_t num_workgroups) {
+  if (num_logits <= 8) return divided_up<int64_t>(4 * num_workgroups, 9);
+  if (num_logits <= 32) return divided_up<int64_t>(3 * num_workgroups, 4);
+  return divided_up<int64_t>(4 * num_workgroups, 3);
+}
+
+// The largest tile of which there are enough for the workgroups; a row alone for one token.
 template <size_t kCount>
 TileShape choose_tile(const TileInstance (&tiles)[kCount], int64_t num_tokens, int64_t num_experts,
                       int num_workgroups, ChunksBy by) {
@@ -57,7 +63,7 @@ TileShape choose_tile(const TileInstance (&tiles)[kCount], int64_t num_tokens, i
     if (is_too_large(rows, num_tokens) || is_too_large(experts, num_experts)) continue;
     const int64_t num_tiles =
         divided_up<int64_t>(num_tokens, rows) * divided_up<int64_t>(num_experts, experts);
-    if (4 * num_tiles >= 3 * int64_t{num_workgroups}) break;
+    if (num_tiles >= least_tiles(rows * experts, num_workgroups)) break;
   }
   return chosen;
 }
@@ -318,28 +324,31 @@ void fused_router_sorting_check(const FusedRouterSortingArgs& args) {
 
 namespace {
 
-// Calls f(kernel) with the one for the product's tile. All rounds of 7,168 items are ahead where the tile leaves
-// registers for them.
+template <int kRows, int kExperts, int kWanted, typename Chunks>
+constexpr auto kProductKernel =
+    router_product_kernel<kRows, kExperts, held_rounds<kRows, kExperts, Chunks>(kWanted), Chunks>;
+
+// Calls f(kernel) with the one for the product's tile.
 template <typename F>
 void dispatch_product(const RouterProduct& p, F f) {
   const auto is = [&](int rows, int experts) {
     return p.tile.rows == rows && p.tile.experts == experts;
   };
   if (p.by == ChunksBy::bf16) {
-    if (is(8, 8)) return f(router_product_kernel<8, 8, 0, Bf16Chunks>);
-    if (is(8, 4)) return f(router_product_kernel<8, 4, 2, Bf16Chunks>);
-    if (is(4, 4)) return f(router_product_kernel<4, 4, 3, Bf16Chunks>);
-    if (is(4, 2)) return f(router_product_kernel<4, 2, 4, Bf16Chunks>);
-    if (is(4, 1)) return f(router_product_kernel<4, 1, 5, Bf16Chunks>);
-    if (is(1, 4)) return f(router_product_kernel<1, 4, 5, Bf16Chunks>);
-    if (is(1, 2)) return f(router_product_kernel<1, 2, 7, Bf16Chunks>);
-    return f(router_product_kernel<1, 1, 7, Bf16Chunks>);
+    if (is(8, 8)) return f(kProductKernel<8, 8, 2, Bf16Chunks>);
+    if (is(8, 4)) return f(kProductKernel<8, 4, 2, Bf16Chunks>);
+    if (is(4, 4)) return f(kProductKernel<4, 4, 3, Bf16Chunks>);
+    if (is(4, 2)) return f(kProductKernel<4, 2, 3, Bf16Chunks>);
+    if (is(4, 1)) return f(kProductKernel<4, 1, 4, Bf16Chunks>);
+    if (is(2, 2)) return f(kProductKernel<2, 2, 4, Bf16Chunks>);
+    if (is(1, 2)) return f(kProductKernel<1, 2, 4, Bf16Chunks>);
+    return f(kProductKernel<1, 1, 4, Bf16Chunks>);
   }
   if (p.by == ChunksBy::wide) {
-    if (is(4, 1)) return f(router_product_kernel<4, 1, 1, WideChunks>);
-    return f(router_product_kernel<1, 1, 3, WideChunks>);
+    if (is(4, 1)) return f(kProductKernel<4, 1, 2, WideChunks>);
+    return f(kProductKernel<1, 1, 4, WideChunks>);
   }
-  f(router_product_kernel<1, 1, 0, Items>);
+  f(router_product_kernel<1, 1, 1, Items>);
 }
 
 // Of checked arguments.
@@ -360,7 +369,8 @@ RouterLaunch product_launch(const RouterTensors& router, const TensorView& logit
 void make_product_launch(const RouterLaunch& made, hipStream_t stream) {
   if (made.num_tokens == 0) return;
   dispatch_product(made.product, [&](auto kernel) {
-    launch(kernel, made.limits, made.shape, stream, made.product, made.num_tokens);
+    launch(kernel, made.limits, made.shape, stream, made.num_tokens,
+           Divisor::of(made.product.row_tiles), made.product);
   });
 }
 

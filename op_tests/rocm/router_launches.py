@@ -15,12 +15,14 @@ from amdgcn.memory import GlobalMemory
 from choices import choose_rows, fused_threads, is_one_token
 from launches import (
     Device,
+    Divisor,
     FusedArguments,
     FusedFirst,
     FusedParams,
     _i32,
     _ptr,
     _u32,
+    divisor,
     map_tensor,
     plan_fused_lds,
     row_stride,
@@ -33,10 +35,10 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16, None)  # FloatKind
 BF16, WIDE, ITEMS = range(3)  # ChunksBy
 # Rows, experts and the slowest way to read, as kTiles.
 TILES = ((8, 4, BF16), (4, 4, BF16), (4, 1, WIDE), (1, 1, ITEMS))
-# The same as kTilesAlone, for the product in a launch of its own, and the rounds ahead by way to read.
+# The same as kTilesAlone, for the product in a launch of its own, and the rounds held by way to read.
 TILES_ALONE = {
-    (8, 8, BF16): (0,), (8, 4, BF16): (2,), (4, 4, BF16): (3,), (4, 2, BF16): (4,),
-    (4, 1, WIDE): (5, 1), (1, 4, BF16): (5,), (1, 2, BF16): (7,), (1, 1, ITEMS): (7, 3, 0),
+    (8, 8, BF16): (1,), (8, 4, BF16): (2,), (4, 4, BF16): (3,), (4, 2, BF16): (3,),
+    (4, 1, WIDE): (4, 2), (2, 2, BF16): (4,), (1, 2, BF16): (4,), (1, 1, ITEMS): (4, 4, 1),
 }  # fmt: skip
 CHUNKS = ("Bf16Chunks", "WideChunks", "Items")
 Tiles = Iterable[tuple[int, int, int]]
@@ -57,6 +59,12 @@ class RouterProduct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ProductArguments(ctypes.Structure):
+    """Of router_product_kernel()."""
+
+    _fields_ = [("num_tokens", _i32), ("by_row_tiles", Divisor), ("product", RouterProduct)]
+
+
 def _bytes_between_rows(matrix: Tensor) -> int:
     return int(matrix.stride(0)) * matrix.element_size()
 
@@ -65,6 +73,13 @@ def _lies_wide(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and (
         len(matrix) <= 1 or _bytes_between_rows(matrix) % 16 == 0
     )
+
+
+def least_tiles(logits: int, workgroups: int) -> int:
+    """least_tiles() there."""
+    if logits <= 8:
+        return -(-4 * workgroups // 9)
+    return -(-3 * workgroups // 4) if logits <= 32 else -(-4 * workgroups // 3)
 
 
 def choose_tile(
@@ -78,7 +93,7 @@ def choose_tile(
         chosen = (rows, columns)
         if (rows > 1 and rows >= 2 * tokens) or (columns > 1 and columns >= 2 * experts):
             continue
-        if 4 * -(-tokens // rows) * -(-experts // columns) >= 3 * workgroups:
+        if -(-tokens // rows) * -(-experts // columns) >= least_tiles(rows * columns, workgroups):
             break
     return chosen
 
@@ -172,11 +187,12 @@ def router_product(
     product.logits = map_tensor(memory, "logits_out", logits_out)
     product.logits_stride = logits_out.stride(0)
     tile = product.tile_rows, product.tile_experts
-    ahead = next(of[product.by] for (*shape, _), of in TILES_ALONE.items() if tuple(shape) == tile)
+    held = next(of[product.by] for (*shape, _), of in TILES_ALONE.items() if tuple(shape) == tile)
     device.launch(
         "module_fused_router_sorting",
-        f"router_product<{tile[0]}, {tile[1]}, {ahead}, {CHUNKS[product.by]}>", memory,
-        bytes(product) + bytes(_i32(len(hidden_states))), product.num_tiles, PARTIAL_SUMS,
+        f"router_product<{tile[0]}, {tile[1]}, {held}, {CHUNKS[product.by]}>", memory,
+        bytes(ProductArguments(len(hidden_states), divisor(product.row_tiles), product)),
+        product.num_tiles, PARTIAL_SUMS,
         SUMS_OF_TEAM * tile[0] * tile[1] * 4,
     )  # fmt: skip
 

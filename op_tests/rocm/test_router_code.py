@@ -18,11 +18,20 @@ from archs import parameters  # noqa: E402
 from buffers import require  # noqa: E402
 from cases import Case  # noqa: E402
 from launches import Device  # noqa: E402
-from router_calls import run_router  # noqa: E402
-from router_launches import choose_tile, op_of  # noqa: E402
+from router_calls import check_logits, drawn, run_router  # noqa: E402
+from router_launches import BF16 as BF16_CHUNKS  # noqa: E402
+from router_launches import (  # noqa: E402
+    ITEMS,
+    TILES_ALONE,
+    WIDE,
+    choose_tile,
+    op_of,
+    router_product,
+)
 from targets import Target  # noqa: E402
 from write_router import GPUS, Gpu, _of_one_unit  # noqa: E402
 
+from aiter import reference  # noqa: E402
 from aiter.jit.device_kernels import ARCHS  # noqa: E402
 from aiter.routing import modelled_router  # noqa: E402
 
@@ -54,6 +63,39 @@ def test_machine_code(arch: str, name: str) -> None:
         require(same, f"output {index}: expected the bits of the CPU target, got others")
 
 
+# Tile and way to read: rows, experts, D', dtype. More rounds than are held, the last not of all lanes.
+PRODUCTS = {
+    (8, 8, BF16_CHUNKS): (9, 12, 2200, BF16), (8, 4, BF16_CHUNKS): (9, 4, 3096, BF16),
+    (4, 4, BF16_CHUNKS): (3, 4, 4120, BF16), (4, 2, BF16_CHUNKS): (3, 2, 4123, BF16),
+    (4, 1, BF16_CHUNKS): (3, 1, 5144, BF16), (2, 2, BF16_CHUNKS): (2, 3, 5144, BF16),
+    (1, 2, BF16_CHUNKS): (1, 3, 6144, BF16), (1, 1, BF16_CHUNKS): (1, 1, 5145, BF16),
+    (4, 1, WIDE): (3, 2, 3080, F32), (1, 1, WIDE): (1, 2, 5132, F16), (1, 1, ITEMS): (1, 2, 43, BF16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", PRODUCTS)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
+def test_machine_code_of_the_product(arch: str, tile: tuple[int, int, int]) -> None:
+    """In a launch of its own; all of its kernels."""
+    tokens, experts, width, dtype = PRODUCTS[tile]
+    assert choose_tile(tokens, experts, 1, tile[2], TILES_ALONE) == tile[:2]
+    hidden, weight = drawn(tokens, experts, width, dtype)
+    if tile[2] == ITEMS:
+        hidden = torch.cat([hidden, hidden], dim=1)[:, 3 : 3 + width]
+        weight = torch.cat([weight, weight], dim=1)[:, 3 : 3 + width]
+    logits = torch.full((tokens, experts), 7.0)
+    device = Device(arch, seed=width)
+    bias = torch.randn(experts).to(dtype)
+    router_product(device, hidden, weight, logits, router_bias=bias, compute_units=1)
+    require(bool(device.statistics), f"{arch}: expected a launch, got none")
+    check_logits(f"logits of {tile}", logits, reference.router_logits(hidden, weight, bias))
+
+
+def test_every_kernel_of_the_product_is_run() -> None:
+    assert {tile[:2] for tile in PRODUCTS} == {tile[:2] for tile in TILES_ALONE}
+    assert len(PRODUCTS) == sum(len(of) for of in TILES_ALONE.values())
+
+
 def test_tiles_are_those_of_the_names() -> None:
     """By choose_tile() of the launcher, which this mirrors."""
     bf16, wide = 0, 1
@@ -63,9 +105,10 @@ def test_tiles_are_those_of_the_names() -> None:
 
 
 def test_a_unit_gets_its_share_of_the_product() -> None:
-    """Of four tiles of 8 x 8: the first, or every second; all units together get every tile once."""
+    """Of eight tiles of 8 x 4 or four of 8 x 8; all units together get every tile once."""
     hidden, weight = torch.zeros(16, 8), torch.zeros(16, 8)
-    assert _of_one_unit(hidden, weight, Gpu("a test", 4, 1.0)) == (0,)
+    assert _of_one_unit(hidden, weight, Gpu("a test", 8, 1.0)) == (0,)
+    assert _of_one_unit(hidden, weight, Gpu("a test", 4, 1.0)) == (0, 4)
     assert _of_one_unit(hidden, weight, Gpu("a test", 2, 1.0)) == (0, 2)
     assert set(GPUS) == set(modelled_router.ROWS)
     for rows in modelled_router.ROWS.values():

@@ -29,6 +29,11 @@
 //   wait_for_inbox           mbarrier.try_wait                           1 switch   not called
 //   wait_for_earlier_launch  griddepcontrol.wait                         nothing    nothing
 //   let_next_launch_begin    griddepcontrol.launch_dependents            nothing    nothing
+//   prefetch_early           cp.async.bulk.prefetch.L2                   nothing    nothing
+//
+// prefetch_early(address, n) is for memory that nobody writes while launches overlap, before the wait for the earlier
+// launch: n bytes, of which those of whole 16 count, come to the level 2 cache, which all compute units share, so
+// that what is loaded behind the wait is true even if the earlier launch wrote it. `address` is on a 16-byte boundary.
 //
 // AITER_WITHOUT_CLUSTERS has a GPU that has clusters run the kernels of those that have none, for tests of the
 // hand-over (`pytest --without-clusters`).
@@ -78,6 +83,7 @@ inline void wait_for_inbox(Inbox*, const char* file = __builtin_FILE(),
 
 inline void wait_for_earlier_launch() {}
 inline void let_next_launch_begin() {}
+inline void prefetch_early(const void*, uint32_t) {}
 
 #elif defined(AITER_TARGET_CUDA) && !defined(AITER_WITHOUT_CLUSTERS) && \
     (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
@@ -149,6 +155,15 @@ __device__ __forceinline__ void let_next_launch_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+__device__ __forceinline__ void prefetch_early(const void* address, uint32_t num_bytes) {
+  const uint32_t whole = num_bytes / 16 * 16;
+  if (whole == 0) return;
+  asm volatile(
+      "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)),
+      "r"(whole)
+      : "memory");
+}
+
 #else
 
 constexpr int kMaxClusterSize = 1;
@@ -163,6 +178,7 @@ __device__ __forceinline__ void cluster_send(FourWords*, Inbox*, int, const Four
 __device__ __forceinline__ void wait_for_inbox(Inbox*) {}
 __device__ __forceinline__ void wait_for_earlier_launch() {}
 __device__ __forceinline__ void let_next_launch_begin() {}
+__device__ __forceinline__ void prefetch_early(const void*, uint32_t) {}
 
 #endif
 

@@ -116,6 +116,14 @@ constexpr int kWaveSize = 64;
 constexpr int kWaveSize = 32;
 #endif
 
+// What a lane of a small workgroup may hold in arrays beside what instructions need: of 255 registers on CUDA GPUs, of
+// 256 on AMD GPUs of wave32, whose compilers take more for what they compute early; the same in all passes of a build.
+#if defined(AITER_TARGET_ROCM)
+constexpr int kHeldRegisters = 144;
+#else
+constexpr int kHeldRegisters = 192;
+#endif
+
 __device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x % kWaveSize); }
 __device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x / kWaveSize); }
 
