@@ -126,13 +126,13 @@ MEASURED_BY_DTYPE: dict[str, dict[Logits, tuple[Crossover, ...]]] = {
 # beginning of the architecture's name. bf16 hidden states and weight.
 ROUTER_TIMES: dict[str, dict[tuple[int, int, int], dict[int, tuple[float, float]]]] = {
     "sm_9": {
-        (2880, 128, 4): {1: (4.97, 3.44), 4: (5.88, 4.21), 16: (6.18, 4.73), 64: (10.57, 6.95)},
-        (7168, 256, 8): {1: (6.77, 4.84), 4: (7.90, 6.14), 16: (10.38, 7.63), 64: (21.28, 13.93)},
-        (4096, 512, 10): {1: (7.00, 5.14), 4: (7.60, 6.46), 16: (11.42, 9.69), 64: (27.59, 17.44)},
+        (2880, 128, 4): {1: (5.15, 3.34), 4: (5.78, 3.86), 16: (6.33, 4.64), 64: (10.49, 7.07)},
+        (7168, 256, 8): {1: (6.73, 4.32), 4: (8.14, 5.56), 16: (10.50, 8.01), 64: (21.33, 13.47)},
+        (4096, 512, 10): {1: (6.86, 4.93), 4: (8.04, 6.09), 16: (11.13, 9.10), 64: (27.84, 17.53)},
     },
 }
-_ROUTER_H100 = (
-    "NVIDIA H100 80GB HBM3", "2026-11-26", "python op_tests/bench_fused_router_sorting.py --bias",
+_ROUTER_H200 = (
+    "NVIDIA H200", "2026-11-27", "python op_tests/bench_fused_router_sorting.py --bias",
 )  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def router_rows_of(arch: str) -> tuple[RouterCrossover, ...]:
     """What was measured from hidden states on an architecture, by `threshold` of `ROUTER_TIMES`."""
     measured = ROUTER_TIMES.get(_longest_prefix(arch, ROUTER_TIMES), {})
     return tuple(
-        RouterCrossover(*shape, threshold(times), *_ROUTER_H100)
+        RouterCrossover(*shape, threshold(times), *_ROUTER_H200)
         for shape, times in measured.items()
     )
 

@@ -18,9 +18,9 @@
 // The ticket is the stream's own, or the record's, as for any hand-over: what may run at the same time shares nothing
 // but what it was given to write to.
 //
-// Where launches overlap, two take less than this one: on an H100 the product alone (router_product_alone.h) and the fused
-// launch take 3.44, 4.21, 4.73, 6.95 us for M = 1, 4, 16, 64 of 2880 x 128, this 4.97, 5.88, 6.18, 10.6 (strict clock, bf16, a
-// bias, 2026-11-26).
+// Where launches overlap, two take less than this one: on an H200 the product alone (router_product_alone.h) and the fused
+// launch take 3.34, 3.86, 4.64, 7.07 us for M = 1, 4, 16, 64 of 2880 x 128, this 5.15, 5.78, 6.33, 10.5 (strict clock, bf16, a
+// bias, 2026-11-27).
 //
 // Rejected: logits that are their own flag, posted by relaxed stores into a mailbox of the stream and awaited by the
 // workgroup that was the last to start (no fence, no arrival, no second trip): 4.51, 5.42, 5.90, 10.6 instead of 4.82, 5.52,
