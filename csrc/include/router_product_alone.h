@@ -23,8 +23,9 @@
 // division of 35; and one trip to the level 2 cache more, for the bias whose kind was branched on. A sixth of the time
 // of one token is the first look at the kernel's arguments, 300 to 400 cycles, which every launch has.
 //
-// From M = 16 on it is the level 2 cache that takes the time: tiles of 8 x 4 of 16 x 256 logits read 22 MB from it, of
-// 64 x 256 59 MB by 8 x 8, and it gives 5 to 7 TB/s; tensor cores, which cuBLAS has, need larger tiles and less of that.
+// From M = 16 on several things take the time at once: of 64 x 256 logits of 7,168 items (10 us), arithmetic takes 3.5 us at
+// the GPU's peak, and the 59 MB that tiles of 8 x 8 read from the level 2 cache 8 to 11 us at the 5 to 7 TB/s that it gives;
+// schedulers issue in two of three cycles. Tensor cores, which cuBLAS has, read less and compute faster, and round otherwise.
 //
 // Rejected, us of the product alone beside what was there then:
 //   - a quarter of the partial sums for each of four workgroups of a cluster, whose waves have tiles of their own side by
@@ -37,8 +38,9 @@
 //   - one launch in a cluster of 16, each workgroup with eight experts of 128, logits to the first one's LDS: 2.9 us for
 //     M = 1 and 3.5 for M = 4 until they are there, without any routing, where both launches take 3.1 and 3.8;
 //   - chunks through LDS by cp.async, shared by the teams of a workgroup, a ring of 4 or 8 rounds: 25 instructions for a
-//     copy where a load is one, and teams that wait for each other; teams side by side, that find each other's rows in
-//     the level 1 cache; one kernel with all tiles (764 bytes of spills); products in a branch for the lanes that have a
+//     copy where a load is one, and teams that wait for each other; two teams side by side in a workgroup, for half as
+//     many workgroups (3.1 instead of 2.7 for 2880 x 128, M = 4, 6.9 instead of 5.1 for 7168 x 256, M = 16, and equal
+//     where a compute unit has two teams anyway); one kernel with all tiles (764 bytes of spills); products in a branch for the lanes that have a
 //     chunk in the last round, for which compilers move the loads there as well, so that every round waits for its own.
 #pragma once
 
