@@ -38,10 +38,12 @@
 //   - one launch in a cluster of 16, each workgroup with eight experts of 128, logits to the first one's LDS: 2.9 us for
 //     M = 1 and 3.5 for M = 4 until they are there, without any routing, where both launches take 3.1 and 3.8;
 //   - chunks through LDS by cp.async, shared by the teams of a workgroup, a ring of 4 or 8 rounds: 25 instructions for a
-//     copy where a load is one, and teams that wait for each other; two teams side by side in a workgroup, for half as
-//     many workgroups (3.1 instead of 2.7 for 2880 x 128, M = 4, 6.9 instead of 5.1 for 7168 x 256, M = 16, and equal
-//     where a compute unit has two teams anyway); one kernel with all tiles (764 bytes of spills); products in a branch for the lanes that have a
-//     chunk in the last round, for which compilers move the loads there as well, so that every round waits for its own.
+//     copy where a load is one, and teams that wait for each other;
+//   - two teams side by side in a workgroup, for half as many workgroups: 2.7 instead of 2.3 for 2880 x 128, M = 4, 6.9
+//     instead of 5.1 for 7168 x 256, M = 16, and equal where a compute unit has two teams anyway;
+//   - one kernel with all tiles (764 bytes of spills);
+//   - products in a branch for the lanes that have a chunk in the last round: compilers move the loads there as well, so that
+//     every round waits for its own.
 #pragma once
 
 #include "device/cluster.h"
