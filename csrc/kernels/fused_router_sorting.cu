@@ -324,9 +324,11 @@ void fused_router_sorting_check(const FusedRouterSortingArgs& args) {
 
 namespace {
 
-template <int kRows, int kExperts, int kWanted, typename Chunks>
-constexpr auto kProductKernel =
-    router_product_kernel<kRows, kExperts, held_rounds<kRows, kExperts, Chunks>(kWanted), Chunks>;
+// NOTE: a function, as a variable template that is the kernel does not make clang emit it for the host.
+template <int kRows, int kExperts, int kWanted, typename Chunks, typename F>
+void with_product_kernel(F f) {
+  f(router_product_kernel<kRows, kExperts, held_rounds<kRows, kExperts, Chunks>(kWanted), Chunks>);
+}
 
 // Calls f(kernel) with the one for the product's tile.
 template <typename F>
@@ -335,18 +337,18 @@ void dispatch_product(const RouterProduct& p, F f) {
     return p.tile.rows == rows && p.tile.experts == experts;
   };
   if (p.by == ChunksBy::bf16) {
-    if (is(8, 8)) return f(kProductKernel<8, 8, 2, Bf16Chunks>);
-    if (is(8, 4)) return f(kProductKernel<8, 4, 2, Bf16Chunks>);
-    if (is(4, 4)) return f(kProductKernel<4, 4, 3, Bf16Chunks>);
-    if (is(4, 2)) return f(kProductKernel<4, 2, 3, Bf16Chunks>);
-    if (is(4, 1)) return f(kProductKernel<4, 1, 4, Bf16Chunks>);
-    if (is(2, 2)) return f(kProductKernel<2, 2, 4, Bf16Chunks>);
-    if (is(1, 2)) return f(kProductKernel<1, 2, 4, Bf16Chunks>);
-    return f(kProductKernel<1, 1, 4, Bf16Chunks>);
+    if (is(8, 8)) return with_product_kernel<8, 8, 2, Bf16Chunks>(f);
+    if (is(8, 4)) return with_product_kernel<8, 4, 2, Bf16Chunks>(f);
+    if (is(4, 4)) return with_product_kernel<4, 4, 3, Bf16Chunks>(f);
+    if (is(4, 2)) return with_product_kernel<4, 2, 3, Bf16Chunks>(f);
+    if (is(4, 1)) return with_product_kernel<4, 1, 4, Bf16Chunks>(f);
+    if (is(2, 2)) return with_product_kernel<2, 2, 4, Bf16Chunks>(f);
+    if (is(1, 2)) return with_product_kernel<1, 2, 4, Bf16Chunks>(f);
+    return with_product_kernel<1, 1, 4, Bf16Chunks>(f);
   }
   if (p.by == ChunksBy::wide) {
-    if (is(4, 1)) return f(kProductKernel<4, 1, 2, WideChunks>);
-    return f(kProductKernel<1, 1, 4, WideChunks>);
+    if (is(4, 1)) return with_product_kernel<4, 1, 2, WideChunks>(f);
+    return with_product_kernel<1, 1, 4, WideChunks>(f);
   }
   f(router_product_kernel<1, 1, 1, Items>);
 }
