@@ -432,11 +432,11 @@ def test_streams_and_no_synchronisation(gpu: Target) -> None:
 @pytest.mark.parametrize("dtype", GATING_DTYPES)
 def test_the_product_alone(target: Target, dtype: torch.dtype, experts: int) -> None:
     """Any number of rows, none among them; of whole rounds of chunks, and of others."""
-    widths = (8, 520, 1024, 1043) if experts < 150 else (1032, 3072)
-    for tokens, width in itertools.product((0, 1, 2, 3, 9, 130), widths):
+    widths = (5, 8, 520, 1024, 1043) if experts < 150 else (1032, 3072)
+    for tokens, width in itertools.product((0, 1, 2, 3, 9, 34), widths):
         hidden, weight = drawn(tokens, experts, width, dtype)
-        for bias in (None, torch.randn(experts)):
-            check_the_product_alone(target, hidden, weight, bias)
+        for bias, boundary in ((None, 1), (torch.randn(experts), 8)):
+            check_the_product_alone(target, hidden, weight, bias, boundary)
 
 
 @pytest.mark.parametrize("dtype", GATING_DTYPES)
@@ -453,16 +453,18 @@ def test_negative_zero_stays(target: Target, dtype: torch.dtype) -> None:
 
 
 def check_the_product_alone(
-    target: Target, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    target: Target, hidden: Tensor, weight: Tensor, bias: Tensor | None, boundary: int = 1
 ) -> Tensor:
-    """The logits, which are the reference's."""
+    """The logits, which are the reference's, of rows that begin on multiples of `boundary` items."""
+    width = hidden.shape[1]
+    lies = [
+        torch.nn.functional.pad(rows.to(target.device), (0, -width % boundary))[:, :width]
+        for rows in (hidden, weight)
+    ]
     logits = GuardedBuffer("logits", (len(hidden), len(weight)), torch.float32, target.device)
     on_device = None if bias is None else bias.to(target.device)
     with target.active():
-        router_product(
-            hidden.to(target.device), weight.to(target.device), logits.tensor,
-            router_bias=on_device,
-        )  # fmt: skip
+        router_product(*lies, logits.tensor, router_bias=on_device)
     target.synchronize()
     logits.check_guards()
     check_logits("logits", logits.tensor, reference.router_logits(hidden, weight, bias))

@@ -21,6 +21,7 @@ from launches import Device  # noqa: E402
 from router_calls import check_logits, drawn, run_router  # noqa: E402
 from router_launches import BF16 as BF16_CHUNKS  # noqa: E402
 from router_launches import (  # noqa: E402
+    CHUNKS,
     ITEMS,
     TILES_ALONE,
     WIDE,
@@ -79,15 +80,20 @@ def test_machine_code_of_the_product(arch: str, tile: tuple[int, int, int]) -> N
     """In a launch of its own; all of its kernels."""
     tokens, experts, width, dtype = PRODUCTS[tile]
     assert choose_tile(tokens, experts, 1, tile[2], TILES_ALONE) == tile[:2]
-    hidden, weight = drawn(tokens, experts, width, dtype)
-    if tile[2] == ITEMS:
-        hidden = torch.cat([hidden, hidden], dim=1)[:, 3 : 3 + width]
-        weight = torch.cat([weight, weight], dim=1)[:, 3 : 3 + width]
+    # Rows on 16-byte boundaries, or not.
+    first, between = (3, width + 3) if tile[2] == ITEMS else (0, -(-width // 8) * 8)
+    hidden, weight = (
+        torch.cat([rows, rows], dim=1)[:, : first + between].contiguous()[:, first : first + width]
+        for rows in drawn(tokens, experts, width, dtype)
+    )
     logits = torch.full((tokens, experts), 7.0)
     device = Device(arch, seed=width)
     bias = torch.randn(experts).to(dtype)
     router_product(device, hidden, weight, logits, router_bias=bias, compute_units=1)
-    require(bool(device.statistics), f"{arch}: expected a launch, got none")
+    assert [name.split("<")[1].split(", ")[:2] for name in device.statistics] == [
+        list(map(str, tile[:2]))
+    ]
+    assert CHUNKS[tile[2]] in next(iter(device.statistics))
     check_logits(f"logits of {tile}", logits, reference.router_logits(hidden, weight, bias))
 
 
