@@ -16,7 +16,7 @@ import _checkout  # noqa: F401
 import numpy as np
 import pytest
 from amdgcn import exact
-from amdgcn.assembly import parse_instruction
+from amdgcn.assembly import parse_instruction, whole_registers
 from amdgcn.memory import GlobalMemory, Lds
 from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.operations import OPERATIONS
@@ -308,6 +308,20 @@ def test_one_bit_of_a_scalar(text: str, expected: int) -> None:
     wave.s[4] = 5
     decode_scalar(parse_instruction(text, 1), {}, 0)(wave)
     assert wave.s[4] == expected
+
+
+def test_registers_beyond_256() -> None:
+    """gfx1250: comments name them, and the instruction that sets the bits above has to agree."""
+    line = (
+        "v_pk_fma_f32 v[154:155], v[2:3] /*v[258:259]*/, v[134:135], v1 /*v257*/ op_sel_hi:[0,1,1]"
+    )
+    assert whole_registers(line, 0b01_0001) == (
+        "v_pk_fma_f32 v[154:155], v[258:259], v[134:135], v257 op_sel_hi:[0,1,1]"
+    )
+    assert whole_registers("v_mov_b32 v2, v254", 0) == "v_mov_b32 v2, v254"
+    for wrong, high_bits in ((line, 0), ("v_mov_b32 v3 /*v258*/, 0", 64)):
+        with pytest.raises(ValueError, match="s_set_vgpr_msb"):
+            whole_registers(wrong, high_bits)
 
 
 def test_a_launch_without_clusters() -> None:

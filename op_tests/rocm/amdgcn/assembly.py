@@ -131,6 +131,7 @@ def parse_kernel(text: str, code: KernelCode) -> KernelText:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     second_entry = 0
+    high_bits = 0
     for number, line in enumerate(kernel_body(text, code.symbol).splitlines(), 1):
         stripped = line.partition(";")[0].strip()
         label = re.match(r"(\S+):$", stripped)
@@ -139,7 +140,9 @@ def parse_kernel(text: str, code: KernelCode) -> KernelText:
         elif re.match(r"\.p2align\s+8\b", stripped):
             second_entry = len(instructions)
         elif stripped and not stripped.startswith("."):
-            instructions.append(parse_instruction(stripped, number))
+            instructions.append(parse_instruction(whole_registers(stripped, high_bits), number))
+            if instructions[-1].mnemonic == "s_set_vgpr_msb":
+                high_bits = int(instructions[-1].operands[0], 0) & 0xFF
     _, _, directives = text.partition(f".amdhsa_kernel {code.symbol}\n")
     directives = directives.partition(".end_amdhsa_kernel")[0]
     values = {name: int(value) for name, value in re.findall(r"\.amdhsa_(\w+) (\d+)", directives)}
@@ -150,6 +153,23 @@ def parse_kernel(text: str, code: KernelCode) -> KernelText:
     return KernelText(
         code, instructions, labels, values, _arguments(text, code.symbol), second_entry
     )
+
+
+def whole_registers(text: str, high_bits: int) -> str:
+    """Vector registers from 256 on (gfx1250) by their own names, which comments give.
+
+    An instruction has eight bits for each of them; two more, for one of its four places, are in
+    `high_bits`, which `s_set_vgpr_msb` has set last.
+    """
+
+    def whole(match: re.Match[str]) -> str:
+        encoded, register = int(match[1]), int(match[3])
+        upper = {high_bits >> place & 3 for place in (0, 2, 4, 6)}
+        if register % 256 != encoded or register // 256 not in upper:
+            raise ValueError(f"`{text}`: expected registers as of s_set_vgpr_msb {high_bits}")
+        return match[2]
+
+    return re.sub(r"v\[?(\d+)\S* /\*(v\[?(\d+)[^*]*)\*/", whole, text)
 
 
 def parse_instruction(text: str, line: int) -> Instruction:

@@ -29,6 +29,7 @@ NO_EFFECT = (
     "s_barrier_signal", "buffer_gl0_inv", "buffer_gl1_inv", "buffer_inv", "buffer_wbinvl1",
     "buffer_wbl2", "global_inv", "global_wb",
     "s_setprio", "s_code_end", "s_inst_prefetch", "s_set_gpr_idx_off", "v_nop", "s_sleep",
+    "s_set_vgpr_msb",
 )  # fmt: skip
 
 # gfx1250: how a wave recovers from a page fault, which no result shows.
