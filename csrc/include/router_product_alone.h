@@ -1,17 +1,18 @@
 // The router's product in a launch of its own: the same bits as router_product.h, whose sums and helpers these are.
 //
-// A workgroup is one team with one tile, and a tile has a kernel, so that lanes have up to 255 registers and code is
-// short. With few tokens the time is that of instructions one behind the other, so there are few: chunks lie at constant
+// A workgroup is one team with one tile, and a tile has a kernel, so that lanes have all registers (255 on CUDA GPUs) and code
+// is short. With few tokens the time is that of instructions one behind the other, so there are few: chunks lie at constant
 // distances behind one pointer a row; lanes that have no chunk in the last round have zeros from before its load; which
 // tile is a multiplication; and a bias is loaded with the chunks, but looked at behind the sums.
 //
 // Where launches overlap, the rows of the weight are asked for before the launch in front is over, as far as the level 2
 // cache: they are cold in every layer of a model. What they hold is read behind the wait, as that launch might write it.
-// It costs up to 0.1 us where the weight is in that cache already, and saves 0.1 to 0.4 of a strict clock where it is not,
-// 0.3 to 0.9 where the launch in front overlaps.
+// It costs up to 0.1 us where the weight is in that cache already. Where it is not, it saves 0.1 to 0.4 us by the strict
+// clock, and 0.3 to 0.9 by the overlapping one.
 //
-// What was measured, us of the product and the fused launch behind it, bf16, a bias (H200, strict clock between empty
-// kernels, same binary, 2026-11-27), for M = 1, 4, 16, 64:
+// What was measured, us of the product and the fused launch behind it, bf16, a bias (H200, strict clock of a C++ program,
+// whose graphs read less than PyTorch's: docs/benchmarking.md; one binary each, 2026-11-27), for M = 1, 4, 16, 64. Of
+// these 7168 x 256, M = 16, alone has become slower, and not from memory:
 //                                         2880 x 128, K=4         7168 x 256, K=8         4096 x 512, K=10
 //   before there were few instructions    3.27 4.13 4.92 7.13     4.47 5.74 7.71 13.4     5.26 6.37 9.51 17.4
 //   this                                  3.15 3.76 4.57 7.00     3.98 5.29 7.91 13.1     4.79 5.98 9.08 17.4
@@ -24,12 +25,13 @@
 // of one token is the first look at the kernel's arguments, 300 to 400 cycles, which every launch has.
 //
 // From M = 16 on several things take the time at once: of 64 x 256 logits of 7,168 items (10 us), arithmetic takes 3.5 us at
-// the GPU's peak, and the 59 MB that tiles of 8 x 8 read from the level 2 cache 8 to 11 us at the 5 to 7 TB/s that it gives;
-// schedulers issue in two of three cycles. Tensor cores, which cuBLAS has, read less and compute faster, and round otherwise.
+// the GPU's peak, and the 59 MB that tiles of 8 x 8 load, of which 45 come from the level 2 cache, 6 to 9 us at the 5 to
+// 7 TB/s that it gives; schedulers issue in two of three cycles. Tensor cores, which cuBLAS has, read less and compute
+// faster, and round otherwise.
 //
 // Rejected, us of the product alone beside what was there then:
 //   - a quarter of the partial sums for each of four workgroups of a cluster, whose waves have tiles of their own side by
-//     side, sums exchanged by st.async. It halves what is read from the level 2 cache (45 to 29 MB by its counters), but
+//     side, sums exchanged by st.async. Of M = 64 it reads 29 MB from the level 2 cache instead of 45, by its counters, but
 //     the busiest compute unit has half as much work again as the average one (7168 x 256, M = 4, 16, 64: 4.3, 6.9, 14.8
 //     instead of 4.0, 4.9, 10.4), and two waves that miss on the same line at a time take longer than two lines;
 //   - the same with all chunks in LDS by cp.async, which nobody waits for but by an mbarrier a round: 4.2, 6.0, 16.2;
@@ -79,13 +81,13 @@ __device__ __forceinline__ void add_rounds(const RouterProduct& p, const Hidden&
                                            float (&sums)[kRows * kExperts]) {
   const int partial = static_cast<int>(threadIdx.x);
   const int num_chunks = p.width / kProductItems;
-  const int num_whole = num_chunks / kPartialSums;
+  const int num_full_rounds = num_chunks / kPartialSums;
   const int num_rounds = (num_chunks + kPartialSums - 1) / kPartialSums;
   Round<kRows, kExperts, Hidden, Weight> held[kHeld];
   // NOTE: the distance to the round `first` is a constant, which becomes one of the instruction.
   const auto load = [&](Round<kRows, kExperts, Hidden, Weight>& round, int first, int distance) {
     const int chunk = first * kPartialSums + partial + distance * kPartialSums;
-    if (first + distance >= num_whole) {
+    if (first + distance >= num_full_rounds) {
       AITER_UNROLL
       for (int x = 0; x < kExperts; ++x) round.of_experts[x] = weight.zeros(true);
       AITER_UNROLL

@@ -42,8 +42,8 @@ bool lies_wide(const TensorView& rows) {
          (rows.shape[0] <= 1 || on_boundary(rows.stride[0] * rows.itemsize));
 }
 
-// Of how many tiles with so many logits a few more of a smaller kind would not be faster: where a small one takes its
-// time is not arithmetic, and of the largest ones two share a compute unit.
+// The fewest tiles with so many logits that keep the GPU busy: with fewer, the next smaller kind is faster. Small tiles
+// wait more than they compute, so fewer than one for each compute unit do; of 8 x 8 two share one.
 int64_t least_tiles(int num_logits, int64_t num_workgroups) {
   if (num_logits <= 8) return divided_up<int64_t>(4 * num_workgroups, 9);
   if (num_logits <= 32) return divided_up<int64_t>(3 * num_workgroups, 4);
@@ -118,8 +118,10 @@ void check_router(const RouterTensors& router, const TensorView& logits) {
   if (hidden.shape[0] > kMaxTokens) {
     fail_argument(hidden.name, "at most " + std::to_string(kMaxTokens) + " rows", shape_of(hidden));
   }
-  if (hidden.shape[1] < 1 || hidden.shape[1] > kMost) {
-    fail_argument(hidden.name, "1 to " + std::to_string(kMost) + " columns", shape_of(hidden));
+  constexpr int64_t kMostColumns = kMost - kProductItems + 1;  // whole chunks of which are counted
+  if (hidden.shape[1] < 1 || hidden.shape[1] > kMostColumns) {
+    fail_argument(hidden.name, "1 to " + std::to_string(kMostColumns) + " columns",
+                  shape_of(hidden));
   }
   check_matrix(weight);
   check_shape(weight, {-1, hidden.shape[1]});
@@ -324,7 +326,7 @@ void fused_router_sorting_check(const FusedRouterSortingArgs& args) {
 
 namespace {
 
-// NOTE: a function, as a variable template that is the kernel does not make clang emit it for the host.
+// NOTE: a function: clang does not emit the kernel for the host if only a variable template names it.
 template <int kRows, int kExperts, int kWanted, typename Chunks, typename F>
 void with_product_kernel(F f) {
   f(router_product_kernel<kRows, kExperts, held_rounds<kRows, kExperts, Chunks>(kWanted), Chunks>);

@@ -64,7 +64,8 @@ def test_machine_code(arch: str, name: str) -> None:
         require(same, f"output {index}: expected the bits of the CPU target, got others")
 
 
-# Tile and way to read: rows, experts, D', dtype. More rounds than are held, the last not of all lanes.
+# Tile and way to read: rows, experts, D', dtype. By chunks, more rounds than are held; the last one is
+# not of all lanes, but for 1 x 2.
 PRODUCTS = {
     (8, 8, BF16_CHUNKS): (9, 12, 2200, BF16), (8, 4, BF16_CHUNKS): (9, 4, 3096, BF16),
     (4, 4, BF16_CHUNKS): (3, 4, 4120, BF16), (4, 2, BF16_CHUNKS): (3, 2, 4123, BF16),

@@ -31,9 +31,9 @@
 //   let_next_launch_begin    griddepcontrol.launch_dependents            nothing    nothing
 //   prefetch_early           cp.async.bulk.prefetch.L2                   nothing    nothing
 //
-// prefetch_early(address, n) is for memory that nobody writes while launches overlap, before the wait for the earlier
-// launch: n bytes, of which those of whole 16 count, come to the level 2 cache, which all compute units share, so
-// that what is loaded behind the wait is true even if the earlier launch wrote it. `address` is on a 16-byte boundary.
+// prefetch_early(address, n) alone may come before the wait for the earlier launch: n bytes, as far as whole 16 go, come to
+// the level 2 cache and no further. All compute units share it, so a load behind the wait sees what the earlier launch
+// wrote. `address` is on a 16-byte boundary.
 //
 // AITER_WITHOUT_CLUSTERS has a GPU that has clusters run the kernels of those that have none, for tests of the
 // hand-over (`pytest --without-clusters`).

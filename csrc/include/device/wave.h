@@ -116,8 +116,9 @@ constexpr int kWaveSize = 64;
 constexpr int kWaveSize = 32;
 #endif
 
-// What a lane of a small workgroup may hold in arrays beside what instructions need: of 255 registers on CUDA GPUs, of
-// 256 on AMD GPUs of wave32, whose compilers take more for what they compute early; the same in all passes of a build.
+// Registers of a lane of a small workgroup that arrays may take. The rest, of 255 on CUDA GPUs and 256 on gfx11 and gfx1201,
+// is for addresses and for what compilers compute early, which is more on AMD GPUs. By target, not by architecture, as
+// host and device have to name the same kernel.
 #if defined(AITER_TARGET_ROCM)
 constexpr int kHeldRegisters = 144;
 #else
