@@ -146,7 +146,6 @@ struct Items {
   FloatKind kind;
 
   static constexpr bool kHasChunks = false;
-  __device__ __forceinline__ uint32_t chunk_bytes() const { return 0; }
   __device__ __forceinline__ float single(const unsigned char* row, int d) const {
     return load_float(row, kind, d);
   }

@@ -128,8 +128,10 @@ __device__ __forceinline__ void product_alone(const RouterProduct& p, const Divi
   const TileRows rows = TileRows::of(p.hidden, p.hidden_stride, tile.first_row, num_rows);
   const TileRows experts =
       TileRows::of(p.weight, p.weight_stride, tile.first_expert, p.num_experts);
-  if (Weight::kHasChunks && tile.first_row == 0 && partial < kExperts) {
-    prefetch_early(experts.at(partial), weight.chunk_bytes() * (p.width / kProductItems));
+  if constexpr (Weight::kHasChunks) {
+    if (tile.first_row == 0 && partial < kExperts) {
+      prefetch_early(experts.at(partial), weight.chunk_bytes() * (p.width / kProductItems));
+    }
   }
   wait_for_earlier_launch();
   let_next_launch_begin();
