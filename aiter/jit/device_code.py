@@ -97,7 +97,9 @@ BUDGETS = (
 # 2026-11-26.
 ALLOWANCES = (
     ("fused_", "RuleRow", {"scratch_bytes": 20, "sgpr_spills": 59}),
-    ("topk_routing", "RuleRow", {"scratch_bytes": 36, "sgpr_spills": 13}),
+    ("topk_routing", "RuleRow", {"scratch_bytes": 36, "sgpr_spills": 45}),
+    ("topk_softmax", "GroupRows<f32", {"sgpr_spills": 4}),
+    ("moe_sorting_place", "", {"sgpr_spills": 10}),
     ("fused_", "GroupRows<f32", {"sgpr_spills": 4}),
     ("fused_router", "KeyRows", {"sgpr_spills": 4}),
     ("fused_router", "RuleRow", {"sgpr_spills": 71}),

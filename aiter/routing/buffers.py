@@ -140,13 +140,11 @@ def sorted_layouts(buffers: Buffers, device: torch.device) -> Layouts:
 def chain_layouts(tokens: int, topk: int, workspace_bytes: int, device: torch.device) -> Layouts:
     """How what the chain keeps between its launches is allocated on `device`.
 
-    Weights float32 [M, K], ids and source rows int32 [M, K], and the workspace if there is one.
+    Weights float32 [M, K], ids int32 [M, K], and the workspace if there is one.
     """
     chosen = (tokens, topk)
     workspace = [((workspace_bytes,), torch.uint8)] if workspace_bytes else []
-    return _layouts(
-        device, (chosen, torch.float32), (chosen, torch.int32), (chosen, torch.int32), *workspace
-    )
+    return _layouts(device, (chosen, torch.float32), (chosen, torch.int32), *workspace)
 
 
 def logits_layouts(tokens: int, width: int, device: torch.device) -> Layouts:

@@ -36,7 +36,8 @@ def launch_chain(request: Request, plan: Plan, tensors: Tensors, buffers: Sorted
     chain = cast(Chain, plan.chain)  # a plan has the fused launch or the chain
     gating_output, expert_mask, num_local_tokens, correction_bias, topk_out, _ = tensors
     given(buffers, plan.buffers)
-    weights, ids, sources, *workspace = allocate(chain.layouts, gating_output.device)
+    weights, ids, *given_workspace = allocate(chain.layouts, gating_output.device)
+    workspace = given_workspace[0] if given_workspace else None
     copied = False
     if topk_out is not None:
         given_topk(topk_out, weights)
@@ -44,7 +45,7 @@ def launch_chain(request: Request, plan: Plan, tensors: Tensors, buffers: Sorted
         weights, ids = (weights, ids) if copied else topk_out
     sorting = (
         ids, weights, *buffers, request.num_sorted_experts, request.block_size, expert_mask,
-        num_local_tokens, workspace[0] if workspace else None, dispatch.POLICY_OF_CHAIN[plan.path],
+        num_local_tokens, workspace, dispatch.POLICY_OF_CHAIN[plan.path],
         request.id_format, request.num_sorted_experts - request.num_experts,
     )  # fmt: skip
     # NOTE: nothing may be launched before every argument is known to be good.
@@ -55,11 +56,11 @@ def launch_chain(request: Request, plan: Plan, tensors: Tensors, buffers: Sorted
             "local_expert_mask": expert_mask, "num_local_tokens": num_local_tokens,
         }  # fmt: skip
         check_topk_memory(topk_out, dict(zip(BUFFER_NAMES, buffers, strict=True)) | read)
+    counting = workspace, buffers[4], request.num_sorted_experts, num_local_tokens
     if chain.by_rule:
-        rule = request.full_rule
-        chain.topk(weights, ids, gating_output, rule=rule, correction_bias=correction_bias)
+        chain.topk(weights, ids, gating_output, request.full_rule, correction_bias, *counting)
     else:
-        chain.topk(weights, ids, sources, gating_output, request.rule)
+        chain.topk(weights, ids, gating_output, request.rule, *counting)
     chain.sort(*sorting)
     if topk_out is not None and copied:
         for given_tensor, tensor in zip(topk_out, (weights, ids), strict=True):

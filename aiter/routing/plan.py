@@ -44,8 +44,9 @@ class Chain(NamedTuple):
 
     Attributes:
         by_rule: whether `topk` is `topk_routing`, not `topk_softmax`.
-        topk, check, sort: the compiled functions behind the ops `topk_softmax` or `topk_routing`,
-            `moe_sorting_opus_check` and `moe_sorting_opus_fwd`, which save 0.7 us each.
+        topk, check, sort: the compiled functions. `topk` is that of `topk_softmax` or `topk_routing`
+            which leaves the entries per expert in the workspace, if there is one, for `sort`, that of
+            `moe_sorting_opus_fwd` which finds them there.
         layouts: how what it keeps between its launches is allocated.
     """
 
@@ -125,14 +126,14 @@ def plan_routing(
         return plan._replace(fused=fused_calls(device))
     by_rule = has_bias or not request.is_plain
     name = "topk_routing" if by_rule else "topk_softmax"
-    select = getattr(module_for(f"module_{name}", device), name)
+    select = getattr(module_for(f"module_{name}", device), f"{name}_counting")
     sort = module_for("module_moe_sorting_opus", device)
     return plan._replace(
         chain=Chain(
             by_rule,
             select,
             sort.moe_sorting_opus_check,
-            sort.moe_sorting_opus_fwd,
+            sort.moe_sorting_opus_place,
             chain_layouts(tokens, slots, plan.workspace_bytes, device),
         )
     )

@@ -31,6 +31,7 @@
 
 #include "device/numeric.h"
 #include "device/wave.h"
+#include "device/zeroing.h"
 
 namespace aiter {
 
@@ -397,26 +398,12 @@ __device__ __forceinline__ void write_entry_and_id(const SortShape& shape, const
   }
 }
 
-// Zeroes `num_bytes` from `data` on, worker `worker` of `num_workers`; any alignment, any length.
-__device__ __forceinline__ void zero_bytes(unsigned char* data, uint64_t num_bytes, uint64_t worker,
-                                           uint64_t num_workers) {
-  const uint64_t to_boundary = (16 - reinterpret_cast<uintptr_t>(data) % 16) % 16;
-  const uint64_t head = to_boundary < num_bytes ? to_boundary : num_bytes;
-  const uint64_t num_vectors = (num_bytes - head) / 16;
-  const uint64_t tail = (num_bytes - head) % 16;
-  FourWords* vectors = reinterpret_cast<FourWords*>(data + head);
-  for (uint64_t i = worker; i < num_vectors; i += num_workers) vectors[i] = FourWords{};
-  if (worker < head) data[worker] = 0;
-  if (worker < tail) data[num_bytes - 1 - worker] = 0;
-}
-
-// Zeroes moe_buf with the workgroups from `first_block` on.
-__device__ __forceinline__ void zero_moe_buf(const SortParams& sort, int num_local,
-                                             unsigned first_block) {
-  const uint64_t worker =
-      static_cast<uint64_t>(blockIdx.x - first_block) * blockDim.x + threadIdx.x;
+// Zeroes moe_buf, workgroup `block` of the `num_blocks` that do so.
+__device__ __forceinline__ void zero_moe_buf(const SortParams& sort, int num_local, unsigned block,
+                                             unsigned num_blocks) {
+  const uint64_t worker = static_cast<uint64_t>(block) * blockDim.x + threadIdx.x;
   zero_bytes(sort.moe_buf, num_local * sort.row_bytes, worker,
-             static_cast<uint64_t>(gridDim.x - first_block) * blockDim.x);
+             static_cast<uint64_t>(num_blocks) * blockDim.x);
 }
 
 }  // namespace aiter

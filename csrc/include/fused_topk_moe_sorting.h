@@ -582,7 +582,8 @@ __device__ __forceinline__ void route(const FusedFirst& first, const FusedParams
 __device__ __forceinline__ void zero_rows(const FusedFirst& first, const FusedParams& p) {
   wait_for_earlier_launch();
   let_next_launch_begin();
-  zero_moe_buf(p.sort, local_tokens(first.num_local_tokens, first.num_tokens), first.num_routing());
+  zero_moe_buf(p.sort, local_tokens(first.num_local_tokens, first.num_tokens),
+               blockIdx.x - first.num_routing(), gridDim.x - first.num_routing());
 }
 
 template <typename Rows>

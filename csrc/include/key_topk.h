@@ -39,6 +39,13 @@ __host__ __device__ constexpr bool has_key_group(int num_experts, int topk) {
          num_experts >= least_keys(group.lanes, group.best);
 }
 
+// Threads of a workgroup that has rows of so many registers a lane. Of 16 values, they take 80: in a workgroup of 1,024 on
+// an NVIDIA GPU they spill 48 bytes (E=512 K=10 f32, M = 1, 4, 16, 64, 256, 512, 1024 on an H200, 2026-11-27: 3.01 3.74 4.96
+// 5.54 6.58 9.38 13.1 -> 2.80 3.66 4.80 5.38 6.34 9.09 13.6).
+__host__ __device__ constexpr int max_key_threads(int values) {
+  return values > 16 || kRegistersOfLargest < 80 ? 512 : 1024;
+}
+
 // Calls: use; load; when the logits are there, wave_topk.
 template <int kLanes, int kValues, int kBest>
 class KeyRows {
@@ -46,7 +53,7 @@ class KeyRows {
   using Item = unsigned char;
   using Keys = BestKeys<kLanes, kValues, kBest>;
   static constexpr bool kIsUsed = true;
-  static constexpr int kMaxThreads = max_row_threads(kValues);
+  static constexpr int kMaxThreads = max_key_threads(kValues);
   static constexpr int kRowsPerWave = Keys::kRowsPerWave;
   static constexpr int kPlaces = kLanes * kValues;
 

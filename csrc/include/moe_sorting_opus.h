@@ -10,10 +10,11 @@
 //   count all entries into LDS, give every expert its blocks, then tile by tile: bits of the tile,
 //   entries to start + rank, start += entries of the tile.
 //
-// Multi-phase, three launches over a workspace of [num_tiles][E] counts and [E] first slots:
-//   1 count     a workgroup per tile: its entries per expert (and further ones zero moe_buf)
-//   2 assign    one workgroup: exclusive sums over the tiles, blocks, padding
-//   3 scatter   a workgroup per tile: bits of the tile, entries to start + tile's offset + rank
+// Multi-phase, two launches over a workspace of counts per expert and tile of tokens (tile_counts.h):
+//   1 count     a workgroup per tile: its entries per expert; zeroes its rows of moe_buf. Left out where the launch that
+//               selected has done both
+//   2 place     a workgroup per tile: sums over the tiles, blocks, its share of the padding, bits of the tile, entries to
+//               start + entries of the tiles before + rank
 //
 // A bit per (token, expert) cannot count an id that repeats in a row. What was set before a bit is set tells
 // of it, and the tile is then done once more with a bit per (entry, expert), which needs no such care: the
@@ -27,68 +28,62 @@
 // M = 1024 in three launches, `python op_tests/bench_moe_sorting_opus.py`, 2026-11-26).
 #pragma once
 
-#include "device/cluster.h"
-#include "expert_sort.h"
+#include "tile_counts.h"
 
 namespace aiter {
 
 // The launch choice is the same on every device, as the workspace size must not depend on it.
 constexpr int kSortLdsWords =
     15 * 1024;  // 60 KiB: what every target gives a workgroup, less scratch
-constexpr int kMaxSortExperts = 4096;
-constexpr int kTargetTiles = 64;
 constexpr int kSortThreads = 1024;
+constexpr int kTileThreads = 512;  // multi-phase
 
 struct OpusParams {
   const int32_t* topk_ids;
   const float* topk_weights;
   SortShape shape;
   SortParams sort;
-  uint32_t* workspace;  // multi-phase only
-  int tile_words;       // bitmask words per tile
-  int num_tiles;
+  int part_words;  // bitmask words per expert: of so many tokens at a time
+  // Multi-phase only:
+  TileCounts counts;
 };
 
-// LDS: totals [2][kMaxWavesPerBlock], counts [E], starts [E], bitmask [tile_words][E]. An expert's tail
-// takes the place of its count, and whether a tile has repeats that of the first total.
+// LDS: totals [2][kMaxWavesPerBlock], whether a part has repeats, counts [E], starts [E], bitmask [part_words][E]. An
+// expert's tail takes the place of its count.
 struct OpusLds {
   uint32_t* counts;
   SortLds sort;
   HitMask hits;
 
-  __device__ __forceinline__ uint32_t* repeats() const { return sort.totals; }
-  // Before a tile; needs a barrier behind.
-  __device__ __forceinline__ void clear_tile() const {
+  __device__ __forceinline__ uint32_t* repeats() const {
+    return sort.totals + 2 * kMaxWavesPerBlock;
+  }
+  // Before a part; needs a barrier behind.
+  __device__ __forceinline__ void clear_part() const {
     hits.clear(blockDim.x);
     if (threadIdx.x == 0) *repeats() = 0;
   }
 };
 
-__host__ __device__ inline size_t opus_lds_bytes(int num_experts, int tile_words) {
+__host__ __device__ inline size_t opus_lds_bytes(int num_experts, int part_words) {
   return sizeof(uint32_t) *
-         (static_cast<size_t>(num_experts) * (2 + tile_words) + 2 * kMaxWavesPerBlock);
+         (static_cast<size_t>(num_experts) * (2 + part_words) + 2 * kMaxWavesPerBlock + 1);
 }
 
 __device__ __forceinline__ OpusLds opus_lds(const OpusParams& p, char* lds_base) {
   uint32_t* const totals = reinterpret_cast<uint32_t*>(lds_base);
-  uint32_t* const counts = totals + 2 * kMaxWavesPerBlock;
+  uint32_t* const counts = totals + 2 * kMaxWavesPerBlock + 1;
   uint32_t* const starts = counts + p.shape.num_experts;
   return {counts,
           {starts, counts, totals},
-          HitMask{starts + p.shape.num_experts, p.shape.num_experts, p.tile_words}};
+          HitMask{starts + p.shape.num_experts, p.shape.num_experts, p.part_words}};
 }
 
 constexpr uint32_t kNoExpert = 0xffffffffu;
 
-struct TokenRange {
-  int first, last;  // last is excluded
-};
-
 __device__ __forceinline__ TokenRange tile_tokens(const OpusParams& p, int tile, int num_local) {
-  const int64_t per_tile = static_cast<int64_t>(p.tile_words) * kTokensPerWord;
-  const int64_t first = tile * per_tile;
-  const int64_t last = first + per_tile < num_local ? first + per_tile : num_local;
-  return {static_cast<int>(first), static_cast<int>(last)};
+  const Tiles& tiles = p.counts.tiles;
+  return tokens_there(static_cast<int64_t>(tile) * tiles.tokens, tiles.tokens, num_local);
 }
 
 __device__ __forceinline__ void clear_words(uint32_t* words, int count) {
@@ -133,9 +128,10 @@ __device__ __forceinline__ void count_entries(const OpusParams& p, TokenRange to
 
 // Writes entry i at its expert's start + rank.
 __device__ __forceinline__ void write_entry_at(const OpusParams& p, uint32_t start, uint32_t rank,
-                                               uint32_t i, uint32_t expert_idx, int token) {
+                                               uint32_t i, uint32_t expert_idx, int token,
+                                               float weight) {
   const int k = static_cast<int>(i) - token * p.shape.topk;
-  write_entry_and_id<true>(p.shape, p.sort, start + rank, {expert_idx, token, k, p.topk_weights[i]},
+  write_entry_and_id<true>(p.shape, p.sort, start + rank, {expert_idx, token, k, weight},
                            !leaves_out<true>(p.shape, p.sort));
 }
 
@@ -151,35 +147,37 @@ __device__ __forceinline__ void advance_starts(const OpusParams& p, const OpusLd
   }
 }
 
-// Writes the entries of a tile that has repeats, in parts of as many entries as the bitmask has bits per
-// expert. Leaves starts and bitmask as scatter_tile() does: those of the last part.
-__device__ void scatter_repeats(const OpusParams& p, EntryRange entries, const OpusLds& lds) {
-  const uint32_t per_part = static_cast<uint32_t>(p.tile_words) * kTokensPerWord;
+// Writes the entries of a part that has repeats, in pieces of as many entries as the bitmask has bits per
+// expert. Leaves starts and bitmask as place_part() does: those of the last piece.
+__device__ void place_repeats(const OpusParams& p, EntryRange entries, const OpusLds& lds) {
+  const uint32_t per_piece = static_cast<uint32_t>(p.part_words) * kTokensPerWord;
   AITER_LOOP
-  for (uint32_t first = entries.first; first < entries.last; first += per_part) {
-    const EntryRange part{first, entries.last - first < per_part ? entries.last : first + per_part};
+  for (uint32_t first = entries.first; first < entries.last; first += per_piece) {
+    const EntryRange piece{first,
+                           entries.last - first < per_piece ? entries.last : first + per_piece};
     if (first != entries.first) advance_starts(p, lds);
     __syncthreads();
     lds.hits.clear(blockDim.x);
     __syncthreads();
-    for_each_entry(p, part, [&](uint32_t i, uint32_t expert_idx) {
-      lds.hits.set(static_cast<int>(i - part.first), expert_idx);
+    for_each_entry(p, piece, [&](uint32_t i, uint32_t expert_idx) {
+      lds.hits.set(static_cast<int>(i - piece.first), expert_idx);
     });
     __syncthreads();
-    for_each_entry(p, part, [&](uint32_t i, uint32_t expert_idx) {
+    for_each_entry(p, piece, [&](uint32_t i, uint32_t expert_idx) {
       const uint32_t start = lds.sort.starts[expert_idx];
       if (start == kNoSlot) return;
-      const uint32_t rank = lds.hits.rank(static_cast<int>(i - part.first), expert_idx);
-      write_entry_at(p, start, rank, i, expert_idx, static_cast<int>(p.shape.by_topk.quotient(i)));
+      const uint32_t rank = lds.hits.rank(static_cast<int>(i - piece.first), expert_idx);
+      write_entry_at(p, start, rank, i, expert_idx, static_cast<int>(p.shape.by_topk.quotient(i)),
+                     p.topk_weights[i]);
     });
     __syncthreads();
   }
 }
 
-// Writes the entries of a tile behind the starts. clear_tile() must be done, and all threads there. Starts
-// and bitmask are such that advance_starts() makes them those of the next tile.
-__device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tokens,
-                                             const OpusLds& lds) {
+// Writes the entries of these tokens behind the starts. clear_part() must be done, and all threads there. Starts
+// and bitmask are such that advance_starts() makes them those of the next part.
+__device__ __forceinline__ void place_part(const OpusParams& p, TokenRange tokens,
+                                           const OpusLds& lds) {
   const EntryRange entries = entries_of(p, tokens);
   uint32_t repeats = 0;
   for_each_entry(p, entries, [&](uint32_t i, uint32_t expert_idx) {
@@ -189,44 +187,50 @@ __device__ __forceinline__ void scatter_tile(const OpusParams& p, TokenRange tok
   if (repeats != 0) atomicOr(lds.repeats(), 1u);
   __syncthreads();
   if (*lds.repeats() != 0) {
-    scatter_repeats(p, entries, lds);
+    place_repeats(p, entries, lds);
     return;
   }
   for_each_entry(p, entries, [&](uint32_t i, uint32_t expert_idx) {
     const uint32_t start = lds.sort.starts[expert_idx];
     if (start == kNoSlot) return;
     const int token = static_cast<int>(p.shape.by_topk.quotient(i));
-    write_entry_at(p, start, lds.hits.rank(token - tokens.first, expert_idx), i, expert_idx, token);
+    write_entry_at(p, start, lds.hits.rank(token - tokens.first, expert_idx), i, expert_idx, token,
+                   p.topk_weights[i]);
   });
 }
 
-// From lds.counts to blocks and padding, by all threads of the one workgroup that does so.
-__device__ __forceinline__ void assign_and_pad(const OpusParams& p, int num_local,
-                                               const OpusLds& lds) {
-  const uint32_t first_local = local_experts<true, 1>(p.shape, p.sort.expert_mask, threadIdx.x);
-  assign_blocks<true, 1>(p.shape, num_local, first_local, true, leaves_out<true>(p.shape, p.sort),
-                         uniform_wave_idx(), blockDim.x, lds.sort, p.sort,
-                         [&](int e) { return ExpertCounts<1>{{lds.counts[e]}, {0}}; });
-  __syncthreads();
-  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
+// Writes the entries of a range of tokens behind the starts, in parts. clear_part() must be done, and all threads there.
+__device__ __forceinline__ void place_tokens(const OpusParams& p, TokenRange tokens,
+                                             const OpusLds& lds) {
+  const int per_part = p.part_words * kTokensPerWord;
+  AITER_LOOP
+  for (int64_t first = tokens.first; first < tokens.last; first += per_part) {
+    if (first > tokens.first) {
+      __syncthreads();
+      advance_starts(p, lds);
+      __syncthreads();
+      lds.clear_part();
+      __syncthreads();
+    }
+    place_part(p, tokens_there(first, per_part, tokens.last), lds);
+  }
 }
 
 __device__ __forceinline__ void sort_in_one_block(const OpusParams& p, int num_local,
                                                   char* lds_base) {
   const OpusLds lds = opus_lds(p, lds_base);
   clear_words(lds.counts, p.shape.num_experts);
+  lds.clear_part();
   __syncthreads();
   count_entries(p, {0, num_local}, lds.counts);
   __syncthreads();
-  assign_and_pad(p, num_local, lds);
-  for (int tile = 0; tile < p.num_tiles; ++tile) {
-    if (tile > 0) advance_starts(p, lds);
-    __syncthreads();
-    lds.clear_tile();
-    __syncthreads();
-    scatter_tile(p, tile_tokens(p, tile, num_local), lds);
-    __syncthreads();
-  }
+  const uint32_t first_local = local_experts<true, 1>(p.shape, p.sort.expert_mask, threadIdx.x);
+  assign_blocks<true, 1>(p.shape, num_local, first_local, true, leaves_out<true>(p.shape, p.sort),
+                         uniform_wave_idx(), blockDim.x, lds.sort, p.sort,
+                         [&](int e) { return ExpertCounts<1>{{lds.counts[e]}, {0}}; });
+  __syncthreads();
+  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, threadIdx.x, blockDim.x);
+  place_tokens(p, {0, num_local}, lds);
 }
 
 __global__ void __launch_bounds__(kSortThreads) moe_sorting_oneshot_kernel(OpusParams p) {
@@ -237,83 +241,64 @@ __global__ void __launch_bounds__(kSortThreads) moe_sorting_oneshot_kernel(OpusP
   if (blockIdx.x == 0) {
     sort_in_one_block(p, num_local, lds_base);
   } else {
-    zero_moe_buf(p.sort, num_local, 1);
+    zero_moe_buf(p.sort, num_local, blockIdx.x - 1, gridDim.x - 1);
   }
 }
 
-__global__ void __launch_bounds__(kSortThreads) moe_sorting_count_kernel(OpusParams p) {
+__global__ void __launch_bounds__(kTileThreads) moe_sorting_count_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
+  const TileCounter counter(p.counts, lds_base);
+  counter.begin();
   wait_for_earlier_launch();
   let_next_launch_begin();
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  if (blockIdx.x >= static_cast<unsigned>(p.num_tiles)) {
-    zero_moe_buf(p.sort, num_local, p.num_tiles);
-    return;
+  const TokenRange tokens = tile_tokens(p, blockIdx.x, num_local);
+  if (uniform_wave_idx() == 0) {
+    counter.zero(p.sort.moe_buf, p.sort.row_bytes, tokens);
   }
-  uint32_t* const lds_counts = reinterpret_cast<uint32_t*>(lds_base);
-  clear_words(lds_counts, p.shape.num_experts);
-  __syncthreads();
-  count_entries(p, tile_tokens(p, blockIdx.x, num_local), lds_counts);
-  __syncthreads();
-  uint32_t* const tile_counts =
-      p.workspace + static_cast<int64_t>(blockIdx.x) * p.shape.num_experts;
-  for (int e = threadIdx.x; e < p.shape.num_experts; e += blockDim.x)
-    tile_counts[e] = lds_counts[e];
+  count_entries(p, tokens, counter.counts);
+  counter.finish();
 }
 
-// Replaces an expert's counts in all tiles, `stride` words apart, by the sums over the tiles before;
-// returns the sum over all. Counts are loaded several at once, as each takes as long as all.
-__device__ __forceinline__ uint32_t sum_over_tiles(uint32_t* counts, int64_t stride,
-                                                   int num_tiles) {
-  constexpr int kAtOnce = 16;
-  uint32_t sum = 0;
-  AITER_LOOP
-  for (int first = 0; first < num_tiles; first += kAtOnce) {
-    uint32_t loaded[kAtOnce];
-    AITER_UNROLL
-    for (int j = 0; j < kAtOnce; ++j) {
-      loaded[j] = first + j < num_tiles ? counts[(first + j) * stride] : 0;
-    }
-    AITER_UNROLL
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (first + j < num_tiles) counts[(first + j) * stride] = sum;
-      sum += loaded[j];
-    }
-  }
-  return sum;
-}
-
-__global__ void __launch_bounds__(kSortThreads) moe_sorting_assign_kernel(OpusParams p) {
+__global__ void __launch_bounds__(kTileThreads) moe_sorting_place_kernel(OpusParams p) {
   AITER_DYNAMIC_LDS(lds_base);
-  wait_for_earlier_launch();
-  let_next_launch_begin();
+  const int tile = blockIdx.x;
+  const bool is_first = tile == 0;
   const OpusLds lds = opus_lds(p, lds_base);
-  const int num_experts = p.shape.num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    lds.counts[e] = sum_over_tiles(p.workspace + e, num_experts, p.num_tiles);
-  }
-  __syncthreads();
-  const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  assign_and_pad(p, num_local, lds);
-  uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) starts[e] = lds.sort.starts[e];
-}
-
-__global__ void __launch_bounds__(kSortThreads) moe_sorting_scatter_kernel(OpusParams p) {
-  AITER_DYNAMIC_LDS(lds_base);
+  lds.clear_part();
   wait_for_earlier_launch();
   let_next_launch_begin();
-  const OpusLds lds = opus_lds(p, lds_base);
-  const int num_experts = p.shape.num_experts;
   const int num_local = local_tokens(p.sort.num_local_tokens, p.shape.num_tokens);
-  const uint32_t* const offsets = p.workspace + static_cast<int64_t>(blockIdx.x) * num_experts;
-  const uint32_t* const starts = p.workspace + static_cast<int64_t>(p.num_tiles) * num_experts;
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    lds.sort.starts[e] = advanced(starts[e], offsets[e]);
+  const TokenRange tokens = tile_tokens(p, tile, num_local);
+  // Of few entries each thread has one, which is on its way while experts get their blocks.
+  const EntryRange entries = entries_of(p, tokens);
+  const bool has_few = tokens.last - tokens.first <= p.part_words * kTokensPerWord &&
+                       entries.last - entries.first <= blockDim.x;
+  const uint32_t own = entries.first + threadIdx.x;
+  uint32_t own_id = kNoExpert;
+  float own_weight = 0.0f;
+  if (has_few && tokens.first < tokens.last && own < entries.last) {
+    own_id = static_cast<uint32_t>(p.topk_ids[own]);
+    own_weight = p.topk_weights[own];
   }
-  lds.clear_tile();
+  const uint32_t first_local = local_experts<true, 1>(p.shape, p.sort.expert_mask, threadIdx.x);
+  assign_blocks<true, 1>(p.shape, num_local, first_local, is_first,
+                         is_first && leaves_out<true>(p.shape, p.sort), uniform_wave_idx(),
+                         blockDim.x, lds.sort, p.sort, [&](int e) { return p.counts.of(tile, e); });
+  const int own_token = static_cast<int>(p.shape.by_topk.quotient(own));
+  const bool has_own = own_id < static_cast<uint32_t>(p.shape.num_experts);
+  if (has_own && lds.hits.set_again(own_token - tokens.first, own_id) != 0) {
+    atomicOr(lds.repeats(), 1u);
+  }
   __syncthreads();
-  scatter_tile(p, tile_tokens(p, blockIdx.x, num_local), lds);
+  write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, tile * blockDim.x + threadIdx.x,
+                      gridDim.x * blockDim.x);
+  if (!has_few || *lds.repeats() != 0) {
+    place_tokens(p, tokens, lds);  // which finds the same repeats
+  } else if (has_own && lds.sort.starts[own_id] != kNoSlot) {
+    const uint32_t rank = lds.hits.rank(own_token - tokens.first, own_id);
+    write_entry_at(p, lds.sort.starts[own_id], rank, own, own_id, own_token, own_weight);
+  }
 }
 
 }  // namespace aiter

@@ -24,4 +24,8 @@ void moe_sorting_opus_check(const MoeSortingOpusArgs& args);
 
 void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream);
 
+// The same where the launch before on the stream, which selected, has left the counts in the workspace: topk_softmax
+// and topk_routing with `counts`, whose workspace it is.
+void moe_sorting_opus_place(const MoeSortingOpusArgs& args, void* stream);
+
 }  // namespace aiter

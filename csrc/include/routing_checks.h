@@ -22,6 +22,17 @@ struct SortTensors {
   }
 };
 
+// That a launch which selects counts entries per expert as well and zeroes moe_buf, for moe_sorting_opus_place.
+struct CountsArgs {
+  TensorView workspace, moe_buf;  // the sort's
+  int64_t num_experts;            // the sort's: ids from there on are no entries
+  std::optional<TensorView> num_local_tokens;
+
+  const TensorView* num_local_tokens_or_null() const {
+    return num_local_tokens ? &*num_local_tokens : nullptr;
+  }
+};
+
 void check_experts_and_topk(int64_t num_experts, int64_t topk);
 // gating_output [M, E] of f32, f16 or bf16, inner stride 1 where there are rows.
 void check_gating(const TensorView& gating_output, int64_t num_experts);
@@ -32,5 +43,10 @@ void check_sort_tensors(const SortTensors& tensors, int64_t num_tokens, int64_t 
 // One device for all, and no output that shares memory with anything else.
 void check_placement(const SortTensors& tensors, std::initializer_list<const TensorView*> inputs,
                      const TensorView* workspace = nullptr);
+
+// Memory of its own for `bytes`, as words; null only where `bytes` is 0.
+void check_workspace(const TensorView* workspace, int64_t bytes);
+void check_moe_buf(const TensorView& moe_buf, int64_t num_tokens);
+void check_num_local_tokens(const TensorView* num_local_tokens);
 
 }  // namespace aiter

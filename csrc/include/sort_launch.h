@@ -7,6 +7,7 @@
 #include "expert_sort.h"
 #include "key_topk.h"
 #include "routing_checks.h"
+#include "tile_counts.h"
 
 namespace aiter {
 
@@ -109,6 +110,7 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
     choice.group = key_group_shape(num_experts, topk);
     choice.lds_bytes = best_keys_lds_bytes(wave_size);
     choice.row_stride *= gating.itemsize;
+    choice.max_threads = max_key_threads(choice.group.values);
   }
   choice.values = choice.group.values;
   choice.places = choice.group.lanes * choice.group.values;
@@ -121,6 +123,58 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
                        on_boundary(gating.stride[0] * gating.itemsize) &&
                        on_boundary(num_experts * gating.itemsize);
   return choice;
+}
+
+// Of the counts of a launch that selects `num_tokens` rows, if it has any.
+inline void check_counts(const std::optional<CountsArgs>& counts, int64_t num_tokens) {
+  if (!counts) return;
+  check_range("num_experts", counts->num_experts, 1, kMaxSortExperts);
+  check_workspace(&counts->workspace,
+                  tile_counts_bytes(static_cast<int>(num_tokens), counts->num_experts));
+  check_num_local_tokens(counts->num_local_tokens_or_null());
+  check_moe_buf(counts->moe_buf, num_tokens);
+}
+
+// How a launch that selects rows is made: with counts, a tile a workgroup, else as many rows as its waves take at once.
+struct SelectLaunch {
+  RowsOfBlock block;
+  LaunchShape shape;
+};
+
+inline SelectLaunch select_launch(int num_tokens, const RowChoice& rows,
+                                  const std::optional<CountsArgs>& counts,
+                                  const DeviceLimits& limits) {
+  SelectLaunch launch{};
+  const Tiles tiles = Tiles::choose(num_tokens, limits);
+  int num_waves = kWavesPerBlock;
+  if (counts) {
+    const int most_threads =
+        std::min({kCountingThreads, limits.max_threads_per_block,
+                  rows.max_threads != 0 ? rows.max_threads : kCountingThreads});
+    const int wanted = (tiles.tokens + rows.rows_per_wave - 1) / rows.rows_per_wave + 1;
+    num_waves = std::min(std::max(wanted, kWavesPerBlock), most_threads / limits.wave_size);
+  }
+  LaunchShape& shape = launch.shape;
+  shape.num_threads = num_waves * limits.wave_size;
+  shape.lds_bytes = num_waves * rows.lds_bytes;
+  shape.waits_itself = true;
+  if (!counts) {
+    launch.block.num_rows = num_waves * rows.rows_per_wave;
+    shape.num_blocks = (num_tokens + launch.block.num_rows - 1) / launch.block.num_rows;
+    return launch;
+  }
+  const TensorView* local = counts->num_local_tokens_or_null();
+  launch.block = {tiles.tokens,
+                  static_cast<uint32_t>(shape.lds_bytes),
+                  TileCounts::in(static_cast<uint32_t*>(counts->workspace.data),
+                                 static_cast<int>(counts->num_experts), tiles),
+                  local == nullptr ? nullptr : static_cast<const int32_t*>(local->data),
+                  static_cast<unsigned char*>(counts->moe_buf.data),
+                  static_cast<uint64_t>(counts->moe_buf.shape[1]) * counts->moe_buf.itemsize};
+  shape.lds_bytes += launch.block.counts.lds_bytes();
+  shape.num_blocks = tiles.count;
+  shape.cluster_size = tiles.group;
+  return launch;
 }
 
 template <typename Rows>

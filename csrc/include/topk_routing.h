@@ -3,16 +3,14 @@
 //   gating [M, E + Z (+ S)] f32/f16/bf16, inner stride 1, rows `row_bytes` apart
 //   topk_weights f32 [M, K + S], topk_ids i32 [M, K + S], inner stride 1, any row stride
 //
-// A wave takes a row or two (rule_topk.h), kRoutingWaves waves form a workgroup; they share nothing, so there is no
-// barrier, and LDS is a wave's own.
+// A wave takes a row or two (rule_topk.h) at a time. Workgroups have rows and counts as in topk_softmax.h.
 #pragma once
 
 #include "device/cluster.h"
 #include "rule_topk.h"
+#include "tile_counts.h"
 
 namespace aiter {
-
-constexpr int kRoutingWaves = 4;
 
 struct TopkRoutingParams {
   RowRule rule;
@@ -20,15 +18,19 @@ struct TopkRoutingParams {
   int64_t weights_stride;  // in items
   int32_t* topk_ids;
   int64_t ids_stride;
+  RowsOfBlock block;
 };
 
 struct TopkRoutingSink {
+  const EntryCounts counts;
+  int row;
   float* weights;  // of this row
   int32_t* ids;
 
   __device__ __forceinline__ void put(int k, int id, float weight) {
     weights[k] = weight;
     ids[k] = id;
+    counts.add(row, static_cast<uint32_t>(id));
   }
   template <typename F>
   __device__ __forceinline__ void finish(int k, F f) {
@@ -37,30 +39,41 @@ struct TopkRoutingSink {
 };
 
 template <typename Rows>
-__global__ void AITER_LAUNCH_BOUNDS(kRoutingWaves* kMaxWaveSize)
+__global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
     topk_routing_kernel(const unsigned char* gating, int64_t row_bytes, int num_tokens,
                         TopkRoutingParams p) {
   // Of the parameters, behind the arguments before them.
   constexpr size_t kOffset =
       argument_offset<TopkRoutingParams>(sizeof(gating) + sizeof(row_bytes) + sizeof(num_tokens));
   AITER_DYNAMIC_LDS(lds_base);
+  const TileCounter counter(p.block.counts, lds_base + p.block.counts_offset);
+  if (p.block.is_counting()) counter.begin();
   wait_for_earlier_launch();
   let_next_launch_begin();
-  const int64_t wave = static_cast<int64_t>(blockIdx.x) * kRoutingWaves + uniform_wave_idx();
-  const int64_t first = wave * Rows::kRowsPerWave;
-  if (first >= num_tokens) return;
-  const bool valid = first + Rows::row_in_wave() < num_tokens;
-  const int64_t row = valid ? first + Rows::row_in_wave() : num_tokens - 1;
+  const TokenRange tokens = p.block.tokens(num_tokens);
+  const int last = tokens.last - 1;
   Rows logits;
   logits.follow(p.rule, kOffset + offsetof(TopkRoutingParams, rule));
   if constexpr (kUsesLds<Rows>) {
     logits.use(lds_base + uniform_wave_idx() * best_keys_lds_bytes(kWaveSize));
-  } else {
-    (void)lds_base;
   }
-  logits.load(gating + row * row_bytes, 0, RowFormat{});
-  TopkRoutingSink sink{p.topk_weights + row * p.weights_stride, p.topk_ids + row * p.ids_stride};
-  wave_topk(logits, 0, 0, false, valid, sink);
+  TopkRoutingSink sink{EntryCounts(p.block, counter, num_tokens), 0, nullptr, nullptr};
+  const int wave = uniform_wave_idx();
+  const int num_waves = p.block.num_row_waves();
+  if (wave >= num_waves) sink.counts.zero(p.block, counter, tokens);
+  AITER_LOOP
+  for (int first = wave < num_waves ? tokens.first + wave * Rows::kRowsPerWave : tokens.last;
+       first < tokens.last; first += num_waves * Rows::kRowsPerWave) {
+    const int row = first + Rows::row_in_wave();
+    const bool valid = row <= last;
+    sink.row = valid ? row : last;
+    sink.weights = p.topk_weights + sink.row * p.weights_stride;
+    sink.ids = p.topk_ids + sink.row * p.ids_stride;
+    logits.load(gating + sink.row * row_bytes, 0, RowFormat{});
+    wave_topk(logits, 0, 0, false, valid, sink);
+  }
+  const RowsOfBlock& again = loaded_anew(p.block, kOffset + offsetof(TopkRoutingParams, block));
+  if (again.is_counting()) TileCounter(again.counts, lds_base + again.counts_offset).finish();
 }
 
 }  // namespace aiter

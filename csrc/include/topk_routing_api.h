@@ -9,6 +9,7 @@ struct TopkRoutingArgs {
   TensorView topk_weights, topk_ids, gating_output;
   RoutingRule rule;
   std::optional<TensorView> correction_bias;
+  std::optional<CountsArgs> counts;
 };
 
 // Throws std::invalid_argument before anything is launched.

@@ -6,8 +6,11 @@
 namespace aiter {
 
 struct TopkSoftmaxArgs {
-  TensorView topk_weights, topk_indices, token_expert_indices, gating_output;
+  TensorView topk_weights, topk_indices;
+  std::optional<TensorView> token_expert_indices;
+  TensorView gating_output;
   bool need_renorm;
+  std::optional<CountsArgs> counts;
 };
 
 // Throws std::invalid_argument before anything is launched.

@@ -12,48 +12,24 @@ namespace {
 // NOTE: aiter/routing/dispatch.py has the same number; test_moe_sorting_opus.py compares.
 constexpr int64_t kMaxOneshotEntries = 8192;
 
-struct Tiling {
-  bool multiphase;
-  int tile_words, num_tiles;
-};
-
 // The most bitmask words per expert that fit in LDS beside its count and its start.
-int max_tile_words(int num_experts) { return kSortLdsWords / num_experts - 2; }
-static_assert(kSortLdsWords / kMaxSortExperts - 2 >= 1, "a tile is at least one word");
+int max_part_words(int64_t num_experts) {
+  return kSortLdsWords / static_cast<int>(num_experts) - 2;
+}
+static_assert(kSortLdsWords / kMaxSortExperts - 2 >= 1, "a part is at least one word");
 
-Tiling choose_tiling(int64_t num_tokens, int num_experts, int topk, int64_t dispatch_policy) {
+bool is_multiphase(int64_t num_tokens, int64_t num_experts, int64_t topk, int64_t dispatch_policy) {
   check_range("dispatch_policy", dispatch_policy, 0, 2);
   check_range("num_experts", num_experts, 1, kMaxSortExperts);
-  const bool multiphase =
-      dispatch_policy == 2 || (dispatch_policy == 0 && num_tokens * topk > kMaxOneshotEntries);
-  const int num_words = hit_words(static_cast<int>(num_tokens));
-  const int wanted = multiphase ? (num_words + kTargetTiles - 1) / kTargetTiles : num_words;
-  const int tile_words = std::clamp(wanted, 1, max_tile_words(num_experts));
-  return {multiphase, tile_words, (num_words + tile_words - 1) / tile_words};
+  return dispatch_policy == 2 || (dispatch_policy == 0 && num_tokens * topk > kMaxOneshotEntries);
 }
 
-int64_t workspace_bytes(const Tiling& tiling, int64_t num_experts) {
-  return tiling.multiphase ? (tiling.num_tiles + 1) * num_experts * sizeof(uint32_t) : 0;
+int64_t workspace_bytes(bool multiphase, int64_t num_tokens, int64_t num_experts) {
+  return multiphase ? tile_counts_bytes(static_cast<int>(num_tokens), num_experts) : 0;
 }
 
-void check_workspace(const std::optional<TensorView>& workspace, int64_t bytes) {
-  if (bytes == 0) return;
-  const std::string expected =
-      "a contiguous tensor of at least " + std::to_string(bytes) + " bytes";
-  if (!workspace) fail_argument("workspace", expected, "None");
-  check_contiguous(*workspace);
-  if (workspace->numel() * workspace->itemsize < bytes) {
-    fail_argument(workspace->name, expected,
-                  std::to_string(workspace->numel() * workspace->itemsize) + " bytes (shape " +
-                      shape_of(*workspace) + ")");
-  }
-  if (reinterpret_cast<uintptr_t>(workspace->data) % alignof(uint32_t) != 0) {
-    fail_argument(workspace->name, "memory aligned to 4 bytes", "an address that is not");
-  }
-}
-
-// Checks everything; returns the launch choice.
-Tiling check(const MoeSortingOpusArgs& args) {
+// Checks everything; returns whether the sort is multi-phase.
+bool check(const MoeSortingOpusArgs& args) {
   check_rank(args.topk_ids, 2);
   check_dtype(args.topk_ids, {DType::i32});
   check_contiguous(args.topk_ids);
@@ -70,37 +46,63 @@ Tiling check(const MoeSortingOpusArgs& args) {
   check_range("num_zero_experts", args.num_zero_experts, 0, args.num_experts - 1);
   check_sort_tensors(args.sort, num_tokens, args.num_experts, topk, args.unit_size,
                      args.num_zero_experts);
-  const Tiling tiling = choose_tiling(num_tokens, static_cast<int>(args.num_experts),
-                                      static_cast<int>(topk), args.dispatch_policy);
-  check_workspace(args.workspace, workspace_bytes(tiling, args.num_experts));
+  const bool multiphase = is_multiphase(num_tokens, args.num_experts, topk, args.dispatch_policy);
+  check_workspace(args.workspace ? &*args.workspace : nullptr,
+                  workspace_bytes(multiphase, num_tokens, args.num_experts));
   check_placement(args.sort, {&args.topk_ids, &args.topk_weights},
                   args.workspace ? &*args.workspace : nullptr);
-  return tiling;
+  return multiphase;
 }
 
-void launch_oneshot(const OpusParams& p, const DeviceLimits& limits, unsigned num_zeroing,
+void launch_oneshot(OpusParams p, const DeviceLimits& limits, unsigned num_zeroing,
                     hipStream_t stream) {
   const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
+  p.part_words = std::clamp(hit_words(p.shape.num_tokens), 1, max_part_words(p.shape.num_experts));
   launch(moe_sorting_oneshot_kernel, limits,
-         {1 + num_zeroing, threads, opus_lds_bytes(p.shape.num_experts, p.tile_words), 1, true},
+         {1 + num_zeroing, threads, opus_lds_bytes(p.shape.num_experts, p.part_words), 1, true},
          stream, p);
 }
 
-void launch_multiphase(const OpusParams& p, const DeviceLimits& limits, unsigned num_zeroing,
+// `counted`: an earlier launch has.
+void launch_multiphase(OpusParams p, const DeviceLimits& limits, uint32_t* workspace, bool counted,
                        hipStream_t stream) {
-  const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
-  const unsigned num_tiles = p.num_tiles;
-  if (num_tiles > 0) {
+  const unsigned threads = std::min(kTileThreads, limits.max_threads_per_block);
+  const Tiles tiles = Tiles::choose(p.shape.num_tokens, limits);
+  const unsigned num_tiles = tiles.count, group = tiles.group;
+  p.counts = TileCounts::in(workspace, p.shape.num_experts, tiles);
+  p.part_words = std::min(hit_words(tiles.tokens), max_part_words(p.shape.num_experts));
+  if (num_tiles > 0 && !counted) {
     launch(moe_sorting_count_kernel, limits,
-           {num_tiles + num_zeroing, threads, sizeof(uint32_t) * p.shape.num_experts, 1, true},
-           stream, p);
+           {num_tiles, threads, p.counts.lds_bytes(), group, true}, stream, p);
   }
-  launch(moe_sorting_assign_kernel, limits,
-         {1, threads, opus_lds_bytes(p.shape.num_experts, 0), 1, true}, stream, p);
-  if (num_tiles > 0) {
-    launch(moe_sorting_scatter_kernel, limits,
-           {num_tiles, threads, opus_lds_bytes(p.shape.num_experts, p.tile_words), 1, true}, stream,
-           p);
+  size_t lds_bytes = opus_lds_bytes(p.shape.num_experts, p.part_words);
+  // NOTE: more than half of a compute unit's, so that each has one workgroup. Those that start up while the launch
+  // before still runs crowd on the compute units that it leaves free else, and take several times as long.
+  if (limits.overlaps_launches) {
+    lds_bytes = std::max<size_t>(lds_bytes, limits.lds_bytes / 2 + 1024);
+  }
+  launch(moe_sorting_place_kernel, limits, {std::max(num_tiles, 1u), threads, lds_bytes, 1, true},
+         stream, p);
+}
+
+void sort(const MoeSortingOpusArgs& args, bool counted, void* stream) {
+  const bool multiphase = check(args);
+  const DeviceGuard guard(args.topk_ids.device_index);
+  const DeviceLimits limits = device_limits(args.topk_ids.device_index);
+  OpusParams params{};
+  params.topk_ids = static_cast<const int32_t*>(args.topk_ids.data);
+  params.topk_weights = static_cast<const float*>(args.topk_weights.data);
+  params.shape = sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1],
+                            args.unit_size, args.sort, args.flat_ids, args.num_zero_experts);
+  params.sort = sort_params(args.sort);
+  if (multiphase) {
+    uint32_t* const workspace =  // none for no tokens
+        args.workspace ? static_cast<uint32_t*>(args.workspace->data) : nullptr;
+    launch_multiphase(params, limits, workspace, counted, static_cast<hipStream_t>(stream));
+  } else {
+    const unsigned num_zeroing =
+        zeroing_blocks(params.sort.row_bytes * params.shape.num_tokens, limits);
+    launch_oneshot(params, limits, num_zeroing, static_cast<hipStream_t>(stream));
   }
 }
 
@@ -110,30 +112,18 @@ int64_t moe_sorting_opus_get_workspace_size(int64_t tokens, int64_t num_experts,
                                             int64_t dispatch_policy) {
   check_range("tokens", tokens, 0, kMaxTokens);
   check_experts_and_topk(num_experts, topk);
-  return workspace_bytes(
-      choose_tiling(tokens, static_cast<int>(num_experts), static_cast<int>(topk), dispatch_policy),
-      num_experts);
+  return workspace_bytes(is_multiphase(tokens, num_experts, topk, dispatch_policy), tokens,
+                         num_experts);
 }
 
 void moe_sorting_opus_check(const MoeSortingOpusArgs& args) { check(args); }
 
 void moe_sorting_opus_fwd(const MoeSortingOpusArgs& args, void* stream) {
-  const Tiling tiling = check(args);
-  const DeviceGuard guard(args.topk_ids.device_index);
-  const DeviceLimits limits = device_limits(args.topk_ids.device_index);
-  OpusParams params;
-  params.topk_ids = static_cast<const int32_t*>(args.topk_ids.data);
-  params.topk_weights = static_cast<const float*>(args.topk_weights.data);
-  params.shape = sort_shape(args.topk_ids.shape[0], args.num_experts, args.topk_ids.shape[1],
-                            args.unit_size, args.sort, args.flat_ids, args.num_zero_experts);
-  params.sort = sort_params(args.sort);
-  params.workspace = args.workspace ? static_cast<uint32_t*>(args.workspace->data) : nullptr;
-  params.tile_words = tiling.tile_words;
-  params.num_tiles = tiling.num_tiles;
-  const unsigned num_zeroing =
-      zeroing_blocks(params.sort.row_bytes * params.shape.num_tokens, limits);
-  const auto launch_sort = tiling.multiphase ? launch_multiphase : launch_oneshot;
-  launch_sort(params, limits, num_zeroing, static_cast<hipStream_t>(stream));
+  sort(args, false, stream);
+}
+
+void moe_sorting_opus_place(const MoeSortingOpusArgs& args, void* stream) {
+  sort(args, true, stream);
 }
 
 }  // namespace aiter

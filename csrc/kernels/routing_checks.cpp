@@ -55,21 +55,28 @@ void check_sort_tensors(const SortTensors& tensors, int64_t num_tokens, int64_t 
   check_min_numel(tensors.sorted_expert_ids, (slots + unit_size - 1) / unit_size,
                   "(M*topk + num_experts*unit_size - topk) / unit_size, rounded up");
   check_shape(tensors.num_valid_ids, {2});
-  check_rank(tensors.moe_buf, 2);
-  if (tensors.moe_buf.shape[0] != num_tokens) {
-    fail_argument(tensors.moe_buf.name, std::to_string(num_tokens) + " rows, one per token",
-                  shape_of(tensors.moe_buf));
-  }
-  check_contiguous(tensors.moe_buf);
+  check_moe_buf(tensors.moe_buf, num_tokens);
   if (const TensorView* mask = tensors.expert_mask_or_null()) {
     check_dtype(*mask, {DType::i32});
     check_shape(*mask, {num_experts - num_zero_experts});
     check_contiguous(*mask);
   }
-  if (const TensorView* local = tensors.num_local_tokens_or_null()) {
-    check_dtype(*local, {DType::i32});
-    if (local->ndim != 0) check_shape(*local, {1});
+  check_num_local_tokens(tensors.num_local_tokens_or_null());
+}
+
+void check_moe_buf(const TensorView& moe_buf, int64_t num_tokens) {
+  check_rank(moe_buf, 2);
+  if (moe_buf.shape[0] != num_tokens) {
+    fail_argument(moe_buf.name, std::to_string(num_tokens) + " rows, one per token",
+                  shape_of(moe_buf));
   }
+  check_contiguous(moe_buf);
+}
+
+void check_num_local_tokens(const TensorView* num_local_tokens) {
+  if (num_local_tokens == nullptr) return;
+  check_dtype(*num_local_tokens, {DType::i32});
+  if (num_local_tokens->ndim != 0) check_shape(*num_local_tokens, {1});
 }
 
 void check_placement(const SortTensors& tensors, std::initializer_list<const TensorView*> inputs,
@@ -84,6 +91,22 @@ void check_placement(const SortTensors& tensors, std::initializer_list<const Ten
   check_no_overlap({&tensors.sorted_ids, &tensors.sorted_weights, &tensors.sorted_expert_ids,
                     &tensors.num_valid_ids, &tensors.moe_buf, workspace},
                    inputs, {mask, local});
+}
+
+void check_workspace(const TensorView* workspace, int64_t bytes) {
+  if (bytes == 0) return;
+  const std::string expected =
+      "a contiguous tensor of at least " + std::to_string(bytes) + " bytes";
+  if (workspace == nullptr) fail_argument("workspace", expected, "None");
+  check_contiguous(*workspace);
+  if (workspace->numel() * workspace->itemsize < bytes) {
+    fail_argument(workspace->name, expected,
+                  std::to_string(workspace->numel() * workspace->itemsize) + " bytes (shape " +
+                      shape_of(*workspace) + ")");
+  }
+  if (reinterpret_cast<uintptr_t>(workspace->data) % alignof(uint32_t) != 0) {
+    fail_argument(workspace->name, "memory aligned to 4 bytes", "an address that is not");
+  }
 }
 
 }  // namespace aiter

@@ -17,8 +17,14 @@ void check(const TopkRoutingArgs& args) {
     check_rows(*t);
   }
   const TensorView* bias = args.correction_bias ? &*args.correction_bias : nullptr;
-  check_same_device({&args.gating_output, &args.topk_weights, &args.topk_ids, bias});
-  check_no_overlap({&args.topk_weights, &args.topk_ids}, {&args.gating_output, bias});
+  check_counts(args.counts, args.gating_output.shape[0]);
+  const TensorView* workspace = args.counts ? &args.counts->workspace : nullptr;
+  const TensorView* moe_buf = args.counts ? &args.counts->moe_buf : nullptr;
+  const TensorView* local = args.counts ? args.counts->num_local_tokens_or_null() : nullptr;
+  check_same_device(
+      {&args.gating_output, &args.topk_weights, &args.topk_ids, bias, workspace, moe_buf, local});
+  check_no_overlap({&args.topk_weights, &args.topk_ids, workspace, moe_buf},
+                   {&args.gating_output, bias, local});
 }
 
 }  // namespace
@@ -37,14 +43,12 @@ void topk_routing(const TopkRoutingArgs& args, void* stream) {
   params.weights_stride = args.topk_weights.stride[0];
   params.topk_ids = static_cast<int32_t*>(args.topk_ids.data);
   params.ids_stride = args.topk_ids.stride[0];
-  const unsigned rows_per_block = kRoutingWaves * rows.rows_per_wave;
-  const unsigned num_blocks = (num_tokens + rows_per_block - 1) / rows_per_block;
-  const unsigned num_threads = kRoutingWaves * limits.wave_size;
-  const size_t lds_bytes = kRoutingWaves * rows.lds_bytes;
+  const SelectLaunch select = select_launch(num_tokens, rows, args.counts, limits);
+  params.block = select.block;
   dispatch_rule_rows(params.rule, [&](auto tag) {
-    launch(topk_routing_kernel<typename decltype(tag)::type>, limits,
-           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream),
-           static_cast<const unsigned char*>(gating.data), rows.row_stride, num_tokens, params);
+    launch(topk_routing_kernel<typename decltype(tag)::type>, limits, select.shape,
+           static_cast<hipStream_t>(stream), static_cast<const unsigned char*>(gating.data),
+           rows.row_stride, num_tokens, params);
   });
 }
 

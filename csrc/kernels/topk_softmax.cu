@@ -14,16 +14,22 @@ void check(const TopkSoftmaxArgs& args) {
   check_rank(args.topk_weights, 2);
   const int64_t topk = args.topk_weights.shape[1];
   check_experts_and_topk(args.gating_output.shape[1], topk);
-  for (const TensorView* t : {&args.topk_weights, &args.topk_indices, &args.token_expert_indices}) {
+  const TensorView* sources = args.token_expert_indices ? &*args.token_expert_indices : nullptr;
+  for (const TensorView* t : {&args.topk_weights, &args.topk_indices, sources}) {
+    if (t == nullptr) continue;
     check_dtype(*t, {t == &args.topk_weights ? DType::f32 : DType::i32});
     check_shape(*t, {args.gating_output.shape[0], topk});
     check_contiguous(*t);
   }
   check_range("M*topk", args.topk_weights.numel(), 0, std::numeric_limits<int32_t>::max());
-  check_same_device(
-      {&args.gating_output, &args.topk_weights, &args.topk_indices, &args.token_expert_indices});
-  check_no_overlap({&args.topk_weights, &args.topk_indices, &args.token_expert_indices},
-                   {&args.gating_output});
+  check_counts(args.counts, args.gating_output.shape[0]);
+  const TensorView* workspace = args.counts ? &args.counts->workspace : nullptr;
+  const TensorView* moe_buf = args.counts ? &args.counts->moe_buf : nullptr;
+  const TensorView* local = args.counts ? args.counts->num_local_tokens_or_null() : nullptr;
+  check_same_device({&args.topk_weights, &args.topk_indices, sources, &args.gating_output,
+                     workspace, moe_buf, local});
+  check_no_overlap({&args.topk_weights, &args.topk_indices, sources, workspace, moe_buf},
+                   {&args.gating_output, local});
 }
 
 }  // namespace
@@ -37,19 +43,15 @@ void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
   const int num_tokens = static_cast<int>(gating.shape[0]);
   const int num_experts = static_cast<int>(gating.shape[1]);
   const int topk = static_cast<int>(args.topk_weights.shape[1]);
-  const TopkSoftmaxOutputs outputs{static_cast<float*>(args.topk_weights.data),
-                                   static_cast<int32_t*>(args.topk_indices.data),
-                                   static_cast<int32_t*>(args.token_expert_indices.data)};
+  const TopkSoftmaxOutputs outputs{
+      static_cast<float*>(args.topk_weights.data), static_cast<int32_t*>(args.topk_indices.data),
+      args.token_expert_indices ? static_cast<int32_t*>(args.token_expert_indices->data) : nullptr};
   const RowChoice rows = choose_rows(gating, num_experts, topk, args.need_renorm, limits.wave_size);
-  const unsigned rows_per_block = kWavesPerBlock * rows.rows_per_wave;
-  const unsigned num_blocks = (num_tokens + rows_per_block - 1) / rows_per_block;
-  const unsigned num_threads = kWavesPerBlock * limits.wave_size;
-  const size_t lds_bytes = kWavesPerBlock * rows.lds_bytes;
+  const SelectLaunch select = select_launch(num_tokens, rows, args.counts, limits);
   dispatch_rows(gating.dtype, rows, [&](auto tag) {
-    launch(topk_softmax_kernel<typename decltype(tag)::type>, limits,
-           {num_blocks, num_threads, lds_bytes, 1, true}, static_cast<hipStream_t>(stream),
-           gating.data, rows.row_stride, num_tokens, num_experts, topk,
-           TopkSoftmaxFlags::of(args.need_renorm, rows.format), outputs);
+    launch(topk_softmax_kernel<typename decltype(tag)::type>, limits, select.shape,
+           static_cast<hipStream_t>(stream), gating.data, rows.row_stride, num_tokens, num_experts,
+           topk, TopkSoftmaxFlags::of(args.need_renorm, rows.format), outputs, select.block);
   });
 }
 

@@ -50,6 +50,7 @@ void define(py::module_& m, const char* name, Function function) {
 
 PYBIND11_MODULE(module_moe_sorting_opus, m) {
   define(m, "moe_sorting_opus_fwd", &moe_sorting_opus<&aiter::moe_sorting_opus_fwd>);
+  define(m, "moe_sorting_opus_place", &moe_sorting_opus<&aiter::moe_sorting_opus_place>);
   define(m, "moe_sorting_opus_check", &moe_sorting_opus<&check_only>);
   m.def(
       "moe_sorting_opus_get_workspace_size",

@@ -33,7 +33,9 @@ def launcher_constant(name: str) -> int:
 
 COMPUTE_UNITS = 3  # NOTE: few, so that a launch has both kinds of workgroup and little to emulate.
 MAX_THREADS = constant("moe_sorting_opus.h", "kSortThreads")
-WAVES_PER_BLOCK = constant("topk_softmax.h", "kWavesPerBlock")
+TILE_THREADS = constant("moe_sorting_opus.h", "kTileThreads")
+COUNTING_THREADS = constant("tile_counts.h", "kCountingThreads")
+WAVES_PER_BLOCK = constant("tile_counts.h", "kWavesPerBlock")
 MAX_WAVES_PER_BLOCK = constant("device/wave.h", "kMaxWavesPerBlock")
 MIN_WAVE_SIZE = constant("device/wave.h", "kMinWaveSize")
 MAX_GROUP_EXPERTS = constant("group_topk.h", "kMaxGroupExperts")
@@ -47,7 +49,7 @@ SORT_LDS_WORDS = constant("moe_sorting_opus.h", "kSortLdsWords")
 MAX_HANDOVER_SIZE = launcher_constant("kMaxHandoverSize")
 UNHURRIED_ROUNDS = launcher_constant("kUnhurriedRounds")
 WAVES_AT_ONCE = launcher_constant("kWavesAtOnce")
-TARGET_TILES = constant("moe_sorting_opus.h", "kTargetTiles")
+MAX_TILES = constant("tile_counts.h", "kMaxTilesAlone")
 
 Shape = tuple[int, int, int, int]
 _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

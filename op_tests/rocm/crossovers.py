@@ -1,8 +1,9 @@
 """Up to how many tokens is which path the fastest in the timing model, and by how much?
 
 A `Table` keeps modelled times by architecture, shape, column and M: one column for each dtype's fused
-launch (`fused bf16`) and top-k launch (`topk bf16`), and one for each sort (`oneshot`, `multiphase`, its
-three launches together), which know nothing of dtypes. A path's time is a sum of columns and gaps.
+launch (`fused bf16`), top-k launch (`topk bf16`) and top-k launch that counts for the multi-phase sort
+(`counting bf16`), and one for each sort behind it (`oneshot`, `multiphase`), which know nothing of
+dtypes. A path's time is a sum of columns and gaps.
 
 Modelled are the neighbours of every crossover, and for M = 1, 2, 4, ... 4096 what it takes to know the
 fastest path: a column grows with M, so that a time bounds those of larger and of smaller M, and a
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from amdgcn.timing import LAUNCH_GAP_US
 from launches import kernels
-from model import Routed, capacity, fused, kernels_us, select, sort
+from model import Routed, capacity, count, fused, kernels_us, select, sort
 
 from aiter.jit.device_kernels import ARCHS as GPUS
 from aiter.routing.dispatch import MODELLED
@@ -37,7 +38,7 @@ POWERS = tuple(1 << i for i in range(MOST_TOKENS.bit_length()))
 # How far a column may be from monotone: a wave more can fall on another SIMD; one row more can take
 # another branch (256/8 on gfx942 takes 6.2 us for 33 rows and 5.8 us for 64); from M = 2049 on tiles
 # have two words, so that half as many are added up.
-SURE = {"fused": 1.07, "topk": 1.1, "oneshot": 1.05, "multiphase": 1.15}
+SURE = {"fused": 1.07, "topk": 1.1, "counting": 1.15, "oneshot": 1.05, "multiphase": 1.15}
 EQUAL = 1.015  # times this close need no closer crossover
 FAIR = 1.02  # how much slower than the fastest path a choice may be
 
@@ -48,13 +49,15 @@ MOST_WITHOUT_LDS = 128
 BYTES_OF_ROWS = 24 * 512
 MODULES = {
     "fused": "module_fused_topk_moe_sorting", "topk": "module_topk_softmax",
+    "counting": "module_topk_softmax",
     "oneshot": "module_moe_sorting_opus", "multiphase": "module_moe_sorting_opus",
 }  # fmt: skip
 _MODEL = b"".join((HERE / name).read_bytes() for name in ("amdgcn/timing.py", "model.py"))
 
 Column = dict[int, float]
 Columns = dict[str, Column]
-FURTHER_LAUNCHES = {"oneshot": 1, "multiphase": 3}
+FURTHER_LAUNCHES = {"oneshot": 1, "multiphase": 1}
+SELECTS = {"oneshot": "topk", "multiphase": "counting"}
 PATHS = ("fused", *FURTHER_LAUNCHES)
 
 
@@ -104,6 +107,8 @@ class Cells:
             found = fused(self.arch, routed)
         elif name == "topk":
             found = select(self.arch, routed)
+        elif name == "counting":
+            found = count(self.arch, routed)
         else:
             found = sort(self.arch, routed, name)
         return round(kernels_us(found), 3)
@@ -123,13 +128,14 @@ class Cells:
             fits = tokens <= self.capacity
             return self._known(f"fused {dtype}", tokens) if fits else Bounds(math.inf, math.inf)
         gaps = LAUNCH_GAP_US * FURTHER_LAUNCHES[path]
-        parts = self._known(f"topk {dtype}", tokens), self._known(path, tokens)
+        first = self._known(f"{SELECTS[path]} {dtype}", tokens)
+        parts = first, self._known(path, tokens)
         return Bounds(sum(p.low for p in parts) + gaps, sum(p.high for p in parts) + gaps)
 
     def model(self, path: str, dtype: str, tokens: int) -> None:
         """Keeps the times of a path."""
         if path != "fused":
-            self.time(f"topk {dtype}", tokens)
+            self.time(f"{SELECTS[path]} {dtype}", tokens)
         self.time(f"fused {dtype}" if path == "fused" else path, tokens)
 
     def lead(self, path: str, others: tuple[str, ...], dtype: str, tokens: int) -> float:

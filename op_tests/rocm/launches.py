@@ -20,11 +20,13 @@ from amdgcn.memory import GlobalMemory
 from amdgcn.statistics import Statistics
 from amdgcn.wave import Fault
 from choices import (
+    COUNTING_THREADS,
     LOGIT_TYPES,
     MAX_THREADS,
+    MAX_TILES,
     MAX_WAVES_PER_BLOCK,
     SORT_LDS_WORDS,
-    TARGET_TILES,
+    TILE_THREADS,
     WAVES_PER_BLOCK,
     RowChoice,
     choose_handover_size,
@@ -97,13 +99,60 @@ class FusedArguments(ctypes.Structure):
     _fields_ = [("first", FusedFirst), ("params", FusedParams)]
 
 
+class Tiles(ctypes.Structure):
+    """tile_counts.h"""
+
+    _fields_ = [("tokens", _i32), ("count", _i32), ("group", _i32)]
+
+    @classmethod
+    def choose(cls, num_tokens: int) -> Tiles:
+        """Those of a GPU without clusters."""
+        tokens = max(32, -(-num_tokens // MAX_TILES))
+        return cls(tokens, -(-num_tokens // tokens), 1)
+
+
+class TileCounts(ctypes.Structure):
+    """tile_counts.h"""
+
+    _fields_ = [("totals", _ptr), ("before", _ptr), ("num_experts", _i32), ("tiles", Tiles)]
+
+    @classmethod
+    def at(cls, workspace: int, num_experts: int, num_tokens: int) -> TileCounts:
+        """In a workspace at that address."""
+        tiles = Tiles.choose(num_tokens)
+        return cls(workspace, workspace + 4 * tiles.count * num_experts, num_experts, tiles)
+
+    def lds_bytes(self) -> int:
+        """Of a workgroup that counts."""
+        return 16 + 4 * (-(-self.num_experts // 4) * 4)
+
+
+class RowsOfBlock(ctypes.Structure):
+    """tile_counts.h"""
+
+    _fields_ = [
+        ("num_rows", _i32), ("counts_offset", _u32), ("counts", TileCounts),
+        ("num_local_tokens", _ptr), ("moe_buf", _ptr), ("row_bytes", _u64),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What a launch that selects does for the sort behind it (CountsArgs of routing_checks.h)."""
+
+    workspace: Tensor
+    moe_buf: Tensor
+    num_experts: int
+    num_local_tokens: Tensor | None = None
+
+
 class TopkSoftmaxArguments(ctypes.Structure):
     """All arguments of the kernel in topk_softmax.h."""
 
     _fields_ = [
         ("gating", _ptr), ("row_stride", ctypes.c_int64), ("num_tokens", _i32),
         ("num_experts", _i32), ("topk", _i32), ("flags", _u32), ("topk_weights", _ptr),
-        ("topk_indices", _ptr), ("token_expert_indices", _ptr),
+        ("topk_indices", _ptr), ("token_expert_indices", _ptr), ("block", RowsOfBlock),
     ]  # fmt: skip
 
 
@@ -112,7 +161,7 @@ class OpusParams(ctypes.Structure):
 
     _fields_ = [
         ("topk_ids", _ptr), ("topk_weights", _ptr), ("shape", SortShape), ("sort", SortParams),
-        ("workspace", _ptr), ("tile_words", _i32), ("num_tiles", _i32),
+        ("part_words", _i32), ("counts", TileCounts),
     ]  # fmt: skip
 
 
@@ -165,11 +214,12 @@ class Device:
         self,
         topk_weights: Tensor,
         topk_indices: Tensor,
-        token_expert_indices: Tensor,
+        token_expert_indices: Tensor | None,
         gating_output: Tensor,
         need_renorm: bool,
+        counting: Counting | None = None,
     ) -> None:
-        """`aiter.topk_softmax`."""
+        """`aiter.topk_softmax`, or with `counting` the chain's."""
         num_tokens, num_experts = gating_output.shape
         rows = choose_rows(gating_output, topk_weights.shape[1], need_renorm, self.wave_size)
         memory = GlobalMemory()
@@ -182,14 +232,13 @@ class Device:
             flags=need_renorm | rows.wide << 1 | LOGIT_TYPES.index(gating_output.dtype) << 2,
             topk_weights=map_tensor(memory, "topk_weights", topk_weights),
             topk_indices=map_tensor(memory, "topk_indices", topk_indices),
-            token_expert_indices=map_tensor(memory, "token_expert_indices", token_expert_indices),
         )
-        rows_per_block = WAVES_PER_BLOCK * rows.rows_per_wave
-        blocks = (num_tokens + rows_per_block - 1) // rows_per_block
-        threads = WAVES_PER_BLOCK * self.wave_size
-        name = f"topk_softmax<{rows.name}>"
-        lds_bytes = WAVES_PER_BLOCK * rows.lds_bytes
-        self.launch("module_topk_softmax", name, memory, params, blocks, threads, lds_bytes)
+        if token_expert_indices is not None:
+            params.token_expert_indices = map_tensor(
+                memory, "token_expert_indices", token_expert_indices
+            )
+        params.block, *shape = select_launch(memory, num_tokens, rows, self.wave_size, counting)
+        self.launch("module_topk_softmax", f"topk_softmax<{rows.name}>", memory, params, *shape)
 
     def fused_topk_moe_sorting_fwd(
         self,
@@ -291,8 +340,9 @@ class Device:
         num_local_tokens: Tensor | None = None,
         workspace: Tensor | None = None,
         dispatch_policy: int = 0,
+        counted: bool = False,
     ) -> None:
-        """`aiter.moe_sorting_opus_fwd`."""
+        """`aiter.moe_sorting_opus_fwd`; `counted`: the launch before has."""
         memory = GlobalMemory()
         num_tokens, topk = topk_ids.shape
         outputs = (sorted_token_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
@@ -300,27 +350,28 @@ class Device:
         multiphase = dispatch_policy == 2 or (
             dispatch_policy == 0 and num_tokens * topk > MOST_ONESHOT_ENTRIES
         )
-        tile_words, num_tiles = tiling(num_tokens, num_experts, multiphase)
+        words = Tiles.choose(num_tokens).tokens if multiphase else num_tokens
+        part_words = min(max((words + 31) // 32, 1), SORT_LDS_WORDS // num_experts - 2)
         params = OpusParams(
             topk_ids=map_tensor(memory, "topk_ids", topk_ids, writable=False),
             topk_weights=map_tensor(memory, "topk_weights", topk_weights, writable=False),
             shape=sort_shape(num_tokens, num_experts, topk, unit_size, sort),
             sort=sort,
-            workspace=0 if workspace is None else map_tensor(memory, "workspace", workspace),
-            tile_words=tile_words,
-            num_tiles=num_tiles,
+            part_words=part_words,
         )
+        lds = 4 * (num_experts * (2 + part_words) + 2 * MAX_WAVES_PER_BLOCK + 1)
         zeroing = zeroing_blocks(sort.row_bytes * num_tokens)
-        table = 2 * (num_experts + MAX_WAVES_PER_BLOCK)
-        bitmask = num_experts * tile_words
-        phases = [("oneshot", 1 + zeroing, table + bitmask)]
+        phases = [("oneshot", 1 + zeroing, MAX_THREADS, lds)]
         if multiphase:
-            phases = [("count", num_tiles + zeroing, num_experts), ("assign", 1, table),
-                      ("scatter", num_tiles, table + bitmask)]  # fmt: skip
-        for phase, blocks, lds_words in phases:
-            if num_tiles > 0 or phase in ("oneshot", "assign"):
-                self.launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, params,
-                             blocks, MAX_THREADS, 4 * lds_words)  # fmt: skip
+            address = 0 if workspace is None else map_tensor(memory, "workspace", workspace)
+            params.counts = TileCounts.at(address, num_experts, num_tokens)
+            tiles = params.counts.tiles.count
+            phases = [("place", max(tiles, 1), TILE_THREADS, lds)]
+            if tiles > 0 and not counted:
+                phases.insert(0, ("count", tiles, TILE_THREADS, params.counts.lds_bytes()))
+        for phase, blocks, threads, lds_bytes in phases:
+            self.launch("module_moe_sorting_opus", f"moe_sorting_{phase}", memory, params, blocks,
+                        threads, lds_bytes)  # fmt: skip
 
     def launch(
         self,
@@ -339,6 +390,38 @@ class Device:
         self.statistics[name] = run(kernel, memory, launch)
 
 
+def select_launch(
+    memory: GlobalMemory,
+    num_tokens: int,
+    rows: RowChoice,
+    wave_size: int,
+    counting: Counting | None,
+) -> tuple[RowsOfBlock, int, int, int]:
+    """What a launch that selects knows of rows; workgroups, their threads and LDS (sort_launch.h)."""
+    if counting is None:
+        rows_per_block = WAVES_PER_BLOCK * rows.rows_per_wave
+        blocks = -(-num_tokens // rows_per_block)
+        lds_bytes = WAVES_PER_BLOCK * rows.lds_bytes
+        return RowsOfBlock(rows_per_block), blocks, WAVES_PER_BLOCK * wave_size, lds_bytes
+    workspace = map_tensor(memory, "workspace", counting.workspace)
+    counts = TileCounts.at(workspace, counting.num_experts, num_tokens)
+    wanted = -(-counts.tiles.tokens // rows.rows_per_wave) + 1
+    most = min(COUNTING_THREADS, rows.max_threads or COUNTING_THREADS) // wave_size
+    waves = min(max(wanted, WAVES_PER_BLOCK), most)
+    moe_buf = counting.moe_buf
+    local = counting.num_local_tokens
+    block = RowsOfBlock(
+        counts.tiles.tokens,
+        waves * rows.lds_bytes,
+        counts,
+        0 if local is None else map_tensor(memory, "num_local_tokens", local, writable=False),
+        map_tensor(memory, "moe_buf", moe_buf),
+        moe_buf.shape[1] * moe_buf.element_size(),
+    )
+    lds_bytes = waves * rows.lds_bytes + counts.lds_bytes()
+    return block, counts.tiles.count, waves * wave_size, lds_bytes
+
+
 def plan_fused_lds(
     num_tokens: int, num_experts: int, topk: int, row_bytes: int
 ) -> tuple[FusedLds, int]:
@@ -355,14 +438,6 @@ def row_stride(rows: RowChoice, gating: Tensor) -> int:
     return int(gating.stride(0)) * (
         gating.element_size() // rows.item_bytes if rows.item_bytes else 1
     )
-
-
-def tiling(num_tokens: int, num_experts: int, multiphase: bool) -> tuple[int, int]:
-    """Words of 32 tokens that a tile has, and the number of tiles (moe_sorting_opus.cu)."""
-    words = (num_tokens + 31) // 32
-    wanted = (words + TARGET_TILES - 1) // TARGET_TILES if multiphase else words
-    tile_words = min(max(wanted, 1), SORT_LDS_WORDS // num_experts - 2)
-    return tile_words, (words + tile_words - 1) // tile_words
 
 
 def divisor(number: int) -> Divisor:

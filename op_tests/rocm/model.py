@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "op_tests")]
 import torch  # noqa: E402
 from amdgcn.timing import LAUNCH_GAP_US, Program, Timing, replay  # noqa: E402
 from choices import WAVES_PER_BLOCK, RowChoice, choose_rows  # noqa: E402
-from launches import Device, plan_fused_lds, tiling  # noqa: E402
+from launches import Counting, Device, Tiles, plan_fused_lds  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from aiter.cli.table import format_table  # noqa: E402
@@ -46,6 +46,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 WAYS = ("fused", "oneshot", "multiphase")
 BLOCK_SIZE = 32
 SEED = 1
+MOST_TILES = 128  # the workspace of `count` is large enough for every M
+TIES = 4  # rows whose ids PyTorch's top-k, which breaks ties as it likes, may choose otherwise
 CLASSES = ("VALU", "DPP", "SALU", "SMEM", "LDS", "VMEM", "branch", "barrier", "waitcnt", "nop")
 TRIPS = ("global", "scalar", "lds", "store")
 HEADERS = ("arch", "dtype", "E/K", "M", "way", "kernel", "us", "with gaps", "first load", *TRIPS,
@@ -111,25 +113,42 @@ def _select(arch: str, routed: Routed, name: str) -> Launches:
     return _launched(device)
 
 
-def sort(arch: str, routed: Routed, way: str) -> Launches:
-    """The sort's launches: one for oneshot, three for multiphase. Logits' dtypes do not matter.
+def count(arch: str, routed: Routed) -> Launches:
+    """The top-k launch that counts for the multi-phase sort, by its first workgroup, whose counts are
+    compared with those of the reference's ids.
+    """
+    logits = routed.logits()
+    rows = choose_rows(logits, routed.topk, True, ARCHS[arch].wave_size)
+    device = Device(arch, traced=True, workgroups={f"topk_softmax<{rows.name}>": (0,)})
+    shape = (routed.tokens, routed.topk)
+    ids = logits.float().topk(routed.topk).indices
+    expected = _tile_counts(ids, routed.num_experts)[0]
+    workspace = torch.zeros((MOST_TILES, routed.num_experts), dtype=torch.int32)
+    device.topk_softmax(
+        torch.empty(shape), torch.empty(shape, dtype=torch.int32), None, logits, True,
+        Counting(workspace, torch.empty((routed.tokens, 0)), routed.num_experts),
+    )  # fmt: skip
+    if (workspace[0] - expected).abs().sum() > TIES * routed.topk:
+        raise ValueError(f"{routed}: expected counts {expected}, got {workspace[0]}")
+    return _launched(device)
 
-    Of the many workgroups of multiphase the first stands for all. What the others count is put into the
-    workspace beforehand, and what the first counts and the second launch adds up is compared with it.
+
+def sort(arch: str, routed: Routed, way: str) -> Launches:
+    """The sort's launch behind top-k. Logits' dtypes do not matter.
+
+    Of the many workgroups of multiphase the first stands for all. What they count is put into the
+    workspace beforehand.
     """
     num_experts, multiphase = routed.num_experts, way == "multiphase"
-    first = {f"moe_sorting_{phase}": (0,) for phase in ("count", "scatter")}
-    device = Device(arch, traced=True, workgroups=first)
+    device = Device(arch, traced=True, workgroups={"moe_sorting_place": (0,)})
     ids = routed.logits().float().topk(routed.topk).indices.to(torch.int32)
     weights = torch.full(ids.shape, 1 / routed.topk)
     outputs = _outputs(routed)
     counts = _tile_counts(ids, num_experts) if multiphase else None
-    workspace = None if counts is None else torch.cat((counts, counts[:1])).to(torch.int32)
-    if workspace is not None:
-        workspace[0] = -1
+    workspace = None if counts is None else counts.to(torch.int32)
     device.moe_sorting_opus_fwd(
         ids, weights, *outputs, num_experts, BLOCK_SIZE, workspace=workspace,
-        dispatch_policy=2 if multiphase else 1,
+        dispatch_policy=2 if multiphase else 1, counted=multiphase,
     )  # fmt: skip
     entries = torch.bincount(ids.flatten(), minlength=num_experts)
     slots = int(((entries + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE).sum())
@@ -140,17 +159,19 @@ def sort(arch: str, routed: Routed, way: str) -> Launches:
 
 def _tile_counts(ids: Tensor, num_experts: int) -> Tensor:
     """Entries of every expert in every tile of the multi-phase sort: int64 [tiles, E]."""
-    tile_words, num_tiles = tiling(ids.shape[0], num_experts, True)
-    tiles = torch.arange(ids.shape[0])[:, None] // (32 * tile_words)
-    places = (tiles * num_experts + ids).flatten()
-    return torch.bincount(places, minlength=num_tiles * num_experts).view(num_tiles, num_experts)
+    tiles = Tiles.choose(ids.shape[0])
+    tile_of = torch.arange(ids.shape[0])[:, None] // tiles.tokens
+    places = (tile_of * num_experts + ids).flatten()
+    found = torch.bincount(places, minlength=tiles.count * num_experts)
+    return found.view(tiles.count, num_experts)
 
 
 def launches(arch: str, routed: Routed, way: str) -> Launches:
     """All launches of a way."""
     if way == "fused":
         return fused(arch, routed)
-    return select(arch, routed) + sort(arch, routed, way)
+    first = count(arch, routed) if way == "multiphase" else select(arch, routed)
+    return first + sort(arch, routed, way)
 
 
 @cache

@@ -7,12 +7,22 @@ import ctypes
 import torch
 from amdgcn.memory import GlobalMemory
 from choices import RowChoice
-from launches import Device, _i32, _ptr, _u32, map_tensor, sort_params, sort_shape
+from launches import (
+    Counting,
+    Device,
+    RowsOfBlock,
+    _i32,
+    _ptr,
+    _u32,
+    map_tensor,
+    select_launch,
+    sort_params,
+    sort_shape,
+)
 from torch import Tensor
 
 from aiter.ops.rule import NEGLIGIBLE_EPS, NEGLIGIBLE_MIN, RoutingRule
 
-WAVES_PER_BLOCK = 4
 LANES_PER_ROW = 32
 KEYS_PER_CHUNK = 8
 MAX_PLACES, MAX_TOPK, MAX_GROUP_PLACES = 1024, 32, 256
@@ -52,7 +62,7 @@ class TopkRoutingArguments(ctypes.Structure):
     _fields_ = [
         ("gating", _ptr), ("row_bytes", ctypes.c_int64), ("num_tokens", _i32), ("unused", _i32),
         ("rule", RowRule), ("topk_weights", _ptr), ("weights_stride", ctypes.c_int64),
-        ("topk_ids", _ptr), ("ids_stride", ctypes.c_int64),
+        ("topk_ids", _ptr), ("ids_stride", ctypes.c_int64), ("block", RowsOfBlock),
     ]  # fmt: skip
 
 
@@ -72,8 +82,9 @@ def topk_routing(
     gating_output: Tensor,
     rule: RoutingRule,
     correction_bias: Tensor | None = None,
+    counting: Counting | None = None,
 ) -> None:
-    """`aiter.topk_routing`."""
+    """`aiter.topk_routing`, or with `counting` the chain's."""
     memory = GlobalMemory()
     row = _row_rule(memory, rule, gating_output, correction_bias, topk_ids.shape[1])
     params = TopkRoutingArguments(
@@ -87,11 +98,10 @@ def topk_routing(
         ids_stride=topk_ids.stride(0),
     )
     rows = _choose_rows(row, device.wave_size)
-    blocks = -(-gating_output.shape[0] // (WAVES_PER_BLOCK * rows.rows_per_wave))
-    device.launch(
-        "module_topk_routing", f"topk_routing<{rows.name}>", memory, params, blocks,
-        WAVES_PER_BLOCK * device.wave_size, WAVES_PER_BLOCK * rows.lds_bytes,
-    )  # fmt: skip
+    params.block, *shape = select_launch(
+        memory, gating_output.shape[0], rows, device.wave_size, counting
+    )
+    device.launch("module_topk_routing", f"topk_routing<{rows.name}>", memory, params, *shape)
 
 
 def fused_topk_moe_sorting_fwd(

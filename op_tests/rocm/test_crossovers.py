@@ -105,7 +105,7 @@ def test_columns_grow_with_tokens(arch: str, shape: tuple[int, int]) -> None:
 def test_kept_times_are_todays(arch: str, shape: tuple[int, int], dtype: str) -> None:
     """Whoever changes a kernel runs `python op_tests/rocm/write_model.py`."""
     cells = table().cells(arch, *shape)
-    columns = (f"fused {dtype}", f"topk {dtype}", "oneshot", "multiphase")
+    columns = (f"fused {dtype}", f"topk {dtype}", f"counting {dtype}", "oneshot", "multiphase")
     for column in columns:
         tokens = next(m for m in sorted(cells.columns[column], reverse=True) if m <= 64)
         kept, now = cells.columns[column][tokens], cells._modelled(column, tokens)
@@ -162,7 +162,7 @@ class Planted(Cells):
 
     def _modelled(self, column: str, tokens: int) -> float:
         self.asked.append((column, tokens))
-        slope = {"fused": 0.1, "oneshot": 0.02, "multiphase": 0.002, "topk": 0.0}
+        slope = {"fused": 0.1, "oneshot": 0.02, "multiphase": 0.002, "topk": 0.0, "counting": 0.0}
         name = column.partition(" ")[0]
         return slope[name] * tokens + (name != "fused")
 

@@ -85,6 +85,9 @@ struct alignas(16) FourWords {
   uint32_t word[4];
 };
 
+// What clusters have wherever a GPU has them in full.
+constexpr int kWorkgroupsOfCluster = 8;
+
 // What a launch choice may depend on.
 struct DeviceLimits {
   int wave_size;
@@ -93,6 +96,7 @@ struct DeviceLimits {
   int max_threads_per_block;  // of the launches that this project makes
   int max_cluster_size;       // workgroups; 1: no clusters
   int default_cluster_size;   // the most that launchers choose unasked
+  int most_clusters;          // of kWorkgroupsOfCluster, at a time; 0: none of so many
   bool can_hand_over;         // through memory (handover.h): kCanHandOver of its kernels
   bool hands_over;            // launchers choose to do so unasked
   bool overlaps_launches;     // a launch may start up while the one before it ends (cluster.h)
@@ -116,6 +120,7 @@ inline DeviceLimits query_device_limits(int) {
           256,  // fewer lanes, fewer switches at a barrier; a wave's lanes share a core anyway
           hip_cpu::kMaxClusterSize,
           1,
+          16,
           true,
           false,
           false};
@@ -223,6 +228,27 @@ inline int query_cluster_size(int device, int lds_bytes) {
   while (2 * size <= most && 2 * size <= kLargest) size *= 2;
   return size;
 }
+
+// Clusters of kWorkgroupsOfCluster that run at a time when each workgroup has a compute unit for itself: 15 on an H100
+// of 132 of them, which leaves 12 without.
+inline int query_most_clusters(int device, int lds_bytes) {
+  const DeviceGuard guard(device);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kWorkgroupsOfCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = kWorkgroupsOfCluster;
+  config.blockDim = 1024;
+  config.dynamicSmemBytes = lds_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int most = 0;
+  check_runtime(cudaOccupancyMaxActiveClusters(
+                    &most, reinterpret_cast<const void*>(cluster_probe_kernel<void>), &config),
+                "querying the number of clusters");
+  return most;
+}
 #endif
 
 inline DeviceLimits query_device_limits(int device) {
@@ -230,11 +256,14 @@ inline DeviceLimits query_device_limits(int device) {
   const int lds_bytes = device_attribute(device, hipDeviceAttributeMaxSharedMemoryPerBlock,
                                          "querying the LDS of a workgroup");
   const int cluster_size = 1;
+  const int most_clusters = 0;
   const bool can_hand_over = true;
 #else
   const int lds_bytes = device_attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                          "querying the LDS of a workgroup");
   const int cluster_size = query_cluster_size(device, lds_bytes);
+  const int most_clusters =
+      cluster_size >= kWorkgroupsOfCluster ? query_most_clusters(device, lds_bytes) : 0;
   const bool can_hand_over = !has_cluster_kernels(device);
 #endif
   return {device_attribute(device, hipDeviceAttributeWarpSize, "querying the wave width"),
@@ -244,6 +273,7 @@ inline DeviceLimits query_device_limits(int device) {
           1024,
           cluster_size,
           cluster_size,
+          most_clusters,
           can_hand_over,
           can_hand_over,
           cluster_size > 1};

@@ -125,6 +125,13 @@ constexpr int kHeldRegisters = 144;
 constexpr int kHeldRegisters = 192;
 #endif
 
+// Registers of a lane of the largest workgroup, of 1,024 threads.
+#if defined(AITER_TARGET_CUDA)
+constexpr int kRegistersOfLargest = 64;
+#else
+constexpr int kRegistersOfLargest = 128;
+#endif
+
 __device__ __forceinline__ int lane_idx() { return static_cast<int>(threadIdx.x % kWaveSize); }
 __device__ __forceinline__ int wave_idx() { return static_cast<int>(threadIdx.x / kWaveSize); }
 

@@ -166,8 +166,8 @@ def _decode_special(instruction: Instruction) -> Operation | None:
         return _compare(instruction)
     if name in _CARRIES:
         return _carry(instruction, *_CARRIES[name])
-    if name == "v_mad_u64_u32":
-        return _mad_u64(instruction)
+    if name in ("v_mad_u64_u32", "v_mad_i64_i32"):
+        return _mad_64(instruction)
     if name in ("v_div_scale_f32", "v_div_fmas_f32"):
         return _division(instruction)
     if name == "v_pk_mov_b32":
@@ -241,16 +241,21 @@ def _carry(instruction: Instruction, operation: str, reverse: bool, carry_in: bo
     return run
 
 
-def _mad_u64(instruction: Instruction) -> Operation:
-    operands = instruction.operands
-    reads, _ = source_readers(instruction, operands[2:], "uuU")
+def _mad_64(instruction: Instruction) -> Operation:
+    """The carry is the 65th bit of the sum, of signed ones the sign of the exact one."""
+    operands, signed = instruction.operands, instruction.mnemonic == "v_mad_i64_i32"
+    reads, _ = source_readers(instruction, operands[2:], "iiU" if signed else "uuU")
     store, write_carry = write_lanes(operands[0]), write_mask(operands[1])
 
     def run(w: Wave) -> None:
         a, b, c = (read(w) for read in reads)
-        total = u64(a) * u64(b) + c
+        product = (
+            (a.astype(np.int64) * b.astype(np.int64)).view(np.uint64) if signed else u64(a) * u64(b)
+        )
+        total = product + c
         store(w, total, None)
-        write_carry(w, total < c)
+        overflows = ~(product ^ c) & (product ^ total)
+        write_carry(w, (total ^ overflows) >> np.uint64(63) != 0 if signed else total < c)
 
     return run
 
