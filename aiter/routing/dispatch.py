@@ -80,11 +80,9 @@ class Crossover:
     command: str
 
 
-_H100 = ("NVIDIA H100 80GB HBM3", "2026-11-23", "python -m aiter tune --dry-run --rows")
-_H100_ANEW = (
-    "NVIDIA H100 80GB HBM3", "2026-11-26",
-    "python op_tests/bench_fused_topk_moe_sorting.py --no-compile",
-)  # fmt: skip
+_BENCH = "python op_tests/bench_fused_topk_moe_sorting.py --no-compile"
+_H100 = ("NVIDIA H100 80GB HBM3", "2026-11-27", _BENCH)
+_H200 = ("NVIDIA H200", "2026-11-27", _BENCH)
 
 # Rows by the beginning of the architecture's name. An empty entry is one that is not measured.
 # NOTE: the cpu target stays that way. It executes the kernel lane by lane to show what it does; its
@@ -98,12 +96,11 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
     "gfx12": (),
     "sm_8": (),
     "sm_9": (
-        Crossover(128, 4, 2880, 89088, 256, *_H100),
-        Crossover(256, 8, 7168, 42576, 128, *_H100),
-        Crossover(512, 10, 4096, 1024, 128, *_H100),
-        # NOTE: by softmax the fused launch is 16 % quicker still for M = 1024, but by Kimi-K3's rule the
-        # chain comes close for M = 256 (12.8 and 15.4 us), and one row speaks for all rules.
-        Crossover(896, 16, 3584, 256, 128, *_H100),
+        Crossover(128, 4, 2880, 4096, 16, *_H200),
+        Crossover(256, 8, 7168, 2048, 32, *_H200),
+        Crossover(512, 10, 4096, 384, 16, *_H200),
+        # NOTE: by softmax both are equal at about M = 350.
+        Crossover(896, 16, 3584, 256, 16, *_H200),
     ),
     "sm_10": (),
     "sm_12": (),
@@ -113,10 +110,10 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 MEASURED_BY_DTYPE: dict[str, dict[Logits, tuple[Crossover, ...]]] = {
     "sm_9": {
         "f32": (
-            Crossover(128, 4, 2880, 16384, 256, *_H100_ANEW),
-            Crossover(256, 8, 7168, 16384, 128, *_H100_ANEW),
-            Crossover(512, 10, 4096, 1024, 128, *_H100_ANEW),
-            Crossover(896, 16, 3584, 256, 128, *_H100),
+            Crossover(128, 4, 2880, 8192, 16, *_H100),
+            Crossover(256, 8, 7168, 4096, 32, *_H100),
+            Crossover(512, 10, 4096, 384, 16, *_H100),
+            Crossover(896, 16, 3584, 256, 16, *_H100),
         ),
     },
 }
