@@ -294,6 +294,7 @@ __global__ void __launch_bounds__(kTileThreads) moe_sorting_place_kernel(OpusPar
   write_padding<true>(p.shape, num_local, lds.sort.tails, p.sort, tile * blockDim.x + threadIdx.x,
                       gridDim.x * blockDim.x);
   if (!has_few || *lds.repeats() != 0) {
+    if (has_few) __syncthreads();  // as what all have just read is set again
     place_tokens(p, tokens, lds);  // which finds the same repeats
   } else if (has_own && lds.sort.starts[own_id] != kNoSlot) {
     const uint32_t rank = lds.hits.rank(own_token - tokens.first, own_id);

@@ -154,7 +154,7 @@ def test_a_lead_that_comes_back_is_found() -> None:
 
 
 class Planted(Cells):
-    """Cells with made-up times: fused M/10, top-k 1, oneshot M/50 + 1, multi-phase M/500 + 1."""
+    """Cells with made-up times: fused M/10, top-k 1, oneshot M/50 + 1, multi-phase M/500 + 4."""
 
     def __init__(self) -> None:
         super().__init__("gfx942", 128, 4, {}, [])
@@ -164,7 +164,7 @@ class Planted(Cells):
         self.asked.append((column, tokens))
         slope = {"fused": 0.1, "oneshot": 0.02, "multiphase": 0.002, "topk": 0.0, "counting": 0.0}
         name = column.partition(" ")[0]
-        return slope[name] * tokens + (name != "fused")
+        return slope[name] * tokens + (name != "fused") + 3 * (name == "multiphase")
 
 
 def test_planted_crossovers() -> None:
