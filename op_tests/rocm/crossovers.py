@@ -39,7 +39,7 @@ POWERS = tuple(1 << i for i in range(MOST_TOKENS.bit_length()))
 # another branch (256/8 on gfx942 takes 6.2 us for 33 rows and 5.8 us for 64); what counts takes rows of
 # a tile in fewer rounds from 1,024 rows on (4.8 us for 512, 3.1 for 1,024), as groups of lanes go by
 # M; and several workgroups that place share the padding, which one has for itself up to M = 32.
-SURE = {"fused": 1.07, "topk": 1.1, "counting": 1.55, "oneshot": 1.05, "multiphase": 1.4}
+SURE = {"fused": 1.07, "topk": 1.1, "counting": 1.55, "oneshot": 1.05, "multiphase": 1.5}
 EQUAL = 1.015  # times this close need no closer crossover
 FAIR = 1.02  # how much slower than the fastest path a choice may be
 
