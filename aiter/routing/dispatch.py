@@ -82,7 +82,6 @@ class Crossover:
 
 _BENCH = "python op_tests/bench_fused_topk_moe_sorting.py --no-compile"
 _H100 = ("NVIDIA H100 80GB HBM3", "2026-11-27", _BENCH)
-_H200 = ("NVIDIA H200", "2026-11-27", _BENCH)
 
 # Rows by the beginning of the architecture's name. An empty entry is one that is not measured.
 # NOTE: the cpu target stays that way. It executes the kernel lane by lane to show what it does; its
@@ -96,11 +95,11 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
     "gfx12": (),
     "sm_8": (),
     "sm_9": (
-        Crossover(128, 4, 2880, 4096, 16, *_H200),
-        Crossover(256, 8, 7168, 2048, 32, *_H200),
-        Crossover(512, 10, 4096, 384, 16, *_H200),
-        # NOTE: by softmax both are equal at about M = 350.
-        Crossover(896, 16, 3584, 256, 16, *_H200),
+        Crossover(128, 4, 2880, 8192, 8, *_H100),
+        Crossover(256, 8, 7168, 4096, 32, *_H100),
+        Crossover(512, 10, 4096, 384, 8, *_H100),
+        # NOTE: by softmax both are equal at about M = 330.
+        Crossover(896, 16, 3584, 256, 16, *_H100),
     ),
     "sm_10": (),
     "sm_12": (),
@@ -110,9 +109,9 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 MEASURED_BY_DTYPE: dict[str, dict[Logits, tuple[Crossover, ...]]] = {
     "sm_9": {
         "f32": (
-            Crossover(128, 4, 2880, 8192, 16, *_H100),
-            Crossover(256, 8, 7168, 4096, 32, *_H100),
-            Crossover(512, 10, 4096, 384, 16, *_H100),
+            Crossover(128, 4, 2880, 4096, 8, *_H100),
+            Crossover(256, 8, 7168, 2048, 32, *_H100),
+            Crossover(512, 10, 4096, 384, 8, *_H100),
             Crossover(896, 16, 3584, 256, 16, *_H100),
         ),
     },
