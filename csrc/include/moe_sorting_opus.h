@@ -4,11 +4,11 @@
 //   may repeat in a row: every (token, slot) is an entry of its own
 //   outputs as in expert_sort.h; moe_buf rows below n zeroed
 //
-// Tokens are handled in tiles of whole bitmask words, so that LDS does not depend on M.
+// Tokens are handled in parts of whole bitmask words, so that LDS does not depend on M.
 //
 // Oneshot, one launch. Workgroup 0 sorts, the others zero moe_buf:
-//   count all entries into LDS, give every expert its blocks, then tile by tile: bits of the tile,
-//   entries to start + rank, start += entries of the tile.
+//   count all entries into LDS, give every expert its blocks, then part by part: its bits, entries to
+//   start + rank, start += entries of the part.
 //
 // Multi-phase, two launches over a workspace of counts per expert and tile of tokens (tile_counts.h):
 //   1 count     a workgroup per tile: its entries per expert; zeroes its rows of moe_buf. Left out where the launch that
@@ -17,11 +17,11 @@
 //               start + entries of the tiles before + rank
 //
 // A bit per (token, expert) cannot count an id that repeats in a row. What was set before a bit is set tells
-// of it, and the tile is then done once more with a bit per (entry, expert), which needs no such care: the
-// entries' order by token, then slot, is the order in memory. A tile's bits hold 1/K of its entries at a time,
-// so such a tile takes about K times as long; without repeats nothing is done twice. Rejected: entries as
+// of it, and the part is then done once more with a bit per (entry, expert), which needs no such care: the
+// entries' order by token, then slot, is the order in memory. A part's bits hold 1/K of its entries at a time,
+// so such a part takes about K times as long; without repeats nothing is done twice. Rejected: entries as
 // bits always (K times the LDS, or K passes); comparing every id with those before it in its row (K/2 loads
-// per entry, repeats or not); distinct counts against all counts (a pass over the experts per tile).
+// per entry, repeats or not); distinct counts against all counts (a pass over the experts per part).
 //
 // Rejected: what the first loads need as arguments of their own, as the other kernels have them (the model of
 // op_tests/rocm, gfx942, 128/4, M = 1: 3.64 -> 3.31 us oneshot; but on an H100 3.12 -> 3.31, and 9.37 -> 9.60 for

@@ -9,6 +9,14 @@
 //
 // In a cluster every workgroup adds up a slice of the experts, which the others send to it: E words in all, and a
 // wait of about 1 us that everything behind top-k takes part in.
+//
+// Measured on an H100 (2026-11-27, us, the strict clock of a C++ program, chain from bf16 logits without zeroing):
+//   groups of two, four, eight tiles         512/10, M = 1024   11.4, 9.1, 8.2    896/16   17.8, 13.0, 11.3
+//   tiles in clusters that do not fit beside each other (16 of 8 where 15 fit), M = 65,536, top-k alone
+//                                            512/10 134 instead of 76    896/16 165 instead of 95
+// The four launches that these two replace (top-k, count, assign, scatter) took 16.4 and 21.5 for M = 1024, with zeroing.
+// Rejected unmeasured: an atomic addition of each tile to sums that all share, which somebody has to zero first; a ticket
+// for the last workgroup of a group, which nobody else may have at that time (handover_tickets.h).
 #pragma once
 
 #include <algorithm>

@@ -15,12 +15,13 @@ import re
 import zlib
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import _checkout  # noqa: F401
 import pytest
 import torch
 from buffers import require
-from cases import GATING_DTYPES, LOGITS, Case
+from cases import GATING_DTYPES, LOGITS, Case, make_inputs
 from checks import check_same_bits
 from runners import run_fused, run_moe_sorting, run_topk_softmax
 from targets import Target
@@ -33,7 +34,7 @@ pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
 from amdgcn.assembly import KernelText  # noqa: E402
 from archs import parameters  # noqa: E402
 from choices import choose_rows  # noqa: E402
-from launches import Device, kernels  # noqa: E402
+from launches import Counting, Device, kernels  # noqa: E402
 
 ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201", "gfx1250")
 OLDEST = "gfx90a"
@@ -247,6 +248,39 @@ def test_topk_softmax(arch: str, shape: tuple[int, int, int, torch.dtype]) -> No
 @pytest.mark.parametrize("arch", parameters(ARCHS))
 def test_moe_sorting(arch: str, case: Case, policy: int) -> None:
     check_sorting(arch, case, policy)
+
+
+def check_chain(arch: str, case: Case) -> None:
+    """The chain's two launches, of which the first counts and zeroes, against the contract."""
+    device = device_for(arch, case)
+
+    def chain(ids: Tensor, weights: Tensor, *rest: Any, **named: Any) -> None:
+        """As `moe_sorting_opus_fwd`, for what the first launch selects."""
+        logits = make_inputs(case, "cpu").gating
+        selected = torch.empty_like(weights), torch.empty_like(ids)
+        counting = Counting(named["workspace"], rest[4], rest[5], named["num_local_tokens"])
+        device.topk_softmax(*selected, None, logits, case.need_renorm, counting)
+        device.moe_sorting_opus_fwd(*selected[::-1], *rest, **named, counted=True)
+
+    size = aiter.moe_sorting_opus_get_workspace_size
+    run_moe_sorting(case, Target("cpu", device.wave_size), chain, 2, size)
+    assert [name.partition("<")[0] for name in device.statistics] == [
+        "topk_softmax", "moe_sorting_place",
+    ]  # fmt: skip
+
+
+CHAINS = (
+    Case(9, 33, 4, F32, block_size=4, model_dim=3),
+    Case(40, 512, 10, BF16, block_size=8, mask="random", num_local=33),
+    Case(100, 128, 4, BF16, block_size=16, model_dim=37, num_local=70),
+    Case(70, 896, 16, F32, block_size=4),
+)
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=str)
+@pytest.mark.parametrize("arch", parameters(ARCHS))
+def test_chain_that_counts(arch: str, case: Case) -> None:
+    check_chain(arch, case)
 
 
 @pytest.mark.parametrize("policy", [1, 2])
