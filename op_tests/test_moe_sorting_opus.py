@@ -124,6 +124,8 @@ def test_moe_buf(target: Target, policy: int) -> None:
         Case(65536, 8, 1, logits="ties", model_dim=1),
         Case(65536, 128, 4, model_dim=1),
         Case(5000, 1024, 8, mask="random", num_local=4999, model_dim=1),
+        # LDS has one word per expert, so that a tile of 40 or 79 tokens is done in parts.
+        Case(5000, 4096, 2, mask="random", num_local=4990, model_dim=1),
     ],
     ids=lambda case: f"M{case.num_tokens}-E{case.num_experts}-K{case.topk}",
 )

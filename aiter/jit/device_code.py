@@ -92,14 +92,14 @@ BUDGETS = (
 
 # What some kernels may have beyond, by the beginning and a part of their names: those by rules carry the
 # rule's thirty scalars beside the launch's; those of f32 keys are a few scalars over on gfx9, and so are
-# those from hidden states, which have the product's scalars as well. The scratch is set aside by clang
-# on gfx90a and gfx950 alone, and no instruction touches it. The worst of the six architectures,
-# 2026-11-26.
+# those from hidden states, which have the product's scalars as well, and the chain's launches, which
+# have those of the counts. The scratch is set aside by clang on gfx90a and gfx950 alone, and no
+# instruction touches it. The worst of the six architectures, 2026-11-27.
 ALLOWANCES = (
     ("fused_", "RuleRow", {"scratch_bytes": 20, "sgpr_spills": 59}),
     ("topk_routing", "RuleRow", {"scratch_bytes": 36, "sgpr_spills": 45}),
     ("topk_softmax", "GroupRows<f32", {"sgpr_spills": 4}),
-    ("moe_sorting_place", "", {"sgpr_spills": 10}),
+    ("moe_sorting_place", "", {"sgpr_spills": 7}),
     ("fused_", "GroupRows<f32", {"sgpr_spills": 4}),
     ("fused_router", "KeyRows", {"sgpr_spills": 4}),
     ("fused_router", "RuleRow", {"sgpr_spills": 71}),

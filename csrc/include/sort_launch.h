@@ -125,14 +125,21 @@ inline RowChoice choose_rows(const TensorView& gating, int num_experts, int topk
   return choice;
 }
 
-// Of the counts of a launch that selects `num_tokens` rows, if it has any.
-inline void check_counts(const std::optional<CountsArgs>& counts, int64_t num_tokens) {
-  if (!counts) return;
+// The tensors of the counts of a launch that selects; null without.
+struct CountsTensors {
+  const TensorView *workspace = nullptr, *moe_buf = nullptr;  // outputs
+  const TensorView* num_local_tokens = nullptr;
+};
+
+// Checks them for a launch that selects `num_tokens` rows, but for their places.
+inline CountsTensors check_counts(const std::optional<CountsArgs>& counts, int64_t num_tokens) {
+  if (!counts) return {};
   check_range("num_experts", counts->num_experts, 1, kMaxSortExperts);
   check_workspace(&counts->workspace,
                   tile_counts_bytes(static_cast<int>(num_tokens), counts->num_experts));
   check_num_local_tokens(counts->num_local_tokens_or_null());
   check_moe_buf(counts->moe_buf, num_tokens);
+  return {&counts->workspace, &counts->moe_buf, counts->num_local_tokens_or_null()};
 }
 
 // How a launch that selects rows is made: with counts, a tile a workgroup, else as many rows as its waves take at once.

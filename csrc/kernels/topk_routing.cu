@@ -17,14 +17,11 @@ void check(const TopkRoutingArgs& args) {
     check_rows(*t);
   }
   const TensorView* bias = args.correction_bias ? &*args.correction_bias : nullptr;
-  check_counts(args.counts, args.gating_output.shape[0]);
-  const TensorView* workspace = args.counts ? &args.counts->workspace : nullptr;
-  const TensorView* moe_buf = args.counts ? &args.counts->moe_buf : nullptr;
-  const TensorView* local = args.counts ? args.counts->num_local_tokens_or_null() : nullptr;
-  check_same_device(
-      {&args.gating_output, &args.topk_weights, &args.topk_ids, bias, workspace, moe_buf, local});
-  check_no_overlap({&args.topk_weights, &args.topk_ids, workspace, moe_buf},
-                   {&args.gating_output, bias, local});
+  const CountsTensors counts = check_counts(args.counts, args.gating_output.shape[0]);
+  check_same_device({&args.gating_output, &args.topk_weights, &args.topk_ids, bias,
+                     counts.workspace, counts.moe_buf, counts.num_local_tokens});
+  check_no_overlap({&args.topk_weights, &args.topk_ids, counts.workspace, counts.moe_buf},
+                   {&args.gating_output, bias, counts.num_local_tokens});
 }
 
 }  // namespace

@@ -22,14 +22,12 @@ void check(const TopkSoftmaxArgs& args) {
     check_contiguous(*t);
   }
   check_range("M*topk", args.topk_weights.numel(), 0, std::numeric_limits<int32_t>::max());
-  check_counts(args.counts, args.gating_output.shape[0]);
-  const TensorView* workspace = args.counts ? &args.counts->workspace : nullptr;
-  const TensorView* moe_buf = args.counts ? &args.counts->moe_buf : nullptr;
-  const TensorView* local = args.counts ? args.counts->num_local_tokens_or_null() : nullptr;
+  const CountsTensors counts = check_counts(args.counts, args.gating_output.shape[0]);
   check_same_device({&args.topk_weights, &args.topk_indices, sources, &args.gating_output,
-                     workspace, moe_buf, local});
-  check_no_overlap({&args.topk_weights, &args.topk_indices, sources, workspace, moe_buf},
-                   {&args.gating_output, local});
+                     counts.workspace, counts.moe_buf, counts.num_local_tokens});
+  check_no_overlap(
+      {&args.topk_weights, &args.topk_indices, sources, counts.workspace, counts.moe_buf},
+      {&args.gating_output, counts.num_local_tokens});
 }
 
 }  // namespace

@@ -57,9 +57,9 @@ _MODEL = b"".join((HERE / name).read_bytes() for name in ("amdgcn/timing.py", "m
 
 Column = dict[int, float]
 Columns = dict[str, Column]
-FURTHER_LAUNCHES = {"oneshot": 1, "multiphase": 1}
+# What selects in front of a sort: a launch, as the sort is.
 SELECTS = {"oneshot": "topk", "multiphase": "counting"}
-PATHS = ("fused", *FURTHER_LAUNCHES)
+PATHS = ("fused", *SELECTS)
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,8 @@ class Cells:
         if path == "fused":
             fits = tokens <= self.capacity
             return self._known(f"fused {dtype}", tokens) if fits else Bounds(math.inf, math.inf)
-        gaps = LAUNCH_GAP_US * FURTHER_LAUNCHES[path]
-        first = self._known(f"{SELECTS[path]} {dtype}", tokens)
-        parts = first, self._known(path, tokens)
-        return Bounds(sum(p.low for p in parts) + gaps, sum(p.high for p in parts) + gaps)
+        first, then = self._known(f"{SELECTS[path]} {dtype}", tokens), self._known(path, tokens)
+        return Bounds(first.low + LAUNCH_GAP_US + then.low, first.high + LAUNCH_GAP_US + then.high)
 
     def model(self, path: str, dtype: str, tokens: int) -> None:
         """Keeps the times of a path."""
@@ -178,7 +176,7 @@ class Cells:
         """
 
         def single(tokens: int) -> float:
-            return self.lead("fused", tuple(FURTHER_LAUNCHES), dtype, tokens)
+            return self.lead("fused", tuple(SELECTS), dtype, tokens)
 
         def oneshot(tokens: int) -> float:
             return self.lead("oneshot", ("multiphase",), dtype, tokens)

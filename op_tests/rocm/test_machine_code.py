@@ -286,7 +286,7 @@ def test_chain_that_counts(arch: str, case: Case) -> None:
 @pytest.mark.parametrize("policy", [1, 2])
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
 def test_moe_sorting_several_tiles(arch: str, policy: int) -> None:
-    """A tile is at most 15 bitmask words for 896 experts: more than 480 tokens make several."""
+    """Under policy 1, the one workgroup has at most 15 bitmask words at a time for 896 experts."""
     check_sorting(arch, Case(500, 896, 1, BF16, block_size=2), policy)
 
 
