@@ -267,15 +267,20 @@ __device__ __forceinline__ void place_experts(const SortShape& shape, int e, uin
   }
 }
 
+struct WorkgroupSync {
+  __device__ __forceinline__ void operator()() const { __syncthreads(); }
+};
+
 // Gives every expert its blocks: fills lds.starts and lds.tails, writes num_valid_ids if `writes`, and
 // sorted_expert_ids if `writes_ids`. counts_of(e) is called once for every kAtOnce experts from e on, by the thread
 // e / kAtOnce % num_threads; `first_local` is local_experts() of the thread's first ones, asked for early; `wave` is
 // uniform_wave_idx(). Waves beyond the last expert only pass the barriers. Needs one before and after.
-template <bool kAny, int kAtOnce, typename CountsOf>
+template <bool kAny, int kAtOnce, typename CountsOf, typename Sync = WorkgroupSync>
 __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_local,
                                               uint32_t first_local, bool writes, bool writes_ids,
                                               int wave, int num_threads, const SortLds& lds,
-                                              const SortParams& out, CountsOf counts_of) {
+                                              const SortParams& out, CountsOf counts_of,
+                                              Sync sync = {}) {
   uint32_t* const local_totals = lds.totals + kMaxWavesPerBlock;
   const bool has_mask = leaves_out<kAny>(shape, out);
   const bool is_flat = kAny && shape.flat_ids;
@@ -290,7 +295,7 @@ __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_lo
     ExpertCounts<kAtOnce> counts{};
     uint32_t num_blocks[kAtOnce] = {};
     WavePrefix blocks{}, locals{};
-    if (first != 0) __syncthreads();
+    if (first != 0) sync();
     if (wave < num_waves) {
       if (first != 0) local = local_experts<kAny, kAtOnce>(shape, out.expert_mask, e);
       if (e < shape.num_experts) counts = counts_of(e);
@@ -309,7 +314,7 @@ __device__ __forceinline__ void assign_blocks(const SortShape& shape, int num_lo
         post_total(local_totals, locals);
       }
     }
-    __syncthreads();
+    sync();
     if (wave >= num_waves) continue;  // only in the last round
 
     blocks = over_workgroup(lds.totals, num_waves, blocks);

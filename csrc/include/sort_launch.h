@@ -148,10 +148,30 @@ struct SelectLaunch {
   LaunchShape shape;
 };
 
-inline SelectLaunch select_launch(int num_tokens, const RowChoice& rows,
+// Rows come ahead to waves that have several sets of them, behind `lds_bytes` that are taken.
+inline AheadShape ahead_shape(const TensorView& gating, const RowChoice& rows, int num_waves,
+                              const Tiles& tiles, size_t lds_bytes, const DeviceLimits& limits) {
+  const int64_t row_bytes = gating.shape[1] * gating.itemsize;
+  const auto on_boundary = [](uint64_t bytes) { return bytes % sizeof(FourWords) == 0; };
+  const bool can_copy = limits.copies_in_bulk && on_boundary(row_bytes) &&
+                        on_boundary(gating.stride[0] * gating.itemsize) &&
+                        on_boundary(reinterpret_cast<uintptr_t>(gating.data));
+  if (!can_copy || tiles.tokens <= num_waves * rows.rows_per_wave) return {};
+  if (row_bytes * rows.rows_per_wave > limits.lds_bytes) return {};
+  const AheadShape shape{
+      AheadShape::up_to_boundary(static_cast<uint32_t>(lds_bytes)),
+      static_cast<uint32_t>(row_bytes),
+      AheadShape::up_to_boundary(static_cast<uint32_t>(row_bytes * rows.rows_per_wave))};
+  const bool fits =
+      shape.offset + shape.lds_bytes(num_waves) <= static_cast<uint32_t>(limits.lds_bytes);
+  return fits ? shape : AheadShape{};
+}
+
+inline SelectLaunch select_launch(const TensorView& gating, int topk, const RowChoice& rows,
                                   const std::optional<CountsArgs>& counts,
                                   const DeviceLimits& limits) {
   SelectLaunch launch{};
+  const int num_tokens = static_cast<int>(gating.shape[0]);
   const Tiles tiles = Tiles::choose(num_tokens, limits);
   int num_waves = kWavesPerBlock;
   if (counts) {
@@ -171,14 +191,22 @@ inline SelectLaunch select_launch(int num_tokens, const RowChoice& rows,
     return launch;
   }
   const TensorView* local = counts->num_local_tokens_or_null();
+  const uint64_t row_bytes =
+      static_cast<uint64_t>(counts->moe_buf.shape[1]) * counts->moe_buf.itemsize;
   launch.block = {tiles.tokens,
+                  tiles.zeroed_first(topk, row_bytes, limits),
                   static_cast<uint32_t>(shape.lds_bytes),
                   TileCounts::in(static_cast<uint32_t*>(counts->workspace.data),
                                  static_cast<int>(counts->num_experts), tiles),
                   local == nullptr ? nullptr : static_cast<const int32_t*>(local->data),
                   static_cast<unsigned char*>(counts->moe_buf.data),
-                  static_cast<uint64_t>(counts->moe_buf.shape[1]) * counts->moe_buf.itemsize};
+                  row_bytes,
+                  {}};
   shape.lds_bytes += launch.block.counts.lds_bytes();
+  launch.block.ahead = ahead_shape(gating, rows, num_waves - 1, tiles, shape.lds_bytes, limits);
+  if (launch.block.ahead.row_bytes != 0) {
+    shape.lds_bytes = launch.block.ahead.offset + launch.block.ahead.lds_bytes(num_waves - 1);
+  }
   shape.num_blocks = tiles.count;
   shape.cluster_size = tiles.group;
   return launch;

@@ -22,13 +22,17 @@
 #include <algorithm>
 
 #include "device/cluster.h"
+#include "device/team.h"
 #include "expert_sort.h"
+#include "rows_ahead.h"
 
 namespace aiter {
 
 // The same on every device, as the size of the workspace must not depend on it.
 constexpr int kMaxTiles = 128;
 constexpr int kMaxTilesAlone = 64;
+constexpr int kFewestTokens = 8;  // of a tile
+constexpr int kManyTokens = 64;   // of a tile, a multiple of four beyond
 
 constexpr int kMaxSortExperts = 4096;
 
@@ -39,13 +43,13 @@ struct Tiles {
 
   // In groups, of which there can be `most_groups` at a time, or, for 0, each for itself.
   static Tiles choose(int num_tokens, int most_groups) {
-    constexpr int kFewestTokens = 8, kMostAlone = 16;
+    constexpr int kMostAlone = 16;
     const bool in_groups = most_groups != 0;
     const int most =
         in_groups ? std::min(kMaxTiles, most_groups * kWorkgroupsOfCluster) : kMaxTilesAlone;
-    const int fewest = in_groups ? kFewestTokens : kTokensPerWord;
     Tiles tiles;
-    tiles.tokens = std::max(fewest, (num_tokens + most - 1) / most);
+    tiles.tokens = std::max(kFewestTokens, (num_tokens + most - 1) / most);
+    if (tiles.tokens > kManyTokens) tiles.tokens = (tiles.tokens + 3) / 4 * 4;
     tiles.count = (num_tokens + tiles.tokens - 1) / tiles.tokens;
     tiles.group = in_groups && tiles.count > kMostAlone ? kWorkgroupsOfCluster : 1;
     tiles.count = (tiles.count + tiles.group - 1) / tiles.group * tiles.group;
@@ -55,6 +59,14 @@ struct Tiles {
     return choose(num_tokens, limits.most_clusters);
   }
   __host__ __device__ int num_groups() const { return count / group; }
+  // Of a tile's tokens the first ones, whose rows of moe_buf the launch that counts zeroes. The one that places zeroes the
+  // others in the time that it takes anyway.
+  int zeroed_first(int topk, uint64_t row_bytes, const DeviceLimits& limits) const {
+    constexpr uint64_t kBytesPerEntry = 192;
+    if (!limits.copies_in_bulk || row_bytes == 0) return tokens;
+    const uint64_t rest = static_cast<uint64_t>(tokens) * topk * kBytesPerEntry / row_bytes;
+    return tokens - static_cast<int>(std::min<uint64_t>(tokens, rest));
+  }
   // Of a workspace, per expert.
   int64_t num_words() const { return num_groups() + (group > 1 ? count : 0); }
 };
@@ -125,6 +137,13 @@ __device__ __forceinline__ TokenRange tokens_there(int64_t first, int64_t count,
   return {static_cast<int>(first), static_cast<int>(last)};
 }
 
+// Zeroes moe_buf's rows of these tokens, by a wave; `page` is of zeros (zeroing.h).
+__device__ __forceinline__ void zero_rows(unsigned char* moe_buf, uint64_t row_bytes,
+                                          TokenRange tokens, char* page) {
+  if (tokens.first >= tokens.last) return;
+  zero_aside(moe_buf + tokens.first * row_bytes, (tokens.last - tokens.first) * row_bytes, page);
+}
+
 // A workgroup that counts the entries of the tile blockIdx.x, and zeroes its rows of moe_buf.
 struct TileCounter {
   const TileCounts& out;
@@ -159,17 +178,16 @@ struct TileCounter {
   // Zeroes moe_buf's rows of these tokens, by a wave.
   __device__ __forceinline__ void zero(unsigned char* moe_buf, uint64_t row_bytes,
                                        TokenRange tokens) const {
-    if (tokens.first >= tokens.last) return;
-    zero_aside(moe_buf + tokens.first * row_bytes, (tokens.last - tokens.first) * row_bytes, page);
+    zero_rows(moe_buf, row_bytes, tokens, page);
   }
-  // By all threads.
-  __device__ __forceinline__ void finish() const {
+  // By the team that has counted.
+  __device__ __forceinline__ void finish(const Team& team) const {
     const int tile = blockIdx.x;
-    __syncthreads();
+    team.sync();
     if (!in_cluster()) {
       uint32_t* const totals = out.totals + static_cast<int64_t>(tile) * out.num_experts;
       AITER_LOOP
-      for (int e = threadIdx.x; e < out.num_experts; e += blockDim.x) totals[e] = counts[e];
+      for (int e = threadIdx.x; e < out.num_experts; e += team.num_threads) totals[e] = counts[e];
       return;
     }
     const int size = out.tiles.group;
@@ -180,7 +198,7 @@ struct TileCounter {
     FourWords* const received = words + num_padded / 4;  // [size][slice / 4]
     cluster_wait();                                      // all workgroups have started
     AITER_LOOP
-    for (int i = threadIdx.x; i < num_padded / 4; i += blockDim.x) {
+    for (int i = threadIdx.x; i < num_padded / 4; i += team.num_threads) {
       const int to = i / (slice / 4);
       FourWords* const place = received + rank * (slice / 4) + i % (slice / 4);
       if (to == rank) {
@@ -189,11 +207,11 @@ struct TileCounter {
         cluster_send(place, inbox, to, words[i]);
       }
     }
-    __syncthreads();
+    team.sync();
     wait_for_inbox(inbox);
     const uint32_t* const column = reinterpret_cast<const uint32_t*>(received);
     AITER_LOOP
-    for (int i = threadIdx.x; i < slice; i += blockDim.x) {
+    for (int i = threadIdx.x; i < slice; i += team.num_threads) {
       const int e = rank * slice + i;
       if (e >= out.num_experts) continue;
       uint32_t sum = 0;
@@ -218,16 +236,18 @@ constexpr int kCountingThreads = 512;
 // What a launch that selects knows of its workgroups' rows, and of what it does beside for a sort that follows.
 struct RowsOfBlock {
   int num_rows;            // a tile's, where they are counted
+  int num_zeroed;          // of these the first ones, whose rows of moe_buf are zeroed
   uint32_t counts_offset;  // in LDS
   TileCounts counts;
   const int32_t* num_local_tokens;  // rows behind are neither counted nor zeroed; may be null
   unsigned char* moe_buf;
   uint64_t row_bytes;  // of moe_buf
+  AheadShape ahead;
 
   __device__ __forceinline__ bool is_counting() const { return counts.totals != nullptr; }
-  // Waves that take rows. With counts there is one more, which zeroes.
-  __device__ __forceinline__ int num_row_waves() const {
-    return static_cast<int>(blockDim.x) / kWaveSize - (is_counting() ? 1 : 0);
+  // The waves that take rows. With counts there is one more, which zeroes.
+  __device__ __forceinline__ Team team() const {
+    return {static_cast<int>(blockDim.x) - (is_counting() ? kWaveSize : 0)};
   }
   __device__ __forceinline__ TokenRange tokens(int num_tokens) const {
     return tokens_there(static_cast<int64_t>(blockIdx.x) * num_rows, num_rows, num_tokens);
@@ -250,11 +270,12 @@ struct EntryCounts {
     counts = counter.counts;
     num_local = local_tokens(rows.num_local_tokens, num_tokens);
   }
-  // Zeroes moe_buf's rows of these tokens, by a wave.
+  // Zeroes the tile's first rows of moe_buf, by a wave.
   __device__ __forceinline__ void zero(const RowsOfBlock& rows, const TileCounter& counter,
                                        TokenRange tokens) const {
-    if (num_local < tokens.last) tokens.last = num_local;
-    counter.zero(rows.moe_buf, rows.row_bytes, tokens);
+    if (rows.ahead.row_bytes == 0) let_loads_begin();
+    counter.zero(rows.moe_buf, rows.row_bytes,
+                 tokens_there(tokens.first, rows.num_zeroed, num_local));
   }
   __device__ __forceinline__ void add(int64_t row, uint32_t id) const {
     if (counts == nullptr || row >= num_local || id >= static_cast<uint32_t>(num_experts)) return;

@@ -59,21 +59,30 @@ __global__ void AITER_LAUNCH_BOUNDS(Rows::kMaxThreads)
   }
   TopkRoutingSink sink{EntryCounts(p.block, counter, num_tokens), 0, nullptr, nullptr};
   const int wave = uniform_wave_idx();
-  const int num_waves = p.block.num_row_waves();
-  if (wave >= num_waves) sink.counts.zero(p.block, counter, tokens);
+  const int num_waves = p.block.team().num_threads / kWaveSize;
+  if (wave >= num_waves) {
+    sink.counts.zero(p.block, counter, tokens);
+    return;
+  }
+  const int begin = tokens.first + wave * Rows::kRowsPerWave;
+  const int step = num_waves * Rows::kRowsPerWave;
+  RowsAhead<Rows::kRowsPerWave> ahead;
+  ahead.begin(gating, row_bytes, begin, step, last, p.block.ahead, lds_base, wave, num_waves);
   AITER_LOOP
-  for (int first = wave < num_waves ? tokens.first + wave * Rows::kRowsPerWave : tokens.last;
-       first < tokens.last; first += num_waves * Rows::kRowsPerWave) {
+  for (int first = begin; first < tokens.last; first += step) {
     const int row = first + Rows::row_in_wave();
     const bool valid = row <= last;
     sink.row = valid ? row : last;
     sink.weights = p.topk_weights + sink.row * p.weights_stride;
     sink.ids = p.topk_ids + sink.row * p.ids_stride;
-    logits.load(gating + sink.row * row_bytes, 0, RowFormat{});
+    ahead.load(logits, gating + sink.row * row_bytes, 0, RowFormat{});
     wave_topk(logits, 0, 0, false, valid, sink);
+    ahead.advance();
   }
   const RowsOfBlock& again = loaded_anew(p.block, kOffset + offsetof(TopkRoutingParams, block));
-  if (again.is_counting()) TileCounter(again.counts, lds_base + again.counts_offset).finish();
+  if (again.is_counting()) {
+    TileCounter(again.counts, lds_base + again.counts_offset).finish(again.team());
+  }
 }
 
 }  // namespace aiter

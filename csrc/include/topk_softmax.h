@@ -72,6 +72,7 @@ __global__ void AITER_LAUNCH_BOUNDS(kCountingThreads)
   wait_for_earlier_launch();
   let_next_launch_begin();
   if constexpr (Rows::kIsUsed) {
+    using Item = typename Rows::Item;
     const TokenRange tokens = block.tokens(num_tokens);
     const int last = tokens.last - 1;
     Rows logits;
@@ -82,21 +83,31 @@ __global__ void AITER_LAUNCH_BOUNDS(kCountingThreads)
     }
     TopkSoftmaxSink sink{EntryCounts(block, counter, num_tokens), out, topk, num_tokens, 0};
     const int wave = uniform_wave_idx();
-    const int num_waves = block.num_row_waves();
-    if (wave >= num_waves) sink.counts.zero(block, counter, tokens);
+    const int num_waves = block.team().num_threads / kWaveSize;
+    if (wave >= num_waves) {
+      sink.counts.zero(block, counter, tokens);
+      return;
+    }
+    const int begin = tokens.first + wave * Rows::kRowsPerWave;
+    const int step = num_waves * Rows::kRowsPerWave;
+    RowsAhead<Rows::kRowsPerWave> ahead;
+    ahead.begin(gating, row_stride * sizeof(Item), begin, step, last, block.ahead, lds_base, wave,
+                num_waves);
     AITER_LOOP
-    for (int first = wave < num_waves ? tokens.first + wave * Rows::kRowsPerWave : tokens.last;
-         first < tokens.last; first += num_waves * Rows::kRowsPerWave) {
+    for (int first = begin; first < tokens.last; first += step) {
       const int row = first + Rows::row_in_wave();
       const bool valid = row <= last;
       sink.row = valid ? row : last;
-      logits.load(static_cast<const typename Rows::Item*>(gating) + sink.row * row_stride,
-                  num_experts, flags.row_format());
+      const Item* const in_memory = static_cast<const Item*>(gating) + sink.row * row_stride;
+      ahead.load(logits, in_memory, num_experts, flags.row_format());
       wave_topk(logits, num_experts, topk, flags.need_renorm(), valid, sink);
+      ahead.advance();
     }
   }
   const RowsOfBlock& again = loaded_anew(block, kBlockOffset);
-  if (again.is_counting()) TileCounter(again.counts, lds_base + again.counts_offset).finish();
+  if (again.is_counting()) {
+    TileCounter(again.counts, lds_base + again.counts_offset).finish(again.team());
+  }
 }
 
 }  // namespace aiter

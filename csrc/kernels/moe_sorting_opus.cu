@@ -54,6 +54,21 @@ bool check(const MoeSortingOpusArgs& args) {
   return multiphase;
 }
 
+// Bitmask words of a part of a tile whose entries are put in order before they are written; 0 where that is not worth
+// while: of few entries in all, or of too few of each expert in as much as fits in LDS.
+int max_ordered_words(const SortShape& shape, const Tiles& tiles, const DeviceLimits& limits) {
+  if (!limits.copies_in_bulk || tiles.tokens * shape.topk <= kFewEntries) return 0;
+  const auto lds_bytes = [&](int words) {
+    return kZeroPageBytes + opus_lds_bytes(shape.num_experts, words) +
+           part_lds_bytes(words, shape.topk);
+  };
+  const int wanted = hit_words(tiles.tokens);
+  int words = wanted;
+  while (words > 0 && lds_bytes(words) > static_cast<size_t>(limits.lds_bytes)) --words;
+  const int64_t num_entries = int64_t{kTokensPerWord} * words * shape.topk;
+  return words == wanted || num_entries >= 2 * shape.num_experts ? words : 0;
+}
+
 void launch_oneshot(OpusParams p, const DeviceLimits& limits, unsigned num_zeroing,
                     hipStream_t stream) {
   const unsigned threads = std::min(kSortThreads, limits.max_threads_per_block);
@@ -71,18 +86,25 @@ void launch_multiphase(OpusParams p, const DeviceLimits& limits, uint32_t* works
   const unsigned num_tiles = tiles.count, group = tiles.group;
   p.counts = TileCounts::in(workspace, p.shape.num_experts, tiles);
   p.part_words = std::min(hit_words(tiles.tokens), max_part_words(p.shape.num_experts));
+  p.num_zeroed = tiles.zeroed_first(p.shape.topk, p.sort.row_bytes, limits);
   if (num_tiles > 0 && !counted) {
     launch(moe_sorting_count_kernel, limits,
            {num_tiles, threads, p.counts.lds_bytes(), group, true}, stream, p);
   }
-  size_t lds_bytes = opus_lds_bytes(p.shape.num_experts, p.part_words);
+  const bool zeroes = p.num_zeroed < tiles.tokens;
+  const int ordered_words = max_ordered_words(p.shape, tiles, limits);
+  if (ordered_words != 0) p.part_words = ordered_words;
+  size_t lds_bytes =
+      opus_lds_bytes(p.shape.num_experts, p.part_words) + (zeroes ? kZeroPageBytes : 0);
+  if (ordered_words != 0) lds_bytes += part_lds_bytes(p.part_words, p.shape.topk);
   // NOTE: more than half of a compute unit's, so that each has one workgroup. Those that start up while the launch
   // before still runs crowd on the compute units that it leaves free else, and take several times as long.
   if (limits.overlaps_launches) {
     lds_bytes = std::max<size_t>(lds_bytes, limits.lds_bytes / 2 + 1024);
   }
-  launch(moe_sorting_place_kernel, limits, {std::max(num_tiles, 1u), threads, lds_bytes, 1, true},
-         stream, p);
+  const unsigned num_zeroing = zeroes ? limits.wave_size : 0;
+  launch(ordered_words != 0 ? moe_sorting_place_in_order_kernel : moe_sorting_place_kernel, limits,
+         {std::max(num_tiles, 1u), threads + num_zeroing, lds_bytes, 1, true}, stream, p);
 }
 
 void sort(const MoeSortingOpusArgs& args, bool counted, void* stream) {

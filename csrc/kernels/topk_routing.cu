@@ -40,7 +40,8 @@ void topk_routing(const TopkRoutingArgs& args, void* stream) {
   params.weights_stride = args.topk_weights.stride[0];
   params.topk_ids = static_cast<int32_t*>(args.topk_ids.data);
   params.ids_stride = args.topk_ids.stride[0];
-  const SelectLaunch select = select_launch(num_tokens, rows, args.counts, limits);
+  const int num_slots = static_cast<int>(args.topk_weights.shape[1]);
+  const SelectLaunch select = select_launch(gating, num_slots, rows, args.counts, limits);
   params.block = select.block;
   dispatch_rule_rows(params.rule, [&](auto tag) {
     launch(topk_routing_kernel<typename decltype(tag)::type>, limits, select.shape,

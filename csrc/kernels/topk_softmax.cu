@@ -45,7 +45,7 @@ void topk_softmax(const TopkSoftmaxArgs& args, void* stream) {
       static_cast<float*>(args.topk_weights.data), static_cast<int32_t*>(args.topk_indices.data),
       args.token_expert_indices ? static_cast<int32_t*>(args.token_expert_indices->data) : nullptr};
   const RowChoice rows = choose_rows(gating, num_experts, topk, args.need_renorm, limits.wave_size);
-  const SelectLaunch select = select_launch(num_tokens, rows, args.counts, limits);
+  const SelectLaunch select = select_launch(gating, topk, rows, args.counts, limits);
   dispatch_rows(gating.dtype, rows, [&](auto tag) {
     launch(topk_softmax_kernel<typename decltype(tag)::type>, limits, select.shape,
            static_cast<hipStream_t>(stream), gating.data, rows.row_stride, num_tokens, num_experts,

@@ -50,6 +50,8 @@ MAX_HANDOVER_SIZE = launcher_constant("kMaxHandoverSize")
 UNHURRIED_ROUNDS = launcher_constant("kUnhurriedRounds")
 WAVES_AT_ONCE = launcher_constant("kWavesAtOnce")
 MAX_TILES = constant("tile_counts.h", "kMaxTilesAlone")
+FEWEST_TOKENS = constant("tile_counts.h", "kFewestTokens")
+MANY_TOKENS = constant("tile_counts.h", "kManyTokens")
 
 Shape = tuple[int, int, int, int]
 _TYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

@@ -107,7 +107,9 @@ class Tiles(ctypes.Structure):
     @classmethod
     def choose(cls, num_tokens: int) -> Tiles:
         """Those of a GPU without clusters."""
-        tokens = max(32, -(-num_tokens // MAX_TILES))
+        tokens = max(FEWEST_TOKENS, -(-num_tokens // MAX_TILES))
+        if tokens > MANY_TOKENS:
+            tokens = -(-tokens // 4) * 4
         return cls(tokens, -(-num_tokens // tokens), 1)
 
 
@@ -131,8 +133,8 @@ class RowsOfBlock(ctypes.Structure):
     """tile_counts.h"""
 
     _fields_ = [
-        ("num_rows", _i32), ("counts_offset", _u32), ("counts", TileCounts),
-        ("num_local_tokens", _ptr), ("moe_buf", _ptr), ("row_bytes", _u64),
+        ("num_rows", _i32), ("num_zeroed", _i32), ("counts_offset", _u32), ("counts", TileCounts),
+        ("num_local_tokens", _ptr), ("moe_buf", _ptr), ("row_bytes", _u64), ("ahead", _u32 * 3),
     ]  # fmt: skip
 
 
@@ -161,7 +163,7 @@ class OpusParams(ctypes.Structure):
 
     _fields_ = [
         ("topk_ids", _ptr), ("topk_weights", _ptr), ("shape", SortShape), ("sort", SortParams),
-        ("part_words", _i32), ("counts", TileCounts),
+        ("part_words", _i32), ("counts", TileCounts), ("num_zeroed", _i32),
     ]  # fmt: skip
 
 
@@ -366,6 +368,7 @@ class Device:
             address = 0 if workspace is None else map_tensor(memory, "workspace", workspace)
             params.counts = TileCounts.at(address, num_experts, num_tokens)
             tiles = params.counts.tiles.count
+            params.num_zeroed = params.counts.tiles.tokens
             phases = [("place", max(tiles, 1), TILE_THREADS, lds)]
             if tiles > 0 and not counted:
                 phases.insert(0, ("count", tiles, TILE_THREADS, params.counts.lds_bytes()))
@@ -411,6 +414,7 @@ def select_launch(
     moe_buf = counting.moe_buf
     local = counting.num_local_tokens
     block = RowsOfBlock(
+        counts.tiles.tokens,
         counts.tiles.tokens,
         waves * rows.lds_bytes,
         counts,

@@ -100,6 +100,7 @@ struct DeviceLimits {
   bool can_hand_over;         // through memory (handover.h): kCanHandOver of its kernels
   bool hands_over;            // launchers choose to do so unasked
   bool overlaps_launches;     // a launch may start up while the one before it ends (cluster.h)
+  bool copies_in_bulk;  // between memory and LDS, beside what waves do (rows_ahead.h, zeroing.h)
 };
 
 struct LaunchShape {
@@ -123,7 +124,8 @@ inline DeviceLimits query_device_limits(int) {
           16,
           true,
           false,
-          false};
+          false,
+          true};
 }
 
 inline int current_device() { return 0; }
@@ -276,6 +278,7 @@ inline DeviceLimits query_device_limits(int device) {
           most_clusters,
           can_hand_over,
           can_hand_over,
+          cluster_size > 1,
           cluster_size > 1};
 }
 
