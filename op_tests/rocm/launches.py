@@ -21,7 +21,9 @@ from amdgcn.statistics import Statistics
 from amdgcn.wave import Fault
 from choices import (
     COUNTING_THREADS,
+    FEWEST_TOKENS,
     LOGIT_TYPES,
+    MANY_TOKENS,
     MAX_THREADS,
     MAX_TILES,
     MAX_WAVES_PER_BLOCK,
