@@ -14,6 +14,9 @@
 //   groups of two, four, eight tiles         512/10, M = 1024   11.4, 9.1, 8.2    896/16   17.8, 13.0, 11.3
 //   tiles in clusters that do not fit beside each other (16 of 8 where 15 fit), M = 65,536, top-k alone
 //                                            512/10 134 instead of 76    896/16 165 instead of 95
+//   of moe_buf, bytes an entry that the launch that places zeroes, M = 65,536, with zeroing
+//     48, 96, 128, 160, 192, 256             256/8   326, 324, -, 322, 320, 318    896/16   236, 232, 229, 224, -, 232
+//   without the order of moe_sorting_opus.h, whose loads then wait behind what is zeroed, 192 cost 896/16 5 us more
 // The four launches that these two replace (top-k, count, assign, scatter) took 16.4 and 21.5 for M = 1024, with zeroing.
 // Rejected unmeasured: an atomic addition of each tile to sums that all share, which somebody has to zero first; a ticket
 // for the last workgroup of a group, which nobody else may have at that time (handover_tickets.h).
@@ -60,7 +63,7 @@ struct Tiles {
   }
   __host__ __device__ int num_groups() const { return count / group; }
   // Of a tile's tokens the first ones, whose rows of moe_buf the launch that counts zeroes. The one that places zeroes the
-  // others in the time that it takes anyway.
+  // others in the time that it takes anyway, where zeroing needs no registers and no place in the queue of loads.
   int zeroed_first(int topk, uint64_t row_bytes, const DeviceLimits& limits) const {
     constexpr uint64_t kBytesPerEntry = 192;
     if (!limits.copies_in_bulk || row_bytes == 0) return tokens;
@@ -144,7 +147,7 @@ __device__ __forceinline__ void zero_rows(unsigned char* moe_buf, uint64_t row_b
   zero_aside(moe_buf + tokens.first * row_bytes, (tokens.last - tokens.first) * row_bytes, page);
 }
 
-// A workgroup that counts the entries of the tile blockIdx.x, and zeroes its rows of moe_buf.
+// A workgroup that counts the entries of the tile blockIdx.x, and zeroes its first rows of moe_buf.
 struct TileCounter {
   const TileCounts& out;
   uint32_t* counts;  // [num_padded] in LDS

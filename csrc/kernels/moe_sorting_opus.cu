@@ -54,20 +54,28 @@ bool check(const MoeSortingOpusArgs& args) {
   return multiphase;
 }
 
-// Bitmask words of a part of a tile whose entries are put in order before they are written; 0 where that is not worth
-// while: of few entries in all, or of too few of each expert in as much as fits in LDS.
-int max_ordered_words(const SortShape& shape, const Tiles& tiles, const DeviceLimits& limits) {
-  if (!limits.copies_in_bulk || tiles.tokens * shape.topk <= kFewEntries) return 0;
-  const auto lds_bytes = [&](int words) {
-    return kZeroPageBytes + opus_lds_bytes(shape.num_experts, words) +
-           part_lds_bytes(words, shape.topk);
-  };
-  const int wanted = hit_words(tiles.tokens);
-  int words = wanted;
-  while (words > 0 && lds_bytes(words) > static_cast<size_t>(limits.lds_bytes)) --words;
-  const int64_t num_entries = int64_t{kTokensPerWord} * words * shape.topk;
-  return words == wanted || num_entries >= 2 * shape.num_experts ? words : 0;
-}
+// How the entries of a tile are placed: a part of so many bitmask words at a time, and whether in order.
+struct Parts {
+  int words;
+  bool in_order;
+
+  size_t lds_bytes(const SortShape& shape) const {
+    return opus_lds_bytes(shape.num_experts, words) +
+           (in_order ? part_lds_bytes(words, shape.topk) : 0);
+  }
+
+  // In order unless there are few entries in all, or of each expert in as much as fits in `lds_bytes`.
+  static Parts choose(const SortShape& shape, const Tiles& tiles, size_t lds_bytes) {
+    const int wanted = hit_words(tiles.tokens);
+    const Parts as_they_come{std::min(wanted, max_part_words(shape.num_experts)), false};
+    if (!kOrdersEntries || tiles.tokens * shape.topk <= kFewEntries) return as_they_come;
+    Parts ordered{wanted, true};
+    while (ordered.words > 0 && ordered.lds_bytes(shape) > lds_bytes) --ordered.words;
+    const int num_entries = kTokensPerWord * ordered.words * shape.topk;
+    const bool has_neighbours = ordered.words == wanted || num_entries >= 2 * shape.num_experts;
+    return ordered.words > 0 && has_neighbours ? ordered : as_they_come;
+  }
+};
 
 void launch_oneshot(OpusParams p, const DeviceLimits& limits, unsigned num_zeroing,
                     hipStream_t stream) {
@@ -85,26 +93,24 @@ void launch_multiphase(OpusParams p, const DeviceLimits& limits, uint32_t* works
   const Tiles tiles = Tiles::choose(p.shape.num_tokens, limits);
   const unsigned num_tiles = tiles.count, group = tiles.group;
   p.counts = TileCounts::in(workspace, p.shape.num_experts, tiles);
-  p.part_words = std::min(hit_words(tiles.tokens), max_part_words(p.shape.num_experts));
   p.num_zeroed = tiles.zeroed_first(p.shape.topk, p.sort.row_bytes, limits);
+  const size_t zero_page_bytes = p.num_zeroed < tiles.tokens ? kZeroPageBytes : 0;
+  const Parts parts = Parts::choose(p.shape, tiles, limits.lds_bytes - zero_page_bytes);
+  p.part_words = parts.words;
   if (num_tiles > 0 && !counted) {
     launch(moe_sorting_count_kernel, limits,
            {num_tiles, threads, p.counts.lds_bytes(), group, true}, stream, p);
   }
-  const bool zeroes = p.num_zeroed < tiles.tokens;
-  const int ordered_words = max_ordered_words(p.shape, tiles, limits);
-  if (ordered_words != 0) p.part_words = ordered_words;
-  size_t lds_bytes =
-      opus_lds_bytes(p.shape.num_experts, p.part_words) + (zeroes ? kZeroPageBytes : 0);
-  if (ordered_words != 0) lds_bytes += part_lds_bytes(p.part_words, p.shape.topk);
+  size_t lds_bytes = zero_page_bytes + parts.lds_bytes(p.shape);
   // NOTE: more than half of a compute unit's, so that each has one workgroup. Those that start up while the launch
   // before still runs crowd on the compute units that it leaves free else, and take several times as long.
   if (limits.overlaps_launches) {
     lds_bytes = std::max<size_t>(lds_bytes, limits.lds_bytes / 2 + 1024);
   }
-  const unsigned num_zeroing = zeroes ? limits.wave_size : 0;
-  launch(ordered_words != 0 ? moe_sorting_place_in_order_kernel : moe_sorting_place_kernel, limits,
-         {std::max(num_tiles, 1u), threads + num_zeroing, lds_bytes, 1, true}, stream, p);
+  const unsigned num_zeroing = p.num_zeroed < tiles.tokens ? limits.wave_size : 0;
+  launch(
+      parts.in_order ? moe_sorting_place_kernel<kOrdersEntries> : moe_sorting_place_kernel<false>,
+      limits, {std::max(num_tiles, 1u), threads + num_zeroing, lds_bytes, 1, true}, stream, p);
 }
 
 void sort(const MoeSortingOpusArgs& args, bool counted, void* stream) {

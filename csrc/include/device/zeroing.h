@@ -17,7 +17,8 @@
 // 896/16, 12.0 -> 11.5 (1 us: 9.0, 11.5, but 128/4 bf16 6.0 -> 6.4).
 // Rejected: workgroups that zero beside those that select, in a launch that starts early (chain 200, 484, 401, 405, where
 // it takes 146, 340, 259, 285 now: they crowd on the compute units that are free); asking for the next rows' logits early,
-// as far as the L2 (155, 373, 240, 233, before there was a wave of its own: what is written evicts them); 8 copies, or two of 16 KiB (equal).
+// as far as the L2 (155, 373, 240, 233, before there was a wave of its own: what is written evicts them); 8 copies, or two
+// of 16 KiB (equal); chunks of moe_buf by all workgroups in turn instead of each tile's own rows (2 % slower).
 #pragma once
 
 #include <cstdint>
