@@ -371,7 +371,7 @@ class Device:
             params.counts = TileCounts.at(address, num_experts, num_tokens)
             tiles = params.counts.tiles.count
             params.num_zeroed = params.counts.tiles.tokens
-            phases = [("place", max(tiles, 1), TILE_THREADS, lds)]
+            phases = [("place<0>", max(tiles, 1), TILE_THREADS, lds)]
             if tiles > 0 and not counted:
                 phases.insert(0, ("count", tiles, TILE_THREADS, params.counts.lds_bytes()))
         for phase, blocks, threads, lds_bytes in phases:

@@ -140,7 +140,7 @@ def sort(arch: str, routed: Routed, way: str) -> Launches:
     workspace beforehand.
     """
     num_experts, multiphase = routed.num_experts, way == "multiphase"
-    device = Device(arch, traced=True, workgroups={"moe_sorting_place": (0,)})
+    device = Device(arch, traced=True, workgroups={"moe_sorting_place<0>": (0,)})
     ids = routed.logits().float().topk(routed.topk).indices.to(torch.int32)
     weights = torch.full(ids.shape, 1 / routed.topk)
     outputs = _outputs(routed)
