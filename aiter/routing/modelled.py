@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-DATE = "2026-11-27"
+DATE = "2026-11-28"
 COMMAND = "python op_tests/rocm/write_model.py"
 
 # By architecture and dtype of the logits: E, K, the largest M of the fused launch and, of the chain,
