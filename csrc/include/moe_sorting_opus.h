@@ -33,8 +33,11 @@
 // Rejected: what the first loads need as arguments of their own, as the other kernels have them (the model of
 // op_tests/rocm, gfx942, 128/4, M = 1: 3.64 -> 3.31 us oneshot; but on an H100 3.12 -> 3.31, and 9.37 -> 9.60 for
 // M = 1024 in three launches, `python op_tests/bench_moe_sorting_opus.py`, 2026-11-26).
+//
+// Long because both ways to sort share their parts, and a tile is placed in one sequence between barriers.
 #pragma once
 
+#include "target.h"
 #include "tile_counts.h"
 
 namespace aiter {
@@ -45,12 +48,9 @@ constexpr int kSortLdsWords =
 constexpr int kSortThreads = 1024;
 constexpr int kTileThreads = 512;  // multi-phase
 
-// Whether entries of a tile may be put in order in LDS before they are stored, and how few are not worth it.
-#if defined(AITER_TARGET_ROCM)
-constexpr bool kOrdersEntries = false;  // nothing that we have tells what it brings there
-#else
-constexpr bool kOrdersEntries = true;
-#endif
+// Whether entries of a tile may be put in order in LDS before they are stored, and how few are not worth it. Nothing that
+// we have tells what it would bring on AMD.
+constexpr bool kOrdersEntries = !kTargetIsRocm;
 constexpr int kFewEntries = 1024;
 
 struct OpusParams {

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "device/cluster.h"
 #include "device/wave.h"
@@ -21,7 +20,10 @@ namespace aiter {
 constexpr bool kCopiesGoOn = true;
 
 inline void copy_to_lds(char* to, const unsigned char* from, uint32_t num_bytes, Inbox*) {
-  std::memcpy(to, from, num_bytes);
+  // NOTE: word by word, and volatile so that it stays so, as race_check.cpp does not see a memcpy.
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(from);
+  volatile uint32_t* const copy = reinterpret_cast<volatile uint32_t*>(to);
+  for (uint32_t i = 0; i < num_bytes / sizeof(uint32_t); ++i) copy[i] = words[i];
 }
 inline void wait_for_copies(Inbox*, uint32_t) { wave_sync(); }
 
