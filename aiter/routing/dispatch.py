@@ -109,9 +109,9 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
 MEASURED_BY_DTYPE: dict[str, dict[Logits, tuple[Crossover, ...]]] = {
     "sm_9": {
         "f32": (
-            Crossover(128, 4, 2880, 4096, 8, *_H100),
-            Crossover(256, 8, 7168, 2048, 32, *_H100),
-            Crossover(512, 10, 4096, 384, 8, *_H100),
+            Crossover(128, 4, 2880, 1664, 8, *_H100),
+            Crossover(256, 8, 7168, 1088, 32, *_H100),
+            Crossover(512, 10, 4096, 288, 8, *_H100),
             Crossover(896, 16, 3584, 256, 16, *_H100),
         ),
     },
