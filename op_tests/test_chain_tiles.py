@@ -65,7 +65,9 @@ def test_rows_that_come_ahead(target: Target, case: Case) -> None:
 IN_ORDER = [
     Case(16500, 64, 8, model_dim=1),  # 129 tokens: 1,032 entries, the fewest that are put in order
     Case(16300, 64, 8, model_dim=1),  # 128 tokens: as they come
-    Case(40000, 512, 16, model_dim=1, mask="random", num_local=39985),  # in parts where LDS is 64 KiB
+    Case(
+        40000, 512, 16, model_dim=1, mask="random", num_local=39985
+    ),  # in parts where LDS is 64 KiB
     Case(33000, 32, 4, model_dim=512, moe_buf_offset=6, num_local=32900),
 ]
 

@@ -97,7 +97,7 @@ MEASURED: dict[str, tuple[Crossover, ...]] = {
     "sm_9": (
         Crossover(128, 4, 2880, 1792, 8, *_H100),
         Crossover(256, 8, 7168, 1664, 32, *_H100),
-        Crossover(512, 10, 4096, 288, 8, *_H100),
+        Crossover(512, 10, 4096, 256, 8, *_H100),
         # NOTE: by softmax both are equal at about M = 330.
         Crossover(896, 16, 3584, 256, 16, *_H100),
     ),
@@ -111,7 +111,7 @@ MEASURED_BY_DTYPE: dict[str, dict[Logits, tuple[Crossover, ...]]] = {
         "f32": (
             Crossover(128, 4, 2880, 1664, 8, *_H100),
             Crossover(256, 8, 7168, 1088, 32, *_H100),
-            Crossover(512, 10, 4096, 288, 8, *_H100),
+            Crossover(512, 10, 4096, 256, 8, *_H100),
             Crossover(896, 16, 3584, 256, 16, *_H100),
         ),
     },
