@@ -22,7 +22,7 @@ from amdgcn.memory_ops import Memories, decode_memory
 from amdgcn.operations import OPERATIONS
 from amdgcn.scalar import decode_scalar
 from amdgcn.vector import decode_vector
-from amdgcn.wave import VCC, Fault, Wave, int_of
+from amdgcn.wave import VCC, Fault, Wave, int_of, scalar_index
 from numpy.typing import NDArray
 
 pytest.importorskip("ziglang", reason="the cross-compiler: pip install ziglang")
@@ -182,6 +182,8 @@ def test_offsets_beside_a_scalar_address(arch: str, modifier: str, expected: int
         ("s_load_u16 s4, s[2:3], s5 offset:0x3", [0x8003]),
         ("s_load_dwordx2 s[4:5], s[2:3], s5 scale_offset", [0x800D_800C, 0x800F_800E]),
         ("s_load_dword s4, s[2:3], 0x8", [0x8005_8004]),
+        ("s_load_b32 vcc_hi, s[2:3], 0x8", [0x8005_8004]),
+        ("s_load_b64 vcc, s[2:3], 0x8", [0x8005_8004, 0x8007_8006]),
     ],
 )
 def test_scalar_loads(text: str, expected: list[int]) -> None:
@@ -191,7 +193,16 @@ def test_scalar_loads(text: str, expected: list[int]) -> None:
     wave = a_wave()
     wave.s[2], wave.s[3], wave.s[5] = address & 0xFFFFFFFF, address >> 32, 3
     decode_memory(parse_instruction(text, 1), Memories(memory, "gfx1250"))(wave)
-    assert wave.s[4 : 4 + len(expected)] == expected
+    destination = scalar_index(text.split()[1].rstrip(","))
+    assert destination is not None
+    assert wave.s[destination : destination + len(expected)] == expected
+
+
+@pytest.mark.parametrize(("width", "operand"), [("b128", "vcc"), ("b64", "vcc_hi"), ("b32", "m0")])
+def test_scalar_load_past_vcc(width: str, operand: str) -> None:
+    instruction = parse_instruction(f"s_load_{width} {operand}, s[2:3], 0x0", 1)
+    with pytest.raises(Fault, match=f"expected s registers or vcc, got {operand}"):
+        decode_memory(instruction, Memories(GlobalMemory(), "gfx1250"))
 
 
 @pytest.mark.parametrize(("offset", "is_fine"), [(16, True), (4, False), (8, False)])

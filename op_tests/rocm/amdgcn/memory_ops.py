@@ -22,6 +22,7 @@ from amdgcn.orders import step_of
 from amdgcn.scalar import PAUSE, Operation
 from amdgcn.trace import LdsAccess, Trace, segments_of
 from amdgcn.wave import (
+    VCC,
     Fault,
     Wave,
     read_lanes,
@@ -133,8 +134,8 @@ def _scalar_load(instruction: Instruction, memories: Memories) -> Operation:
     size = _bytes_of(kind)
     scale = size if "scale_offset" in instruction.modifiers else 1
     count = (size + 3) // 4
-    if destination is None or destination + count > 106:
-        raise Fault(f"scalar load: expected a register range, got {instruction.operands[0]}")
+    if destination is None or destination + count > VCC + 2:
+        raise Fault(f"scalar load: expected s registers or vcc, got {instruction.operands[0]}")
 
     def run(w: Wave) -> None:
         address = memories.noted(np.array([base(w) + offset(w) * scale + extra], np.int64), size)
