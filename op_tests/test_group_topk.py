@@ -158,3 +158,19 @@ def test_threshold_and_candidates(target: Target, shape: tuple[int, int]) -> Non
         rows = hard_rows(num_experts).to(dtype)
         check_topk(rows, topk, target)
         check_topk(rows.repeat(FEW_TOKENS // len(rows) + 1, 1), topk, target)
+
+
+def test_numbers_of_candidates(target: Target) -> None:
+    """As many equal keys above all others as a row has lanes, or room for, and one less and more.
+
+    Rows with different numbers share a wave.
+    """
+    num_experts, topk, lanes = 512, 10, 32
+    generator = torch.Generator().manual_seed(3)
+    rows = -torch.rand(40, num_experts, generator=generator)
+    numbers = [at + by for at in (lanes, 3 * lanes) for by in (-1, 0, 1)]
+    for r, row in enumerate(rows):
+        number = numbers[(r + r // len(numbers)) % len(numbers)]
+        row[torch.randperm(num_experts, generator=generator)[:number]] = 1.0
+    for dtype in (torch.float32, *DTYPES):
+        check_topk(rows.to(dtype), topk, target)

@@ -13,8 +13,8 @@
 //                are the kBest best
 //   3 candidates keys that are not below it; of random rows there are 1.2 to 1.4 times as many. A lane notes its own
 //                as bits, ballots over their number tell it its place in LDS
-//   4 order      each lane takes candidates, asks for their keys again (key_at) as it cannot index its
-//                registers, and counts those that are better: that is the slot
+//   4 order      each lane takes candidates, mostly one at most, asks for their keys again (key_at) as it cannot
+//                index its registers, and counts those that are better: that is the slot
 //
 // Values are compared where there are many, and (key, expert) only where there are few; that is why f32 keys
 // take hardly more than 16-bit ones. Rows that have less than kBest maxima above -inf, or more candidates
@@ -97,13 +97,12 @@ class BestKeys {
     wave_sync();
     terms[lane_in_group()] = lane_in_group() < topk ? x : 0.0f;
     wave_sync();
+    FourWords four[kBest / 4];
+    AITER_UNROLL
+    for (int i = 0; i < kBest / 4; ++i) four[i] = reinterpret_cast<const FourWords*>(terms)[i];
     float sum = 0.0f;
-    AITER_LOOP
-    for (int first = 0; first < topk; first += 4) {
-      const FourWords four = *reinterpret_cast<const FourWords*>(terms + first);
-      AITER_UNROLL
-      for (int i = 0; i < 4; ++i) sum += bit_cast<float>(four.word[i]);
-    }
+    AITER_UNROLL
+    for (int i = 0; i < kBest; ++i) sum += bit_cast<float>(four[i / 4].word[i % 4]);
     return sum;
   }
 
@@ -225,17 +224,28 @@ class BestKeys {
     return total;
   }
 
-  // From experts in found[0 ... count - 1] to the winners in order, as (key, ~expert), in found[0 ... topk - 1].
+  // From experts in found[0 ... count - 1] to the winners in order, as (key, ~expert), in found[0 ... topk - 1]. There are
+  // mostly no more than lanes.
   template <typename KeyAt>
   static __device__ __forceinline__ void order_candidates(uint64_t* found, int count, int topk,
                                                           KeyAt key_at) {
-    constexpr int kAtOnce = 4;
+    if (kBest < kLanes && wave_ballot(count > kLanes) == 0) {
+      order_candidates_of_lanes<1, 8>(found, count, topk, key_at);
+    } else {
+      order_candidates_of_lanes<kCandidatesPerLane, 4>(found, count, topk, key_at);
+    }
+  }
+
+  // The same, of up to kEach for each lane, each of which is compared with kAtOnce others at a time.
+  template <int kEach, int kAtOnce, typename KeyAt>
+  static __device__ __forceinline__ void order_candidates_of_lanes(uint64_t* found, int count,
+                                                                   int topk, KeyAt key_at) {
     const int padded = (count + kAtOnce - 1) / kAtOnce * kAtOnce;
-    uint64_t own[kCandidatesPerLane];
-    int slot[kCandidatesPerLane];
+    uint64_t own[kEach];
+    int slot[kEach];
     wave_sync();
     AITER_UNROLL
-    for (int c = 0; c < kCandidatesPerLane; ++c) {
+    for (int c = 0; c < kEach; ++c) {
       const int place = c * kLanes + lane_in_group();
       own[c] = 0;
       if (place < count) {
@@ -247,10 +257,10 @@ class BestKeys {
     }
     wave_sync();
     AITER_UNROLL
-    for (int c = 0; c < kCandidatesPerLane; ++c) {
+    for (int c = 0; c < kEach; ++c) {
       slot[c] = topk;
       if (c * kLanes + lane_in_group() >= count) continue;
-      int better = 0;
+      uint32_t better = ~0u;  // as it is as good as itself
       AITER_LOOP
       for (int first = 0; first < count; first += kAtOnce) {
         uint64_t other[kAtOnce];
@@ -261,13 +271,15 @@ class BestKeys {
           other[i + 1] = static_cast<uint64_t>(two.word[3]) << 32 | two.word[2];
         }
         AITER_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) better += other[i] > own[c] ? 1 : 0;
+        for (int i = 0; i < kAtOnce; ++i) {
+          better = counted_if_at_least(better, other[i], own[c]);
+        }
       }
-      slot[c] = better;
+      slot[c] = static_cast<int>(better);
     }
     wave_sync();
     AITER_UNROLL
-    for (int c = 0; c < kCandidatesPerLane; ++c) {
+    for (int c = 0; c < kEach; ++c) {
       if (slot[c] < topk) found[slot[c]] = own[c];
     }
   }

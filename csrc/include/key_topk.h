@@ -14,6 +14,15 @@
 //   E=512 K=10, bf16   2.43 -> 2.69   3.67 -> 3.85   5.54 -> 5.77   7.75 -> 7.56   16.5 -> 13.8
 //   E=896 K=16, bf16   3.45 -> 3.04   5.71 -> 4.77   8.52 -> 7.44   13.2 -> 10.6   31.3 -> 20.6
 //   E=512 K=22, bf16   3.35 -> 3.37   5.13 -> 4.94   6.73 -> 6.47   9.74 -> 8.86           20.7
+// Then code for one candidate a lane in front of that for three, counts by carries, and the sum unrolled; 16-bit logits
+// with K > 8 whatever M is, where up to M = 128 they were selected by a step per winner (2026-11-28, one machine, bits
+// unchanged; M = 1, 8, 16, 64, 256, 1024):
+//   E=512 K=10, f32    2.93 4.13 4.83 5.33 6.57 8.91 -> 2.68 3.79 4.53 5.01 6.28 8.86
+//   E=896 K=16, f32    3.34 5.15 5.96 7.03 9.08 11.6 -> 3.05 4.89 5.63 6.77 8.84 11.3
+//   E=512 K=10, bf16   2.89 4.11 4.73 5.46 6.36 8.50 -> 2.70 3.74 4.47 4.99 6.12 8.42
+//   E=896 K=16, bf16   3.36 5.01 6.02 6.85 8.73 11.9 -> 3.09 4.78 5.78 6.63 8.58 11.6
+//   E=512 K=16, bf16   3.34 4.84 (M = 8) 6.06 (64)   -> 2.82 4.08 5.22
+//   E=1024 K=10, bf16  3.02 4.73 (M = 8) 6.35 (64)   -> 2.49 4.43 6.11
 // Rejected: groups of 16 lanes for more than 256 experts, which take a third less instructions a row but are no
 // faster (E=512, K=10: 3.61 us for M=1 and 14.6 for 1024, when 32 lanes took 2.99 and 14.9); keys for E=128,
 // K=4: 2.88 us for M=1 against 1.90.

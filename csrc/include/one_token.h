@@ -44,7 +44,8 @@ template <bool kAny = false>
 __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_local, int wave,
                                                 int num_threads, const SortParams& out,
                                                 const Entry& winner) {
-  if (threadIdx.x == 0) write_num_valid_ids(shape, out, num_local * shape.topk, num_local);
+  // Not by the first wave, which the launch waits for.
+  if (threadIdx.x == kWaveSize) write_num_valid_ids(shape, out, num_local * shape.topk, num_local);
   if (num_local == 0) return;
   if (wave != 0) {
     pad_behind_entries<kAny>(shape, out, threadIdx.x - kWaveSize, num_threads - kWaveSize);
@@ -56,10 +57,12 @@ __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_
   uint32_t block = 0;
   AITER_LOOP
   for (int first = 0; first < shape.topk; first += kAtOnce) {
+    uint32_t is_lower[kAtOnce];
     AITER_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      block += wave_read_lane(expert_idx, first + i) < expert_idx ? 1 : 0;
+      is_lower[i] = wave_read_lane(expert_idx, first + i) < expert_idx ? 1 : 0;
     }
+    block += (is_lower[0] + is_lower[1]) + (is_lower[2] + is_lower[3]);
   }
   if (is_winner) {
     write_entry<kAny>(shape, out, block * shape.block_size,

@@ -313,12 +313,14 @@ __device__ __forceinline__ void wave_topk(WaveRow<T, kValues>& row, int num_expe
       row.take(winner);
       if (k == lane_idx()) mine = winner;
     }
+    const bool has_winner = lane_idx() < num_winners;
     const float logit = logit_of<T>(mine);
     if (first == 0) max = wave_read_lane(logit, 0);
-    float weight = softmax_numerator(logit, max);
+    // Lanes without a winner have NaN, for which a division takes steps of its own, and the wave with it.
+    float weight = has_winner ? softmax_numerator(logit, max) : 1.0f;
     if (need_renorm) denominator = wave_sum_in_order(weight, num_winners, denominator);
     if (one_pass) weight = weight / denominator;
-    if (lane_idx() < num_winners) sink.put(first + lane_idx(), expert_of<T>(mine), weight);
+    if (has_winner) sink.put(first + lane_idx(), expert_of<T>(mine), weight);
   }
   if (one_pass) return;
   AITER_LOOP

@@ -70,9 +70,8 @@ struct RowChoice {
   int places = 0;       // for experts, as kPlaces of the class
 };
 
-// The measurements are in group_topk.h and key_topk.h. Lists of f32 logits are for short rows and few tokens. For
-// 16-bit logits, a step per winner takes half of the time that it does for f32, and no longer than keys where
-// winners and tokens are few.
+// The measurements are in group_topk.h and key_topk.h. Lists of f32 logits are for short rows and few tokens. A step per
+// winner takes half of the time for 16-bit logits that it does for f32, and is for few winners of few tokens.
 inline RowsBy choose_kind(const TensorView& gating, int num_experts, int topk, bool need_renorm) {
   constexpr int kShortRow = 128, kFewF32Logits = 64 * 256;
   if (!need_renorm) return RowsBy::wave;
@@ -82,8 +81,7 @@ inline RowsBy choose_kind(const TensorView& gating, int num_experts, int topk, b
       (!is_f32 || num_experts <= kShortRow || num_tokens * num_experts <= kFewF32Logits)) {
     return RowsBy::lists;
   }
-  const bool is_long = num_experts > 512;
-  const int few = is_f32 || topk > (is_long ? 12 : 16) ? 0 : is_long ? 4 : 128;
+  const int few = is_f32 || topk > kMaxGroupTopk ? 0 : 4;
   return has_key_group(num_experts, topk) && num_tokens > few ? RowsBy::keys : RowsBy::wave;
 }
 

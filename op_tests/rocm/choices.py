@@ -93,8 +93,7 @@ def choose_rows(gating: Tensor, topk: int, need_renorm: bool, wave_size: int) ->
         and num_experts <= MAX_GROUP_EXPERTS
         and (not is_f32 or num_experts <= 128 or num_tokens * num_experts <= 64 * 256)
     )
-    is_long = num_experts > 512
-    few = 0 if is_f32 or topk > (12 if is_long else 16) else 4 if is_long else 128
+    few = 0 if is_f32 or topk > MAX_GROUP_TOPK else 4
     by_keys = not by_lists and has_key_group(num_experts, topk) and num_tokens > few
     if not need_renorm or not (by_lists or by_keys):
         values = row_values(num_experts, wave_size)

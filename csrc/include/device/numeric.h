@@ -92,6 +92,23 @@ __device__ __forceinline__ float smaller_of(float x, float y) {
 #endif
 }
 
+// count + 1 if x >= y, else count. On CUDA by the carry of x - y; of a comparison, nvcc makes an addition and a move
+// that wait for each other.
+__device__ __forceinline__ uint32_t counted_if_at_least(uint32_t count, uint64_t x, uint64_t y) {
+#if defined(AITER_TARGET_CUDA) && defined(__CUDA_ARCH__)
+  uint32_t difference;
+  asm("sub.cc.u32 %1, %2, %3;\n\t"
+      "subc.cc.u32 %1, %4, %5;\n\t"
+      "subc.u32 %0, %0, 0xffffffff;"
+      : "+r"(count), "=&r"(difference)
+      : "r"(static_cast<uint32_t>(x)), "r"(static_cast<uint32_t>(y)),
+        "r"(static_cast<uint32_t>(x >> 32)), "r"(static_cast<uint32_t>(y >> 32)));
+  return count;
+#else
+  return count + (x >= y ? 1 : 0);
+#endif
+}
+
 // How a lane stores a logit of type T; 0 stands for no logit.
 template <typename T>
 struct Logit;
