@@ -224,8 +224,8 @@ class BestKeys {
     return total;
   }
 
-  // From experts in found[0 ... count - 1] to the winners in order, as (key, ~expert), in found[0 ... topk - 1]. There are
-  // mostly no more than lanes.
+  // From experts in found[0 ... count - 1] to the winners in order, as (key, ~expert), in found[0 ... topk - 1]. Where less
+  // winners than lanes are looked for, there are mostly no more candidates than lanes.
   template <typename KeyAt>
   static __device__ __forceinline__ void order_candidates(uint64_t* found, int count, int topk,
                                                           KeyAt key_at) {
