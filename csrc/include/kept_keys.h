@@ -25,6 +25,11 @@
 
 namespace aiter {
 
+// How many of four are set. Added to each other first, so that a count does not wait for each of them.
+__device__ __forceinline__ int num_set(bool a, bool b, bool c, bool d) {
+  return ((a ? 1 : 0) + (b ? 1 : 0)) + ((c ? 1 : 0) + (d ? 1 : 0));
+}
+
 template <int kValues, int kBest>
 class KeptKeys {
  public:

@@ -57,12 +57,12 @@ __device__ __forceinline__ void write_one_token(const SortShape& shape, int num_
   uint32_t block = 0;
   AITER_LOOP
   for (int first = 0; first < shape.topk; first += kAtOnce) {
-    bool is_lower[kAtOnce];
+    uint32_t is_lower[kAtOnce];
     AITER_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-      is_lower[i] = wave_read_lane(expert_idx, first + i) < expert_idx;
+      is_lower[i] = wave_read_lane(expert_idx, first + i) < expert_idx ? 1 : 0;
     }
-    block += num_set(is_lower[0], is_lower[1], is_lower[2], is_lower[3]);
+    block += (is_lower[0] + is_lower[1]) + (is_lower[2] + is_lower[3]);
   }
   if (is_winner) {
     write_entry<kAny>(shape, out, block * shape.block_size,

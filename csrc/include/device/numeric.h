@@ -92,11 +92,6 @@ __device__ __forceinline__ float smaller_of(float x, float y) {
 #endif
 }
 
-// How many of four are set. Added to each other first, so that a count does not wait for each of them.
-__device__ __forceinline__ int num_set(bool a, bool b, bool c, bool d) {
-  return ((a ? 1 : 0) + (b ? 1 : 0)) + ((c ? 1 : 0) + (d ? 1 : 0));
-}
-
 // count + 1 if x >= y, else count. On CUDA by the carry of x - y; of a comparison, nvcc makes an addition and a move
 // that wait for each other.
 __device__ __forceinline__ uint32_t counted_if_at_least(uint32_t count, uint64_t x, uint64_t y) {
